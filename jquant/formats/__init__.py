@@ -1,0 +1,11 @@
+"""Formats: what quantized data is. Each file holds one final `QuantizedTensor`."""
+
+from jquant.formats.base import Layout as Layout
+from jquant.formats.base import QuantizedTensor as QuantizedTensor
+from jquant.formats.base import split_outputs as split_outputs
+from jquant.formats.base import tree_nbytes as tree_nbytes
+from jquant.formats.composed import PermutedTensor as PermutedTensor
+from jquant.formats.uniform import ScaleDtype as ScaleDtype
+from jquant.formats.uniform import UniformFormat as UniformFormat
+from jquant.formats.uniform import UniformTensor as UniformTensor
+from jquant.formats.uniform import quantize_uniform as quantize_uniform

@@ -1,0 +1,93 @@
+"""What a quantized weight is: arrays, their meaning, and the bytes they take. No algorithm lives here."""
+
+import abc
+import enum
+import math
+from collections.abc import Sequence
+from typing import final
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Float
+
+from jquant.errors import FormatError
+
+
+class Layout(enum.Enum):
+    """How packed codes lie in memory. `runtime.prepare` alone writes anything but PORTABLE."""
+
+    PORTABLE = "portable"
+
+
+class QuantizedTensor(abc.ABC):
+    """A weight matrix kept in few bits.
+
+    Final subclasses are `flax.struct` dataclasses whose arrays are leaves and whose other fields are static.
+    Invariants, checked for every subclass by `tests/contracts/test_formats.py`:
+
+    * `shape` is the logical (in, out) and static: packing, stacking, vmap and sharding never change it;
+    * every leaf ends in an axis of size `out`, or of size 1 where all outputs share it;
+    * `dequantize` is pure and jittable, and is the meaning of the tensor: every kernel must agree with it.
+    """
+
+    shape: tuple[int, int] = struct.field(pytree_node=False)
+
+    @abc.abstractmethod
+    def dequantize(self, dtype: jax.typing.DTypeLike = jnp.float32) -> Float[Array, "in out"]:
+        """Returns the dense weight that this tensor stands for, rounded once, to `dtype`."""
+
+    @final
+    def bits_per_weight(self) -> float:
+        """Returns 8 * (bytes of all leaves) / (in * out): measured on the arrays, never a formula."""
+        return 8.0 * self.nbytes() / math.prod(self.shape)
+
+    @final
+    def nbytes(self) -> int:
+        """Returns the bytes that all leaves take in memory; abstract leaves count as the arrays they stand for."""
+        return tree_nbytes(self)
+
+
+def tree_nbytes(tree: object) -> int:
+    """Returns the bytes that the arrays of a tree take; `jax.ShapeDtypeStruct` leaves count too.
+
+    >>> tree_nbytes({"codes": jnp.zeros((4, 2), jnp.uint8), "scales": jnp.zeros((1, 2), jnp.float16)})
+    12
+    """
+    return sum(math.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree))
+
+
+def split_outputs[T: QuantizedTensor](tensor: T, sizes: Sequence[int]) -> tuple[T, ...]:
+    """Cuts a tensor along its outputs, as `jnp.split` would cut the dense matrix.
+
+    Args:
+      tensor: a quantized [in, out] matrix.
+      sizes: outputs of each part; they sum to `out`.
+
+    Returns:
+      One tensor for each size. Leaves that all outputs share are shared by the parts.
+
+    Raises:
+      FormatError: the sizes do not sum to the number of outputs.
+    """
+    outputs = tensor.shape[1]
+    if sum(sizes) != outputs:
+        raise FormatError(f"cannot cut {outputs} outputs into {tuple(sizes)}: the sizes sum to {sum(sizes)}")
+    parts, start = [], 0
+    for size in sizes:
+        parts.append(_slice_outputs(tensor, start, size))
+        start += size
+    return tuple(parts)
+
+
+def _slice_outputs[T: QuantizedTensor](tensor: T, start: int, size: int) -> T:
+    def is_inner(node: object) -> bool:
+        return isinstance(node, QuantizedTensor) and node is not tensor
+
+    def cut(node: object) -> object:
+        if isinstance(node, QuantizedTensor):
+            return _slice_outputs(node, start, size)
+        return node if node.shape[-1] == 1 and tensor.shape[1] != 1 else node[..., start : start + size]  # type: ignore[attr-defined]
+
+    parts = jax.tree.map(cut, tensor, is_leaf=is_inner)
+    return parts.replace(shape=(tensor.shape[0], size))

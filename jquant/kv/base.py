@@ -1,0 +1,62 @@
+"""How keys and values are kept between steps: the contract of a KV-cache codec (architecture 3.10)."""
+
+import abc
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+from flax import struct
+from jaxtyping import Array, Float, Int
+
+type Rope = Callable[[Float[Array, "tokens heads dim"], Int[Array, "tokens"]], Float[Array, "tokens heads dim"]]
+type LayerCache = Any  # a struct node of one layer's arrays; its class belongs to the codec
+
+
+class KvCodec(abc.ABC):
+    """Stores the keys and values of one sequence in one layer; the model maps it over the batch.
+
+    Final subclasses are `flax.struct` dataclasses: calibrated arrays are leaves, settings are static. Positions
+    are absolute. Keys arrive before RoPE together with `rope(keys, positions)`: a codec that stores rotated keys
+    turns them in `fill` and `push`, one that stores plain keys turns them in `read`.
+
+    Invariants, checked for every subclass by `tests/contracts/test_codecs.py`: prompt and decode equal decode
+    alone; nothing written at or after a position is read before it.
+    """
+
+    prompt: Literal["exact", "stored"] = struct.field(pytree_node=False)  # what a prompt's own queries see
+
+    @abc.abstractmethod
+    def init(self, capacity: int, heads: int, dim: int, dtype: jax.typing.DTypeLike) -> LayerCache:
+        """Returns an empty cache for `capacity` tokens of `heads` KV heads of width `dim`."""
+
+    @abc.abstractmethod
+    def fill(
+        self,
+        cache: LayerCache,
+        keys: Float[Array, "tokens heads dim"],
+        values: Float[Array, "tokens heads dim"],
+        length: Int[Array, ""],
+        rope: Rope,
+    ) -> LayerCache:
+        """Stores a right-padded prompt, of which the first `length` tokens are real, into an empty cache."""
+
+    @abc.abstractmethod
+    def push(
+        self,
+        cache: LayerCache,
+        key: Float[Array, "heads dim"],
+        value: Float[Array, "heads dim"],
+        position: Int[Array, ""],
+        rope: Rope,
+    ) -> LayerCache:
+        """Stores one token, kept exact for this step if the method says so."""
+
+    @abc.abstractmethod
+    def read(
+        self, cache: LayerCache, position: Int[Array, ""], rope: Rope
+    ) -> tuple[Float[Array, "capacity heads dim"], Float[Array, "capacity heads dim"]]:
+        """Returns the dense keys (after RoPE) and values that the token at `position` attends to."""
+
+    @abc.abstractmethod
+    def settle(self, cache: LayerCache, position: Int[Array, ""]) -> LayerCache:
+        """Codes what left the exact window after the step at `position`; the identity for most codecs."""

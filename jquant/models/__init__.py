@@ -1,0 +1,34 @@
+"""Models of the Llama family: configuration, tree, forward pass, edits. The Flax facade is `jquant.models.views`."""
+
+from jquant.models.config import LlamaConfig as LlamaConfig
+from jquant.models.config import RopeConfig as RopeConfig
+from jquant.models.edit import BLOCK_LINEARS as BLOCK_LINEARS
+from jquant.models.edit import get as get
+from jquant.models.edit import linear_paths as linear_paths
+from jquant.models.edit import linears as linears
+from jquant.models.edit import map_linears as map_linears
+from jquant.models.edit import put as put
+from jquant.models.edit import set_kv_codec as set_kv_codec
+from jquant.models.llama import Cache as Cache
+from jquant.models.llama import Taps as Taps
+from jquant.models.llama import decode as decode
+from jquant.models.llama import embed as embed
+from jquant.models.llama import forward as forward
+from jquant.models.llama import head as head
+from jquant.models.llama import hidden_states as hidden_states
+from jquant.models.llama import prefill as prefill
+from jquant.models.llama import prompt_block as prompt_block
+from jquant.models.llama import step_block as step_block
+from jquant.models.random import Family as Family
+from jquant.models.random import random_model as random_model
+from jquant.models.random import tiny_config as tiny_config
+from jquant.models.random import tiny_hf_config as tiny_hf_config
+from jquant.models.tree import Attention as Attention
+from jquant.models.tree import Block as Block
+from jquant.models.tree import Linear as Linear
+from jquant.models.tree import Llama as Llama
+from jquant.models.tree import Mlp as Mlp
+from jquant.models.tree import Stacked as Stacked
+from jquant.models.tree import abstract_llama as abstract_llama
+from jquant.models.tree import build as build
+from jquant.models.tree import stack_layers as stack_layers

@@ -1,0 +1,73 @@
+"""The parts of a decoder block: linear, RMS norm, rotary positions, masked attention. Arrays and nodes in, arrays out."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from jquant.matmul import matmul
+from jquant.models.config import RopeConfig
+from jquant.models.tree import Linear
+
+
+def linear(layer: Linear, x: Float[Array, "*batch in"]) -> tuple[Float[Array, "*batch out"], Float[Array, "*batch in"]]:
+    """Returns (x @ kernel + bias, tap), the tap being what the kernel multiplies."""
+    y = matmul(x, layer.kernel)
+    return (y if layer.bias is None else y + jnp.broadcast_to(layer.bias.astype(y.dtype), y.shape)), x
+
+
+def rms_norm(x: Float[Array, "*batch dim"], scale: Float[Array, "dim"], eps: float) -> Float[Array, "*batch dim"]:
+    """Returns scale * x / sqrt(mean(x^2) + eps), the mean in float32 or wider, in the dtype of `x`."""
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    normed = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
+    return normed.astype(x.dtype) * jnp.broadcast_to(scale.astype(x.dtype), x.shape)
+
+
+def rope_frequencies(rope: RopeConfig, dim: int) -> Float[Array, "half"]:
+    """Returns the angle per position of each of the dim / 2 pairs, in float32.
+
+    The series is theta^(-2i / dim). "linear" divides it by the factor; "llama3" divides wavelengths above
+    original / low_freq_factor, keeps those below original / high_freq_factor, and blends linearly between.
+
+    Reference: RoFormer (arXiv:2104.09864) section 3.2; Llama 3.1's scaling as in Hugging Face's config.json.
+    """
+    series = rope.theta ** (-jnp.arange(0, dim, 2, dtype=jnp.float32) / dim)
+    if rope.scaling == "linear":
+        return series / rope.factor
+    if rope.scaling == "default":
+        return series
+    turns = rope.original_max_position_embeddings * series / (2.0 * math.pi)  # context length / wavelength
+    share = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
+    kept = jnp.clip(share, 0.0, 1.0)
+    return series * kept + series / rope.factor * (1.0 - kept)
+
+
+def apply_rope(
+    x: Float[Array, "tokens heads dim"], positions: Int[Array, "tokens"], rope: RopeConfig
+) -> Float[Array, "tokens heads dim"]:
+    """Turns the pairs (x[i], x[i + dim / 2]) by position * frequency[i]; computed in float32 or wider."""
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    angles = positions[:, None].astype(wide.dtype) * rope_frequencies(rope, x.shape[-1]).astype(wide.dtype)[None]
+    cos, sin = jnp.cos(angles)[:, None], jnp.sin(angles)[:, None]  # [tokens, 1, dim / 2]
+    low, high = jnp.split(wide, 2, axis=-1)
+    return jnp.concatenate([low * cos - high * sin, high * cos + low * sin], axis=-1).astype(x.dtype)
+
+
+def causal_mask(
+    queries: Int[Array, "queries"], keys: Int[Array, "keys"], window: int | None
+) -> Bool[Array, "queries keys"]:
+    """Tells which key positions each query position sees: itself and what lies before it, inside the window."""
+    distance = queries[:, None] - keys[None, :]
+    seen = distance >= 0
+    return seen if window is None else seen & (distance < window)
+
+
+def attention(
+    queries: Float[Array, "batch tokens heads dim"],
+    keys: Float[Array, "batch seen kv_heads dim"],
+    values: Float[Array, "batch seen kv_heads dim"],
+    mask: Bool[Array, "batch tokens seen"],
+) -> Float[Array, "batch tokens heads dim"]:
+    """Returns softmax(q k^T / sqrt(dim)) v over what the mask lets through; query heads share KV heads in order."""
+    return jax.nn.dot_product_attention(queries, keys.astype(queries.dtype), values.astype(queries.dtype), mask=mask[:, None])

@@ -1,0 +1,215 @@
+"""The forward pass: pure functions that read the tree. None is jitted here; the runtime and the drivers do that."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Float, Int
+
+from jquant.kv import LayerCache
+from jquant.matmul import matmul
+from jquant.models.config import LlamaConfig
+from jquant.models.layers import apply_rope, attention, causal_mask, linear, rms_norm
+from jquant.models.tree import Attention, Block, Llama, Mlp, Stacked
+from jquant.types import Leaf
+
+type Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, LayerCache]]
+
+
+class Taps(NamedTuple):
+    """What each linear's kernel multiplies, [batch, tokens, features]; free under jit where unused."""
+
+    attention_input: Float[Array, "batch tokens hidden"]
+    attention_output: Float[Array, "batch tokens queries"]
+    mlp_input: Float[Array, "batch tokens hidden"]
+    mlp_hidden: Float[Array, "batch tokens inner"]
+
+
+@struct.dataclass
+class Cache:
+    """Keys and values of a batch.
+
+    Attributes:
+      layers: a tuple of layer caches, or one with a leading layer axis where the model's layers are stacked;
+        every leaf's next axis is the batch.
+      positions: int32 [batch], the position that each row's next token takes.
+    """
+
+    layers: Any
+    positions: Leaf
+
+
+def embed(model: Llama, tokens: Int[Array, "batch tokens"]) -> Float[Array, "batch tokens hidden"]:
+    """Looks the tokens up in the embedding table."""
+    return model.embed_tokens[tokens]
+
+
+def head(model: Llama, x: Float[Array, "*batch hidden"]) -> Float[Array, "*batch vocab"]:
+    """Returns the logits of hidden states: the final norm, then the output projection, in float32 or wider."""
+    normed = rms_norm(x, model.norm, model.config.rms_norm_eps)
+    if model.lm_head is None:
+        logits = matmul(normed, model.embed_tokens.T)
+    else:
+        logits, _ = linear(model.lm_head, normed)
+    return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+
+
+def forward(model: Llama, tokens: Int[Array, "batch tokens"]) -> Float[Array, "batch tokens vocab"]:
+    """Returns the logits of every position of whole sequences; no cache is kept."""
+    return head(model, hidden_states(model, tokens))
+
+
+def hidden_states(model: Llama, tokens: Int[Array, "batch tokens"]) -> Float[Array, "batch tokens hidden"]:
+    """Returns what the last block gives, before the final norm."""
+    lengths = jnp.full(tokens.shape[0], tokens.shape[1], jnp.int32)
+
+    def apply(layer: Block, x: jax.Array, _: None) -> tuple[jax.Array, None]:
+        return prompt_block(layer, x, lengths, tokens.shape[1], model.config)[0], None
+
+    return _through_layers(model, embed(model, tokens), None, apply)[0]
+
+
+def prefill(
+    model: Llama, tokens: Int[Array, "batch tokens"], lengths: Int[Array, "batch"], capacity: int
+) -> tuple[Float[Array, "batch vocab"], Cache]:
+    """Reads prompts and fills a cache.
+
+    Args:
+      model: the model.
+      tokens: left-aligned prompts, right-padded with any token.
+      lengths: real tokens of each row, at least 1.
+      capacity: tokens that the cache holds for each row.
+
+    Returns:
+      The logits after each row's last real token, and the cache.
+    """
+
+    def apply(layer: Block, x: jax.Array, _: None) -> tuple[jax.Array, LayerCache]:
+        x, cache, _taps = prompt_block(layer, x, lengths, capacity, model.config)
+        return x, cache
+
+    x, layers = _through_layers(model, embed(model, tokens), None, apply)
+    last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)[:, 0]
+    return head(model, last), Cache(layers=layers, positions=lengths.astype(jnp.int32))
+
+
+def decode(model: Llama, tokens: Int[Array, "batch"], cache: Cache) -> tuple[Float[Array, "batch vocab"], Cache]:
+    """Reads one token for each row; returns the logits after it and the cache one position on."""
+
+    def apply(layer: Block, x: jax.Array, layer_cache: LayerCache) -> tuple[jax.Array, LayerCache]:
+        return step_block(layer, x, layer_cache, cache.positions, model.config)
+
+    x, layers = _through_layers(model, embed(model, tokens[:, None]), cache.layers, apply)
+    return head(model, x[:, 0]), Cache(layers=layers, positions=cache.positions + 1)
+
+
+def prompt_block(
+    layer: Block,
+    x: Float[Array, "batch tokens hidden"],
+    lengths: Int[Array, "batch"],
+    capacity: int,
+    config: LlamaConfig,
+) -> tuple[Float[Array, "batch tokens hidden"], LayerCache, Taps]:
+    """Runs one block over prompts that start at position 0.
+
+    Returns:
+      The block's output, the filled layer cache (batch first) and the taps.
+    """
+    codec = layer.self_attn.kv_codec
+    tokens = x.shape[1]
+    positions = jnp.arange(tokens)
+
+    def rope(keys: jax.Array, at: jax.Array) -> jax.Array:
+        return apply_rope(keys, at, config.rope)
+
+    def store(keys: jax.Array, values: jax.Array, length: jax.Array) -> LayerCache:
+        empty = codec.init(capacity, keys.shape[1], keys.shape[2], keys.dtype)
+        return codec.fill(empty, keys, values, length, rope)
+
+    def attend(queries: jax.Array, keys: jax.Array, values: jax.Array) -> tuple[jax.Array, LayerCache]:
+        cache = jax.vmap(store)(keys, values, lengths)
+        rotate = jax.vmap(lambda heads: rope(heads, positions))
+        if codec.prompt == "exact":
+            seen_keys, seen_values = rotate(keys), values
+        else:
+            read = jax.vmap(lambda one, length: codec.read(one, length - 1, rope))(cache, lengths)
+            seen_keys, seen_values = (array[:, :tokens] for array in read)
+        mask = jnp.broadcast_to(causal_mask(positions, positions, config.sliding_window), (x.shape[0], tokens, tokens))
+        return attention(rotate(queries), seen_keys, seen_values, mask), cache
+
+    return _block(layer, x, attend, config)
+
+
+def step_block(
+    layer: Block,
+    x: Float[Array, "batch 1 hidden"],
+    cache: LayerCache,
+    positions: Int[Array, "batch"],
+    config: LlamaConfig,
+) -> tuple[Float[Array, "batch 1 hidden"], LayerCache]:
+    """Runs one block over one token for each row: push, read and attend, settle."""
+    codec = layer.self_attn.kv_codec
+
+    def rope(keys: jax.Array, at: jax.Array) -> jax.Array:
+        return apply_rope(keys, at, config.rope)
+
+    def attend(queries: jax.Array, keys: jax.Array, values: jax.Array) -> tuple[jax.Array, LayerCache]:
+        pushed = jax.vmap(lambda one, key, value, at: codec.push(one, key[0], value[0], at, rope))(
+            cache, keys, values, positions
+        )
+        seen_keys, seen_values = jax.vmap(lambda one, at: codec.read(one, at, rope))(pushed, positions)
+        rotated = jax.vmap(lambda query, at: rope(query, at[None]))(queries, positions)
+        slots = jnp.arange(seen_keys.shape[1])
+        mask = jax.vmap(lambda at: causal_mask(at[None], slots, config.sliding_window))(positions)
+        context = attention(rotated, seen_keys, seen_values, mask)
+        return context, jax.vmap(codec.settle)(pushed, positions)
+
+    x, cache, _ = _block(layer, x, attend, config)
+    return x, cache
+
+
+def _block(layer: Block, x: jax.Array, attend: Attend, config: LlamaConfig) -> tuple[jax.Array, LayerCache, Taps]:
+    normed = rms_norm(x, layer.input_layernorm, config.rms_norm_eps)
+    update, cache, attention_input, attention_output = _attention(layer.self_attn, normed, attend, config)
+    x = x + update
+    normed = rms_norm(x, layer.post_attention_layernorm, config.rms_norm_eps)
+    update, mlp_input, mlp_hidden = _mlp(layer.mlp, normed)
+    return x + update, cache, Taps(attention_input, attention_output, mlp_input, mlp_hidden)
+
+
+def _attention(
+    layer: Attention, x: jax.Array, attend: Attend, config: LlamaConfig
+) -> tuple[jax.Array, LayerCache, jax.Array, jax.Array]:
+    batch, tokens, _ = x.shape
+    queries, tap = linear(layer.q_proj, x)
+    keys, _ = linear(layer.k_proj, x)
+    values, _ = linear(layer.v_proj, x)
+    queries, keys, values = (y.reshape(batch, tokens, -1, config.head_dim) for y in (queries, keys, values))
+    if layer.q_norm is not None and layer.k_norm is not None:
+        queries = rms_norm(queries, layer.q_norm, config.rms_norm_eps)
+        keys = rms_norm(keys, layer.k_norm, config.rms_norm_eps)
+    context, cache = attend(queries, keys, values)
+    y, output_tap = linear(layer.o_proj, context.reshape(batch, tokens, -1))
+    return y, cache, tap, output_tap
+
+
+def _mlp(layer: Mlp, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    gate, tap = linear(layer.gate_proj, x)
+    up, _ = linear(layer.up_proj, x)
+    y, hidden_tap = linear(layer.down_proj, jax.nn.silu(gate) * up)
+    return y, tap, hidden_tap
+
+
+def _through_layers(
+    model: Llama, x: jax.Array, caches: Any, apply: Callable[[Block, jax.Array, Any], tuple[jax.Array, Any]]
+) -> tuple[jax.Array, Any]:
+    """Applies every layer in turn: a scan where they are stacked, unrolled where they are a tuple."""
+    if isinstance(model.layers, Stacked):
+        return jax.lax.scan(lambda x, pair: apply(pair[0], x, pair[1]), x, (model.layers.block, caches))
+    outputs = []
+    for index, layer in enumerate(model.layers):
+        x, output = apply(layer, x, None if caches is None else caches[index])
+        outputs.append(output)
+    return x, tuple(outputs)

@@ -1,0 +1,9 @@
+"""Block passes: how one decoder block is rewritten. Each file holds one final `BlockPass`."""
+
+from jquant.blocks.base import BlockData as BlockData
+from jquant.blocks.base import BlockPass as BlockPass
+from jquant.blocks.base import summarize as summarize
+from jquant.blocks.weights import SITES as SITES
+from jquant.blocks.weights import QuantizeWeights as QuantizeWeights
+from jquant.blocks.weights import Rule as Rule
+from jquant.blocks.weights import collect as collect

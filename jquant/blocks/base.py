@@ -1,0 +1,59 @@
+"""The contract of a block pass: it rewrites one decoder block, given the inputs that the block will see."""
+
+import abc
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Float
+
+from jquant.models import Block, Llama, LlamaConfig
+from jquant.quantizers import Diagnostics
+from jquant.types import Key, Leaf
+
+
+@struct.dataclass
+class BlockData:
+    """What a pass may know of a block's surroundings.
+
+    Attributes:
+      inputs: [samples, tokens, hidden], what the blocks before it produce; None if no pass asked for inputs.
+      config: the model's sizes.
+      index: the block's place, from 0.
+    """
+
+    inputs: Leaf | None
+    config: LlamaConfig = struct.field(pytree_node=False)
+    index: int = struct.field(pytree_node=False)
+
+
+class BlockPass(abc.ABC):
+    """Rewrites one block. Final subclasses are frozen dataclasses of settings."""
+
+    @abc.abstractmethod
+    def needs_inputs(self) -> bool:
+        """Tells whether calibration inputs must be carried through the blocks."""
+
+    @abc.abstractmethod
+    def check(self, model: Llama) -> None:
+        """Raises RecipeError or FormatError for what cannot work on this model; called before any work."""
+
+    @abc.abstractmethod
+    def __call__(self, block: Block, data: BlockData, key: Key) -> tuple[Block, dict[str, Diagnostics]]:
+        """Returns the new block, and diagnostics by the path of each linear that was solved."""
+
+
+def summarize(diagnostics: Diagnostics) -> dict[str, Float[Array, ""]]:
+    """Sums per-output diagnostics over outputs; scalars stay."""
+    return {name: jnp.sum(values) for name, values in diagnostics.items()}
+
+
+def split_diagnostics(diagnostics: Diagnostics, sizes: tuple[int, ...]) -> list[Diagnostics]:
+    """Cuts the diagnostics of a merged solve back into one for each of its linears."""
+    cuts = [sum(sizes[: index + 1]) for index in range(len(sizes) - 1)]
+    parts: list[Diagnostics] = [{} for _ in sizes]
+    for name, values in diagnostics.items():
+        pieces = jnp.split(values, cuts) if values.ndim else [values] * len(sizes)
+        for part, piece in zip(parts, pieces, strict=True):
+            part[name] = jax.numpy.asarray(piece)
+    return parts

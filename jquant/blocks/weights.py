@@ -1,0 +1,175 @@
+"""QuantizeWeights: rules choose a quantizer for each linear; linears that share an input share its statistics."""
+
+import functools
+import re
+import zlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Final, Literal, final
+
+import jax
+import jax.numpy as jnp
+
+from jquant.blocks.base import BlockData, BlockPass, split_diagnostics
+from jquant.errors import FormatError, RecipeError
+from jquant.formats import QuantizedTensor, split_outputs
+from jquant.models import Block, Linear, Llama, LlamaConfig, get, linear_paths, prompt_block, put
+from jquant.quantizers import Diagnostics, Statistic, WeightQuantizer
+from jquant.types import Key
+
+# The four inputs of a block and the linears that multiply them, in the order of the forward pass.
+SITES: Final[Mapping[str, tuple[str, ...]]] = {
+    "attention_input": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "attention_output": ("self_attn.o_proj",),
+    "mlp_input": ("mlp.gate_proj", "mlp.up_proj"),
+    "mlp_hidden": ("mlp.down_proj",),
+}
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Which quantizer the linears of some paths get.
+
+    Attributes:
+      match: regular expression for the whole path, such as `.*_proj` or `layers\\.0\\..*`; the first rule that
+        matches a path wins.
+      quantizer: the quantizer; None leaves these linears as they are.
+    """
+
+    match: str
+    quantizer: WeightQuantizer | None
+
+    def __post_init__(self) -> None:
+        """Refuses a pattern that is not a regular expression."""
+        try:
+            re.compile(self.match)
+        except re.error as error:
+            raise RecipeError(f"match {self.match!r} is not a regular expression: {error}") from error
+
+
+@final
+@dataclass(frozen=True)
+class QuantizeWeights(BlockPass):
+    """Quantizes the linears of a block by rules.
+
+    Attributes:
+      rules: the rules, first match wins; a linear that none matches stays as it is.
+      sequence: "per_site" solves the sites in the order of the forward pass, each on inputs that the block
+        produces with the sites before it already quantized (GPTQ's true_sequential); "per_block" collects all
+        four statistics from the block as it came.
+    """
+
+    rules: tuple[Rule, ...]
+    sequence: Literal["per_site", "per_block"] = "per_site"
+
+    def needs_inputs(self) -> bool:
+        """Tells whether any rule's quantizer needs statistics."""
+        return any(rule.quantizer is not None and rule.quantizer.statistic is not None for rule in self.rules)
+
+    def check(self, model: Llama) -> None:
+        """Refuses rules that no linear falls to, and shapes or weights that a rule's quantizer cannot take.
+
+        Raises:
+          RecipeError: a rule matches nothing, or only linears that rules before it took.
+          FormatError: a linear cannot be quantized so; its path is named.
+        """
+        used = set()
+        for path in linear_paths(model):
+            rule = self.rule_for(path)
+            used.add(rule)
+            if rule is None or rule.quantizer is None:
+                continue
+            kernel = get(model, path).kernel
+            if isinstance(kernel, QuantizedTensor):
+                raise FormatError(f"{path} is already quantized ({type(kernel).__name__}); start from the source model")
+            try:
+                rule.quantizer.check(kernel.shape)
+            except FormatError as error:
+                raise FormatError(f"{path}, by rule {rule.match!r}: {error}") from error
+        for rule in self.rules:
+            if rule not in used:
+                raise RecipeError(
+                    f"rule {rule.match!r} is unused: no path such as {linear_paths(model)[0]!r} falls to it "
+                    "(rules before it may match first); correct the pattern, move the rule up, or remove it"
+                )
+
+    def rule_for(self, path: str) -> Rule | None:
+        """Returns the first rule that matches a path."""
+        return next((rule for rule in self.rules if re.fullmatch(rule.match, path)), None)
+
+    def __call__(self, block: Block, data: BlockData, key: Key) -> tuple[Block, dict[str, Diagnostics]]:
+        """Quantizes one block; see the class for what the order of sites means."""
+        report: dict[str, Diagnostics] = {}
+        whole: dict[str, dict[str, Any]] = {}  # per_block: statistic's name -> sums of all sites of the source block
+        if self.sequence == "per_block":
+            wanted = {rule.quantizer.statistic for rule in self.rules if rule.quantizer and rule.quantizer.statistic}
+            whole = {one.name: collect(block, data.inputs, tuple(SITES), one, data.config) for one in wanted}
+        for site, names in SITES.items():
+            for quantizer, group in self._groups(names, data.index):
+                statistics = self._statistics(quantizer.statistic, block, data, site, whole)
+                for part in [group] if quantizer.separable else [(name,) for name in group]:
+                    seed = jax.random.fold_in(key, zlib.crc32(part[0].encode()))
+                    for name, kernel, diagnostics in _solve(quantizer, block, part, statistics, seed):
+                        block = put(block, f"{name}.kernel", kernel)
+                        report[f"layers.{data.index}.{name}"] = diagnostics
+        return block, report
+
+    def _groups(self, names: tuple[str, ...], index: int) -> Iterator[tuple[WeightQuantizer, tuple[str, ...]]]:
+        rules = {name: self.rule_for(f"layers.{index}.{name}") for name in names}
+        chosen = {name: rule.quantizer for name, rule in rules.items() if rule is not None and rule.quantizer}
+        for quantizer in dict.fromkeys(chosen.values()):
+            yield quantizer, tuple(name for name, own in chosen.items() if own == quantizer)
+
+    def _statistics(
+        self, statistic: Statistic | None, block: Block, data: BlockData, site: str, whole: dict[str, dict[str, Any]]
+    ) -> Any:
+        if statistic is None:
+            return None
+        if self.sequence == "per_block":
+            return whole[statistic.name][site]
+        return collect(block, data.inputs, (site,), statistic, data.config)[site]
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3, 4))
+def collect(
+    block: Block, inputs: Any, sites: tuple[str, ...], statistic: Statistic, config: LlamaConfig
+) -> dict[str, Any]:
+    """Sums a statistic of what the linears of each site multiply, over all samples.
+
+    Args:
+      block: the block as it is now.
+      inputs: [samples, tokens, hidden].
+      sites: names of `SITES`; what the others need is not computed.
+      statistic: what to sum.
+      config: the model's sizes.
+
+    Returns:
+      The sum for each site.
+    """
+    lengths = jnp.full(1, inputs.shape[1], jnp.int32)
+
+    def step(sums: dict[str, Any], sample: jax.Array) -> tuple[dict[str, Any], None]:
+        taps = prompt_block(block, sample[None], lengths, sample.shape[0], config)[2]
+        return {site: statistic.update(sums[site], getattr(taps, site)[0]) for site in sites}, None
+
+    features = {site: get(block, SITES[site][0]).kernel.shape[0] for site in sites}
+    return jax.lax.scan(step, {site: statistic.init(features[site]) for site in sites}, inputs)[0]
+
+
+def _solve(
+    quantizer: WeightQuantizer, block: Block, names: tuple[str, ...], statistics: Any, key: Key
+) -> Iterator[tuple[str, QuantizedTensor, Diagnostics]]:
+    """Solves the linears of one group as one matrix and cuts the result apart."""
+    linears: list[Linear] = [get(block, name) for name in names]
+    sizes = tuple(layer.kernel.shape[1] for layer in linears)
+    tensor, diagnostics = _solve_jitted(quantizer, tuple(layer.kernel for layer in linears), statistics, key)
+    parts = split_outputs(tensor, sizes)
+    yield from zip(names, parts, split_diagnostics(diagnostics, sizes), strict=True)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _solve_jitted(
+    quantizer: WeightQuantizer, kernels: tuple[jax.Array, ...], statistics: Any, key: Key
+) -> tuple[QuantizedTensor, Diagnostics]:
+    return quantizer(jnp.concatenate(kernels, axis=1), statistics, key)
+

@@ -1,0 +1,91 @@
+"""Model passes: what a recipe lists. Each is a frozen dataclass, at most a few lines of glue over a pure function."""
+
+import abc
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import final
+
+from jaxtyping import Array, Int
+
+from jquant.blocks import BlockPass
+from jquant.calibration import BlockStore, check_weights, quantize_blocks
+from jquant.errors import RecipeError
+from jquant.models import Llama
+from jquant.report import BlockReport, Report
+from jquant.types import Key
+
+
+@dataclass(frozen=True)
+class Context:
+    """What passes are given besides the model.
+
+    Attributes:
+      key: random key of the run.
+      tokens: calibration windows [samples, length], or None if no pass needs them.
+      store: where finished blocks are kept, or None to keep them in memory alone.
+      on_block: called after each block, for progress.
+    """
+
+    key: Key
+    tokens: Int[Array, "samples length"] | None = None
+    store: BlockStore | None = None
+    on_block: Callable[[BlockReport], None] = lambda report: None
+
+
+class ModelPass(abc.ABC):
+    """Rewrites the whole tree. Final subclasses are frozen dataclasses of settings."""
+
+    @abc.abstractmethod
+    def needs_tokens(self) -> bool:
+        """Tells whether the pass reads `context.tokens`."""
+
+    @abc.abstractmethod
+    def check(self, model: Llama) -> None:
+        """Raises RecipeError or FormatError for what cannot work on this model; abstract models will do."""
+
+    @abc.abstractmethod
+    def __call__(self, model: Llama, context: Context) -> tuple[Llama, Report]:
+        """Returns the rewritten model and what there is to report."""
+
+
+@final
+@dataclass(frozen=True)
+class Sequential(ModelPass):
+    """Runs block passes over the blocks in order; each block sees what the rewritten blocks before it produce."""
+
+    passes: tuple[BlockPass, ...]
+
+    def needs_tokens(self) -> bool:
+        """Tells whether any block pass needs calibration inputs."""
+        return any(one.needs_inputs() for one in self.passes)
+
+    def check(self, model: Llama) -> None:
+        """Checks every block pass."""
+        for one in self.passes:
+            one.check(model)
+
+    def __call__(self, model: Llama, context: Context) -> tuple[Llama, Report]:
+        """Runs `calibration.quantize_blocks`."""
+        return quantize_blocks(
+            model, context.tokens, self.passes, key=context.key, store=context.store, on_block=context.on_block
+        )
+
+
+def run_passes(passes: Sequence[ModelPass], model: Llama, context: Context) -> tuple[Llama, Report]:
+    """Applies passes in order, after checking all of them, so that bad input costs no finished work.
+
+    Raises:
+      RecipeError: a pass needs calibration tokens and there are none, or a rule matches nothing.
+      FormatError: a shape or a format does not fit.
+      CalibrationError: a weight is not finite or is all zero, or a solve failed.
+    """
+    for one in passes:
+        one.check(model)
+        if one.needs_tokens() and context.tokens is None:
+            raise RecipeError(f"{type(one).__name__} needs calibration data; give the recipe a `calibration` section")
+    check_weights(model)
+    report = Report()
+    for one in passes:
+        model, part = one(model, context)
+        report = report.merge(part)
+    return model, report

@@ -1,0 +1,12 @@
+"""Weight quantizers: how a matrix is rounded. Each file holds one final `WeightQuantizer`."""
+
+from jquant.quantizers.base import Diagnostics as Diagnostics
+from jquant.quantizers.base import WeightQuantizer as WeightQuantizer
+from jquant.quantizers.base import proxy_loss as proxy_loss
+from jquant.quantizers.base import weight_error as weight_error
+from jquant.quantizers.gptq import Gptq as Gptq
+from jquant.quantizers.rtn import Clip as Clip
+from jquant.quantizers.rtn import Rtn as Rtn
+from jquant.quantizers.statistics import HESSIAN as HESSIAN
+from jquant.quantizers.statistics import SecondMoment as SecondMoment
+from jquant.quantizers.statistics import Statistic as Statistic

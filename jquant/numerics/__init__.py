@@ -1,0 +1,44 @@
+"""Numerical building blocks: arrays in, arrays out. Nothing here knows a format, a node or a model."""
+
+from jquant.numerics.hadamard import base_matrix, base_order, hadamard_matrix, hadamard_transform
+from jquant.numerics.linalg import DAMPING_LIMIT, DAMPING_STEP, InverseFactor, inverse_factor, revive_dead
+from jquant.numerics.packing import pack, packed_length, unpack
+from jquant.numerics.rounding import (
+    Grid,
+    Symmetry,
+    cast_scales,
+    decode,
+    encode,
+    expand,
+    fit_grid,
+    range_of,
+    safe_scale,
+    search_range,
+    straight_through,
+)
+
+__all__ = [
+    "DAMPING_LIMIT",
+    "DAMPING_STEP",
+    "Grid",
+    "InverseFactor",
+    "Symmetry",
+    "base_matrix",
+    "base_order",
+    "cast_scales",
+    "decode",
+    "encode",
+    "expand",
+    "fit_grid",
+    "hadamard_matrix",
+    "hadamard_transform",
+    "inverse_factor",
+    "pack",
+    "packed_length",
+    "range_of",
+    "revive_dead",
+    "safe_scale",
+    "search_range",
+    "straight_through",
+    "unpack",
+]

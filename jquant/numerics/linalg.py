@@ -1,0 +1,103 @@
+"""Factorizations of damped Hessians, as GPTQ and its relatives need them.
+
+For H = 2 X^T X / n [in, in], symmetric and positive semidefinite up to rounding, and a damping d relative to the mean of its diagonal:
+
+    H_d = H + d mean(diag H) I,        inv(H_d) = U^T U with U upper triangular.
+
+Write H_d = R R^T with R upper (Cholesky of H_d with both axes reversed, reversed back); then U = inv(R). One Cholesky and one triangular
+solve give U, and H_d is never inverted.
+"""
+
+from typing import Final, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from jquant.types import Leaf
+
+DAMPING_STEP: Final = 0.01  # what a failed Cholesky adds to the damping: GPTQModel's damp_auto_increment
+DAMPING_LIMIT: Final = 1.0  # no attempt is made with this much or more, unless it was asked for: GPTQModel
+
+
+class InverseFactor(NamedTuple):
+    """Hold U with inv(H_d) = U^T U, `[in, in]`, and the damping, relative to the mean of the diagonal, that H_d was given."""
+
+    upper: Leaf
+    damping: Leaf
+
+
+@jax.jit
+def inverse_factor(hessian: Float[Array, "n n"], damping: float | Float[Array, ""]) -> InverseFactor:
+    """Factor the inverse of a damped Hessian: inv(H + d mean(diag H) I) = U^T U, U upper with a positive diagonal.
+
+    If the factor is not finite, because H is not positive definite up to rounding, d grows by `DAMPING_STEP` and the factorization is
+    tried again, while d < `DAMPING_LIMIT`. A Hessian that more damping cannot cure (not finite, or mean(diag H) <= 0) is tried once.
+
+    Args:
+        hessian: symmetric `[n, n]`, float32 or float64; the result has its dtype. Inputs that are always zero should have been revived
+            (see `revive_dead`).
+        damping: the first d to try; 0.01 in GPTQ.
+
+    Returns:
+        U, all or partly NaN if no damping succeeded, and the d of the last attempt: compare it to what was asked.
+
+    Example:
+        >>> factor = inverse_factor(jnp.array([[4.0, 0.0], [0.0, 1.0]]), damping=0.0)
+        >>> factor.upper.tolist(), float(factor.damping)
+        ([[0.5, 0.0], [0.0, 1.0]], 0.0)
+
+    Reference:
+        Frantar et al., GPTQ: Accurate post-training quantization for generative pre-trained transformers (2023), section 3.3.
+    """
+    first = jnp.asarray(damping, dtype=hessian.dtype)
+    mean = jnp.mean(jnp.diagonal(hessian))
+    curable = jnp.all(jnp.isfinite(hessian)) & (mean > 0)
+
+    def attempt(state: tuple[Array, InverseFactor]) -> tuple[Array, InverseFactor]:
+        tries, _ = state
+        tried = first + tries.astype(hessian.dtype) * DAMPING_STEP
+        return tries + 1, InverseFactor(_upper_of_inverse(_damp(hessian, tried * mean)), tried)
+
+    def try_again(state: tuple[Array, InverseFactor]) -> Bool[Array, ""]:
+        tries, factor = state
+        failed = ~jnp.all(jnp.isfinite(factor.upper))
+        return (tries == 0) | (failed & curable & (factor.damping + DAMPING_STEP < DAMPING_LIMIT))
+
+    start = InverseFactor(jnp.full_like(hessian, jnp.nan), first)
+    return jax.lax.while_loop(try_again, attempt, (jnp.int32(0), start))[1]
+
+
+def revive_dead(
+    hessian: Float[Array, "n n"], weight: Float[Array, "n out"]
+) -> tuple[Float[Array, "n n"], Float[Array, "n out"]]:
+    """Neutralize the inputs that were zero on all calibration data: H_jj = 1, and zero in row j of the weight.
+
+    Their weights never mattered, and a zero on the diagonal would make H singular.
+
+    Args:
+        hessian: `[n, n]`.
+        weight: `[n, out]`.
+
+    Returns:
+        Hessian and weight, equal to the given ones where every H_jj is positive.
+
+    Example:
+        >>> hessian, weight = revive_dead(jnp.diag(jnp.array([2.0, 0.0])), jnp.ones((2, 1)))
+        >>> hessian.tolist(), weight.tolist()
+        ([[2.0, 0.0], [0.0, 1.0]], [[1.0], [0.0]])
+    """
+    dead = jnp.diagonal(hessian) == 0
+    revived = hessian + jnp.diag(dead.astype(hessian.dtype))
+    return revived, jnp.where(dead[:, None], jnp.zeros_like(weight), weight)
+
+
+def _damp(hessian: Float[Array, "n n"], shift: Float[Array, ""]) -> Float[Array, "n n"]:
+    return hessian + shift * jnp.eye(hessian.shape[0], dtype=hessian.dtype)
+
+
+def _upper_of_inverse(matrix: Float[Array, "n n"]) -> Float[Array, "n n"]:
+    with jax.default_matmul_precision("highest"):
+        root = jnp.flip(jnp.linalg.cholesky(jnp.flip(matrix)))
+        identity = jnp.eye(matrix.shape[0], dtype=matrix.dtype)
+        return jax.scipy.linalg.solve_triangular(root, identity, lower=False)

@@ -1,0 +1,51 @@
+# Two commands do everything on a fresh machine: `make demo` and `make test`.
+# Each finds a Python by itself (.ci/find-python) and makes its own environment; nothing outside this folder is changed.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.PHONY: help env demo test lint format reference clean
+
+packages := jquant pallas_kernels convert eval
+python := .venv/bin/python
+pip := -m pip --disable-pip-version-check install --quiet
+ready := .venv/.ready
+reference_ready := .venv-reference/.ready
+
+help: ## list the targets
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 12
+
+env: $(ready) ## make .venv: Python >= 3.12, this package and what develops it, at the pinned versions
+
+$(ready): pyproject.toml constraints.txt
+	@interpreter=$$(.ci/find-python 3.12); echo "environment: .venv with $$interpreter (some minutes the first time)"; \
+	  [ -x $(python) ] || "$$interpreter" -m venv .venv
+	@$(python) $(pip) --editable '.[dev]' --constraint constraints.txt
+	@touch $@
+
+demo: $(ready) ## obtain a small model, quantize it to 4 bits, measure it, chat with it
+	@.venv/bin/jquant demo
+
+test: $(ready) ## the whole test suite
+	@$(python) -m pytest --numprocesses 2 --dist worksteal
+
+lint: $(ready) ## ruff, formatting and types
+	@$(python) -m ruff check .
+	@$(python) -m ruff format --check .
+	@$(python) -m mypy $(packages)
+
+format: $(ready) ## rewrite files as `make lint` wants them
+	@$(python) -m ruff check --fix-only --quiet .
+	@$(python) -m ruff format .
+
+reference: $(reference_ready) ## make .venv-reference: Python 3.11 with torch, which tests compare with
+
+$(reference_ready): .ci/reference.txt
+	@interpreter=$$(.ci/find-python 3.11 exact); echo "environment: .venv-reference with $$interpreter"; \
+	  [ -x .venv-reference/bin/python ] || "$$interpreter" -m venv .venv-reference
+	@.venv-reference/bin/python $(pip) --requirement .ci/reference.txt
+	@touch $@
+
+clean: ## remove the environments and everything that was built or cached
+	@rm -rf .venv .venv-reference .cache build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	@find $(packages) tests benchmarks -name __pycache__ -prune -exec rm -rf {} +

@@ -1,0 +1,1 @@
+"""Quantization of large language models in JAX and Flax."""

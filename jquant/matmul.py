@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jquant.formats import Layout, PermutedTensor, QuantizedTensor
+from jquant.types import compute_dtype
 
 type Weight = Float[Array, "in out"] | QuantizedTensor
 type MatmulRule = Callable[[jax.Array, Any], jax.Array]
@@ -43,7 +44,7 @@ def _layout(weight: Any) -> Layout:
 
 
 def _reference(x: jax.Array, weight: Any) -> jax.Array:
-    sums = jnp.promote_types(x.dtype, jnp.float32)
+    sums = compute_dtype(x.dtype)
     return jnp.matmul(x, dense(weight, x.dtype), preferred_element_type=sums).astype(x.dtype)
 
 

@@ -7,6 +7,7 @@ Functions annotate their arrays with jaxtyping shapes instead.
 
 from typing import TYPE_CHECKING, Any
 
+import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import PRNGKeyArray
 
@@ -18,4 +19,16 @@ else:
 Key = PRNGKeyArray
 DType = DTypeLike
 
-__all__ = ["DType", "Key", "Leaf"]
+
+
+def compute_dtype(dtype: DType) -> DType:
+    """Return what is computed in for arrays of a dtype: float32, or float64 for float64.
+
+    Example:
+        >>> str(compute_dtype("bfloat16"))
+        'float32'
+    """
+    return jnp.dtype("float64" if jnp.dtype(dtype) == jnp.dtype("float64") else "float32")
+
+
+__all__ = ["DType", "Key", "Leaf", "compute_dtype"]

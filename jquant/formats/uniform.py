@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, UInt8
 from jquant.errors import FormatError
 from jquant.formats.base import Layout, QuantizedTensor
 from jquant.numerics import Symmetry, pack, unpack
-from jquant.types import Leaf
+from jquant.types import Leaf, compute_dtype
 
 type ScaleDtype = Literal["float16", "bfloat16", "float32"]
 
@@ -84,7 +84,7 @@ class UniformTensor(QuantizedTensor):
         """Returns scales * (codes - zeros), computed in float32 and rounded once to `dtype`."""
         inputs, bits = self.shape[0], self.format.bits
         groups = self.format.groups(inputs)
-        compute = jnp.promote_types(jnp.float32, dtype)
+        compute = compute_dtype(dtype)
         scales = self.scales.astype(compute)[:, None, :]
         if self.zeros is None:
             zeros = jnp.full_like(scales, 2 ** (bits - 1))

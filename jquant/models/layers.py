@@ -9,6 +9,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jquant.matmul import matmul
 from jquant.models.config import RopeConfig
 from jquant.models.tree import Linear
+from jquant.types import compute_dtype
 
 
 def linear(layer: Linear, x: Float[Array, "*batch in"]) -> tuple[Float[Array, "*batch out"], Float[Array, "*batch in"]]:
@@ -19,7 +20,7 @@ def linear(layer: Linear, x: Float[Array, "*batch in"]) -> tuple[Float[Array, "*
 
 def rms_norm(x: Float[Array, "*batch dim"], scale: Float[Array, "dim"], eps: float) -> Float[Array, "*batch dim"]:
     """Returns scale * x / sqrt(mean(x^2) + eps), the mean in float32 or wider, in the dtype of `x`."""
-    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    wide = x.astype(compute_dtype(x.dtype))
     normed = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
     return normed.astype(x.dtype) * jnp.broadcast_to(scale.astype(x.dtype), x.shape)
 
@@ -47,7 +48,7 @@ def apply_rope(
     x: Float[Array, "tokens heads dim"], positions: Int[Array, "tokens"], rope: RopeConfig
 ) -> Float[Array, "tokens heads dim"]:
     """Turns the pairs (x[i], x[i + dim / 2]) by position * frequency[i]; computed in float32 or wider."""
-    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    wide = x.astype(compute_dtype(x.dtype))
     angles = positions[:, None].astype(wide.dtype) * rope_frequencies(rope, x.shape[-1]).astype(wide.dtype)[None]
     cos, sin = jnp.cos(angles)[:, None], jnp.sin(angles)[:, None]  # [tokens, 1, dim / 2]
     low, high = jnp.split(wide, 2, axis=-1)
@@ -69,5 +70,14 @@ def attention(
     values: Float[Array, "batch seen kv_heads dim"],
     mask: Bool[Array, "batch tokens seen"],
 ) -> Float[Array, "batch tokens heads dim"]:
-    """Returns softmax(q k^T / sqrt(dim)) v over what the mask lets through; query heads share KV heads in order."""
-    return jax.nn.dot_product_attention(queries, keys.astype(queries.dtype), values.astype(queries.dtype), mask=mask[:, None])
+    """Returns softmax(q k^T / sqrt(dim)) v over what the mask lets through, in the dtype of the queries.
+
+    Scores and softmax are float32 or wider. Query heads share KV heads in order: heads / kv_heads each.
+    """
+    batch, tokens, heads, dim = queries.shape
+    wide, own = compute_dtype(queries.dtype), queries.dtype
+    grouped = queries.reshape(batch, tokens, keys.shape[2], -1, dim)
+    scores = jnp.einsum("btkgd,bskd->bkgts", grouped, keys.astype(own), preferred_element_type=wide) / math.sqrt(dim)
+    weights = jax.nn.softmax(jnp.where(mask[:, None, None], scores, jnp.finfo(wide).min), axis=-1)
+    context = jnp.einsum("bkgts,bskd->btkgd", weights.astype(own), values.astype(own), preferred_element_type=wide)
+    return context.reshape(batch, tokens, heads, dim).astype(own)

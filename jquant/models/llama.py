@@ -13,7 +13,7 @@ from jquant.matmul import matmul
 from jquant.models.config import LlamaConfig
 from jquant.models.layers import apply_rope, attention, causal_mask, linear, rms_norm
 from jquant.models.tree import Attention, Block, Llama, Mlp, Stacked
-from jquant.types import Leaf
+from jquant.types import Leaf, compute_dtype
 
 type Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, LayerCache]]
 
@@ -53,7 +53,7 @@ def head(model: Llama, x: Float[Array, "*batch hidden"]) -> Float[Array, "*batch
         logits = matmul(normed, model.embed_tokens.T)
     else:
         logits, _ = linear(model.lm_head, normed)
-    return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    return logits.astype(compute_dtype(logits.dtype))
 
 
 def forward(model: Llama, tokens: Int[Array, "batch tokens"]) -> Float[Array, "batch tokens vocab"]:

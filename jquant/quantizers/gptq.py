@@ -78,7 +78,7 @@ class Gptq(WeightQuantizer):
         """
         del key
         hessian = statistics.mean()
-        weight = weight.astype(jnp.promote_types(weight.dtype, hessian.dtype))
+        weight = weight.astype(hessian.dtype)
         order = self.order_of(hessian)
         solution = self.solve(weight, hessian, order)
         tensor = self._pack(solution, order)
@@ -113,13 +113,13 @@ class Gptq(WeightQuantizer):
 
         padding = -inputs % size  # rows of zeros with an identity factor: they take no error and give none
         upper = jax.scipy.linalg.block_diag(factor.upper, jnp.eye(padding, dtype=weight.dtype))
-        grid_of_row = jnp.pad(order // (inputs // groups), (0, padding))
+        grid_of_row = jnp.pad(jnp.zeros_like(order) if dynamic else order // (inputs // groups), (0, padding))
 
         def block(weight: jax.Array, start: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array, Grid | None]]:
             rows, spread, which = (jax.lax.dynamic_slice_in_dim(a, start, size) for a in (weight, upper, grid_of_row))
             own = fit_groups(rows, one_group, self.clip) if dynamic else grid
             within = jax.lax.dynamic_slice_in_dim(spread, start, size, axis=1)  # [size, size]
-            codes, errors = _round_block(rows, within, own, which * (not dynamic), self.format.bits)
+            codes, errors = _round_block(rows, within, own, which, self.format.bits)
             rest = weight - jnp.matmul(spread.T, errors, precision=jax.lax.Precision.HIGHEST)
             return rest, (codes, errors, own if dynamic else None)
 

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 from jquant.formats import UniformFormat, UniformTensor, quantize_uniform
 from jquant.numerics import Grid, cast_scales, encode, fit_grid, range_of, search_range
 from jquant.quantizers.base import Diagnostics, WeightQuantizer, weight_error
-from jquant.types import Key
+from jquant.types import Key, compute_dtype
 
 type Clip = Literal["none", "search"]
 
@@ -53,8 +53,9 @@ class Rtn(WeightQuantizer):
     ) -> tuple[UniformTensor, Diagnostics]:
         """Rounds a matrix; an all-zero group gives zeros."""
         del statistics, key
-        tensor = round_to_nearest(weight.astype(jnp.promote_types(weight.dtype, jnp.float32)), self.format, self.clip)
-        return tensor, weight_error(weight.astype(jnp.float32), tensor)
+        weight = weight.astype(compute_dtype(weight.dtype))
+        tensor = round_to_nearest(weight, self.format, self.clip)
+        return tensor, weight_error(weight, tensor)
 
 
 def round_to_nearest(weight: Float[Array, "in out"], format: UniformFormat, clip: Clip) -> UniformTensor:

@@ -1,0 +1,134 @@
+"""Block by block through the model: each block sees the inputs that the rewritten blocks before it produce.
+
+A straight loop with jitted pieces. Its random keys come from `fold_in(key, index)` and its inputs from the blocks
+alone, so that a run resumed from a store gives the same bits as one that was never stopped.
+"""
+
+import functools
+import math
+import time
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jquant.blocks import BlockData, BlockPass, summarize
+from jquant.calibration.store import BlockStore
+from jquant.errors import CalibrationError
+from jquant.formats import QuantizedTensor
+from jquant.models import Block, Llama, LlamaConfig, embed, get, linears, prompt_block
+from jquant.quantizers import Diagnostics
+from jquant.report import BlockReport, LinearReport, Report
+from jquant.types import Key
+
+
+def quantize_blocks(
+    model: Llama,
+    tokens: Int[Array, "samples length"] | None,
+    passes: Sequence[BlockPass],
+    *,
+    key: Key,
+    store: BlockStore | None = None,
+    on_block: Callable[[BlockReport], None] = lambda report: None,
+) -> tuple[Llama, Report]:
+    """Rewrites the blocks in order.
+
+    Args:
+      model: the model, its layers a tuple.
+      tokens: calibration windows; None if no pass needs inputs.
+      passes: what is done to each block, in order.
+      key: random key of the run.
+      store: keeps each finished block on disk; blocks that it already holds are taken from it.
+      on_block: called with each block's report, also for blocks from the store.
+
+    Returns:
+      The rewritten model and one report a block.
+
+    Raises:
+      CalibrationError: a solve gave something that is not finite; the linear is named, finished blocks are kept.
+    """
+    carried = any(one.needs_inputs() for one in passes)
+    inputs = embed(model, tokens) if carried and tokens is not None else None
+    layers, reports = list(model.layers), []
+    for index, layer in enumerate(layers):
+        started = time.monotonic()
+        resumed = store.get(index) if store else None
+        if resumed is not None:
+            layers[index], report = resumed
+        else:
+            data = BlockData(inputs=inputs, config=model.config, index=index)
+            layers[index], rows = _run(passes, layer, data, jax.random.fold_in(key, index))
+            jax.block_until_ready(layers[index])
+            report = BlockReport(index=index, linears=rows, seconds=time.monotonic() - started)
+            if store:
+                store.put(index, layers[index], report)
+        if inputs is not None and index + 1 < len(layers):
+            inputs = advance(layers[index], inputs, model.config)
+        reports.append(report)
+        on_block(report)
+    return model.replace(layers=tuple(layers)), Report(blocks=tuple(reports))
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def advance(
+    layer: Block, inputs: Float[Array, "samples tokens hidden"], config: LlamaConfig
+) -> Float[Array, "samples tokens hidden"]:
+    """Returns what a block makes of all samples, one sample at a time."""
+    lengths = jnp.full(1, inputs.shape[1], jnp.int32)
+    return jax.lax.map(lambda x: prompt_block(layer, x[None], lengths, x.shape[0], config)[0][0], inputs)
+
+
+def check_weights(model: Llama) -> None:
+    """Refuses a model whose block weights cannot be meant; called before any work.
+
+    Raises:
+      CalibrationError: a weight is NaN or infinite, or a matrix is zero everywhere; all such paths are named.
+    """
+    faults = []
+    for path, layer in linears(model):
+        largest = float(_largest(layer.kernel)) if not isinstance(layer.kernel, QuantizedTensor) else 1.0
+        if not math.isfinite(largest):
+            faults.append(f"{path} has NaN or infinite weights")
+        elif largest == 0.0:
+            faults.append(f"{path} is zero everywhere")
+    if faults:
+        raise CalibrationError(f"{'; '.join(faults)}. The checkpoint is damaged or incomplete: fetch or convert it again")
+
+
+@jax.jit
+def _largest(weight: jax.Array) -> jax.Array:
+    return jnp.max(jnp.abs(weight.astype(jnp.float32)))
+
+
+def _run(
+    passes: Sequence[BlockPass], layer: Block, data: BlockData, key: Key
+) -> tuple[Block, tuple[LinearReport, ...]]:
+    rows: list[LinearReport] = []
+    for number, one in enumerate(passes):
+        layer, solved = one(layer, data, jax.random.fold_in(key, number))
+        for path, diagnostics in solved.items():
+            rows.append(_row(path, layer, diagnostics))
+    return layer, tuple(rows)
+
+
+def _row(path: str, layer: Block, diagnostics: Diagnostics) -> LinearReport:
+    figures = {name: float(value) for name, value in summarize(diagnostics).items()}
+    bad = sorted(name for name, value in figures.items() if not math.isfinite(value))
+    if bad:
+        raise CalibrationError(
+            f"{path}: {', '.join(bad)} not finite (damping reached {figures.get('damping', 0.0):.2f} of the mean diagonal). "
+            "Its calibration inputs are degenerate: use more or other calibration text, a larger `damping`, or leave "
+            "this linear out by a rule with `quantizer: null`. Finished blocks are kept; run again to go on"
+        )
+    tensor = get(layer, path.split(".", 2)[2]).kernel
+    return LinearReport(
+        path=path,
+        method=type(tensor).__name__,
+        bits_per_weight=tensor.bits_per_weight(),
+        relative_error=math.sqrt(figures["weight_error"] / figures["weight_norm"]),
+        proxy_loss=figures.get("proxy_loss"),
+        rtn_proxy_loss=figures.get("rtn_proxy_loss"),
+        damping=figures.get("damping"),
+    )
+

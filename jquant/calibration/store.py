@@ -1,0 +1,94 @@
+"""The block store: finished blocks of a run on disk, each a whole checkpoint of its own, so that a run can resume."""
+
+import dataclasses
+import fcntl
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Final
+
+from jquant.checkpoint import is_checkpoint, load_tree, save_tree
+from jquant.errors import CheckpointError
+from jquant.models import Block
+from jquant.report import BlockReport, block_report_from_dict
+
+FINGERPRINT: Final = "fingerprint.json"
+REPORT: Final = "report.json"
+
+
+@dataclass(frozen=True)
+class BlockStore:
+    """A folder of finished blocks, `block-000` onwards, and the fingerprint of the run that they belong to.
+
+    Attributes:
+      path: the folder.
+      lock: an open file whose lock this process holds; a second process on the store is refused.
+    """
+
+    path: Path
+    lock: IO[str]
+
+    @classmethod
+    def open(cls, path: Path | str, fingerprint: Mapping[str, str]) -> "BlockStore":
+        """Opens a store, making it if it is not there.
+
+        Args:
+          path: the folder.
+          fingerprint: whatever decides the result: digests of model, recipe and tokens, versions.
+
+        Raises:
+          CheckpointError: the folder cannot be written, another process works on it, or it belongs to a run with
+            another fingerprint; the entries that differ are named.
+        """
+        path = Path(path)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            lock = (path / "lock").open("w")
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise CheckpointError(f"another process is working on {path}; wait for it, or give another path") from error
+        except OSError as error:
+            raise CheckpointError(f"cannot write to {path}: {error}. Choose a folder that you may write to") from error
+        known = path / FINGERPRINT
+        if not known.exists():
+            temporary = path / f"{FINGERPRINT}.partial"
+            temporary.write_text(json.dumps(dict(fingerprint), indent=1))
+            temporary.replace(known)
+        recorded = json.loads(known.read_text())
+        different = sorted(
+            name for name in {*recorded, *fingerprint} if recorded.get(name) != fingerprint.get(name)
+        )
+        if different:
+            raise CheckpointError(
+                f"{path} holds blocks of another run: {', '.join(different)} differ. Delete {path} to start anew, or "
+                "give another output path"
+            )
+        return cls(path=path, lock=lock)
+
+    def get(self, index: int) -> tuple[Block, BlockReport] | None:
+        """Returns a finished block and its report, or None if it is not in the store.
+
+        Raises:
+          CheckpointError: the block is damaged; delete its folder to solve it again.
+        """
+        folder = self._folder(index)
+        if not is_checkpoint(folder):
+            return None
+        report = block_report_from_dict(json.loads((folder / REPORT).read_text()))
+        return load_tree(folder), report
+
+    def put(self, index: int, block: Block, report: BlockReport) -> None:
+        """Stores a finished block, whole or not at all.
+
+        Raises:
+          CheckpointError: it cannot be written; the blocks stored before stay.
+        """
+        save_tree(block, self._folder(index), files={REPORT: json.dumps(dataclasses.asdict(report)).encode()})
+
+    def finished(self) -> int:
+        """Returns how many blocks are in the store."""
+        return sum(is_checkpoint(folder) for folder in self.path.glob("block-*"))
+
+    def _folder(self, index: int) -> Path:
+        return self.path / f"block-{index:03d}"

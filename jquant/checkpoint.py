@@ -1,0 +1,153 @@
+"""Checkpoints: Orbax for the arrays, `structure.json` for the tree. A round trip is exact, packed nodes included.
+
+A checkpoint is a folder: `structure.json` (format version, sha256 of the content, node names, static fields, array
+shapes and dtypes), `arrays/` (Orbax, one entry for each path) and whatever files go along (recipe, report, tokenizer).
+It is written under another name beside its place and renamed when complete: a folder that loads is whole.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from jquant.errors import CheckpointError
+from jquant.models import Llama
+from jquant.structure import decode_structure, encode_structure
+
+VERSION: Final = 1
+STRUCTURE: Final = "structure.json"
+ARRAYS: Final = "arrays"
+
+
+def save_tree(tree: Any, path: Path | str, *, files: Mapping[str, bytes] | None = None) -> str:
+    """Writes a tree of nodes as a checkpoint folder, whole or not at all.
+
+    Args:
+      tree: nodes of jquant; leaves are arrays.
+      path: the folder to make; its parent must exist, it must not.
+      files: name inside the folder -> content, such as `recipe.yaml` or `tokenizer/tokenizer.json`.
+
+    Returns:
+      The sha256 of structure and arrays, which the folder records.
+
+    Raises:
+      CheckpointError: the path exists, or it cannot be written (no permission, disk full); nothing is left behind.
+    """
+    path = Path(path)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise CheckpointError(f"{path} exists and is not empty; give another path, or delete it first")
+    try:
+        partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
+    except OSError as error:
+        raise CheckpointError(_cannot_write(path, error)) from error
+    try:
+        sha256 = digest(tree)
+        description = {"jquant": VERSION, "sha256": sha256, "tree": encode_structure(tree)}
+        (partial / STRUCTURE).write_text(json.dumps(description, indent=1))
+        for name, content in (files or {}).items():
+            (partial / name).parent.mkdir(parents=True, exist_ok=True)
+            (partial / name).write_bytes(content)
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save((partial / ARRAYS).absolute(), dict(_named_leaves(tree)))
+        partial.chmod(0o755)
+        os.replace(partial, path)
+    except (OSError, ValueError) as error:  # tensorstore reports a full disk as ValueError
+        raise CheckpointError(_cannot_write(path, error)) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return sha256
+
+
+def load_tree(path: Path | str) -> Any:
+    """Reads back what `save_tree` wrote, bit for bit.
+
+    Raises:
+      CheckpointError: the folder is no checkpoint, was written by a newer jquant, or is damaged.
+    """
+    path = Path(path)
+    tree = abstract_tree(path)
+    names = dict(_named_leaves(tree))
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            arrays = checkpointer.restore((path / ARRAYS).absolute(), names)
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{path / ARRAYS} cannot be read; the checkpoint is damaged, write it again: {error}") from error
+    return jax.tree.unflatten(jax.tree.structure(tree), [arrays[name] for name in names])
+
+
+def abstract_tree(path: Path | str) -> Any:
+    """Returns the tree of a checkpoint with `jax.ShapeDtypeStruct` for arrays; only `structure.json` is read.
+
+    Raises:
+      CheckpointError: the folder is no checkpoint, or was written by a newer jquant.
+    """
+    description = _describe(Path(path))
+    if description["jquant"] > VERSION:
+        raise CheckpointError(
+            f"{path} has format version {description['jquant']}, this jquant reads up to {VERSION}; upgrade jquant"
+        )
+    return decode_structure(description["tree"])
+
+
+def is_checkpoint(path: Path | str) -> bool:
+    """Tells whether a folder is a jquant checkpoint."""
+    return (Path(path) / STRUCTURE).is_file()
+
+
+def recorded_digest(path: Path | str) -> str:
+    """Returns the sha256 that a checkpoint folder records of its structure and arrays."""
+    return _describe(Path(path))["sha256"]
+
+
+def save_model(model: Llama, path: Path | str, *, files: Mapping[str, bytes] | None = None) -> str:
+    """Writes a model as a checkpoint; see `save_tree`."""
+    return save_tree(model, path, files=files)
+
+
+def load_model(path: Path | str) -> Llama:
+    """Reads a model back; see `load_tree`.
+
+    Raises:
+      CheckpointError: as `load_tree`, or the checkpoint holds something else than a model.
+    """
+    tree = load_tree(path)
+    if not isinstance(tree, Llama):
+        raise CheckpointError(f"{path} holds a {type(tree).__name__}, not a model")
+    return tree
+
+
+def digest(tree: Any) -> str:
+    """Returns the sha256 of a tree's structure and of every byte of its arrays, in order of their paths."""
+    total = hashlib.sha256(json.dumps(encode_structure(tree), sort_keys=True).encode())
+    for name, leaf in sorted(_named_leaves(tree)):
+        total.update(name.encode())
+        total.update(np.ascontiguousarray(jax.device_get(leaf)).view(np.uint8).tobytes())
+    return total.hexdigest()
+
+
+def _describe(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads((path / STRUCTURE).read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is no jquant checkpoint: {STRUCTURE} cannot be read ({error})") from error
+
+
+def _named_leaves(tree: Any) -> Iterator[tuple[str, Any]]:
+    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+        yield jax.tree_util.keystr(path, simple=True, separator="."), leaf
+
+
+def _cannot_write(path: Path, error: Exception) -> str:
+    free = shutil.disk_usage(path.parent).free if path.parent.is_dir() else 0
+    return (
+        f"cannot write {path}: {error}. {free / 2**20:.0f} MiB are free there; free space or choose another folder. "
+        "Nothing was left half written"
+    )

@@ -1,0 +1,91 @@
+"""A tree's structure as JSON: node names, static fields, array shapes and dtypes. Reading it runs no code of the file.
+
+    node    {"node": "UniformTensor", "fields": {...}}          frozen dataclass  {"value": "UniformFormat", "fields": {...}}
+    array   {"array": [576, 960], "dtype": "uint8"}            tuple             {"tuple": [...]}
+    enum    {"enum": "Layout", "name": "PORTABLE"}             plain             null, bool, int, float, string
+"""
+
+import dataclasses
+import enum
+from collections.abc import Mapping
+from typing import Any, Final
+
+import jax
+import jax.numpy as jnp
+
+from jquant import formats, kv, models
+from jquant.errors import CheckpointError
+
+_NODES: Final[Mapping[str, type]] = {
+    node.__name__: node
+    for node in (
+        models.Llama,
+        models.Stacked,
+        models.Block,
+        models.Attention,
+        models.Mlp,
+        models.Linear,
+        formats.UniformTensor,
+        formats.PermutedTensor,
+        kv.ExactKv,
+    )
+}
+_VALUES: Final[Mapping[str, type]] = {
+    value.__name__: value for value in (models.LlamaConfig, models.RopeConfig, formats.UniformFormat)
+}
+_ENUMS: Final[Mapping[str, type[enum.Enum]]] = {formats.Layout.__name__: formats.Layout}
+
+
+def encode_structure(node: Any) -> Any:
+    """Returns the JSON-able structure of a tree; arrays become their shape and dtype.
+
+    Raises:
+      CheckpointError: something in the tree is none of jquant's kinds; it is named.
+
+    Example:
+      >>> encode_structure(models.Linear(kernel=jnp.zeros((2, 3))))["fields"]["kernel"]
+      {'array': [2, 3], 'dtype': 'float32'}
+    """
+    if node is None or isinstance(node, (bool, int, float, str)):
+        return node
+    if isinstance(node, enum.Enum) and type(node).__name__ in _ENUMS:
+        return {"enum": type(node).__name__, "name": node.name}
+    if isinstance(node, tuple):
+        return {"tuple": [encode_structure(item) for item in node]}
+    name = type(node).__name__
+    for kind, table in (("node", _NODES), ("value", _VALUES)):
+        if table.get(name) is type(node):
+            fields = {field.name: encode_structure(getattr(node, field.name)) for field in dataclasses.fields(node)}
+            return {kind: name, "fields": fields}
+    if isinstance(node, (jax.Array, jax.ShapeDtypeStruct)) or type(node).__module__ == "numpy":
+        return {"array": list(node.shape), "dtype": str(jnp.dtype(node.dtype))}
+    raise CheckpointError(f"cannot save a {type(node).__module__}.{name}: it is no node of jquant's model tree")
+
+
+def decode_structure(value: Any) -> Any:
+    """Rebuilds the tree that a structure describes, with `jax.ShapeDtypeStruct` for arrays.
+
+    Raises:
+      CheckpointError: the structure names something that this jquant does not have.
+    """
+    if not isinstance(value, dict):
+        return value
+    if "array" in value:
+        return jax.ShapeDtypeStruct(tuple(value["array"]), jnp.dtype(value["dtype"]))
+    if "tuple" in value:
+        return tuple(decode_structure(item) for item in value["tuple"])
+    if "enum" in value:
+        return _known(_ENUMS, value["enum"])[value["name"]]
+    table, name = (_NODES, value["node"]) if "node" in value else (_VALUES, value["value"])
+    kind = _known(table, name)
+    fields = {field: decode_structure(item) for field, item in value["fields"].items()}
+    surplus = set(fields) - {field.name for field in dataclasses.fields(kind)}
+    if surplus:
+        raise CheckpointError(f"{name} has no {', '.join(sorted(surplus))}; a newer jquant wrote this, upgrade")
+    return kind(**fields)
+
+
+def _known(table: Mapping[str, Any], name: str) -> Any:
+    if name not in table:
+        raise CheckpointError(f"unknown {name!r} in structure.json; known: {', '.join(table)}. Upgrade jquant")
+    return table[name]

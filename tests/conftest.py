@@ -1,0 +1,43 @@
+"""What every test runs under: no implicit casts or broadcasts, checked shapes, two CPU devices."""
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import jax
+import pytest
+from jaxtyping import install_import_hook
+
+PACKAGES = ("jquant", "pallas_kernels", "convert", "eval")
+ROOT = Path(__file__).resolve().parent.parent
+
+jax.config.update("jax_num_cpu_devices", 2)
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+install_import_hook(PACKAGES, "beartype.beartype")
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """Return the folder of golden numbers and texts that lies beside a checkout; skip where there is none."""
+    folder = Path(os.environ.get("JQUANT_SHARED", ROOT.parent / "shared"))
+    if not folder.is_dir():
+        pytest.skip(f"no folder {folder}: golden numbers and texts lie beside the checkout (or set JQUANT_SHARED)")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def reference_python() -> Path:
+    """Return the interpreter that has torch and transformers; skip where `make reference` has not been run."""
+    interpreter = ROOT / ".venv-reference" / "bin" / "python"
+    if not (interpreter.parent.parent / ".ready").exists():
+        pytest.skip("no reference environment: run `make reference`")
+    return interpreter
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip what is marked `gpu` where JAX has no GPU."""
+    if item.get_closest_marker("gpu") and jax.default_backend() != "gpu":
+        pytest.skip("needs a GPU: run with JAX_PLATFORMS=cuda,cpu on a machine that has one")

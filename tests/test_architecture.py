@@ -22,7 +22,7 @@ FLOORS: Final = (
     ("jquant.models",),
     ("jquant.structure",),
     ("jquant.transforms", "jquant.blocks", "jquant.runtime", "jquant.checkpoint", "jquant.sharding"),
-    ("convert", "jquant.calibration", "eval"),
+    ("convert", "jquant.calibration", "jquant.costs", "eval"),
     ("jquant.passes",),
     ("jquant.recipe",),
     ("jquant.plan", "jquant.demo"),

@@ -8,7 +8,7 @@ SHELL := /bin/bash
 
 packages := jquant pallas_kernels convert eval
 python := .venv/bin/python
-pip := -m pip --disable-pip-version-check install --quiet
+pip := -m pip --disable-pip-version-check install -qq
 ready := .venv/.ready
 reference_ready := .venv-reference/.ready
 

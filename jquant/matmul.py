@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jquant.formats import Layout, PermutedTensor, QuantizedTensor
+from jquant.formats import Layout, PermutedTensor, QuantizedTensor, UniformTensor
 from jquant.types import compute_dtype
 
 type Weight = Float[Array, "in out"] | QuantizedTensor
@@ -36,11 +36,8 @@ def matmul(x: Float[Array, "*batch in"], weight: Any) -> Float[Array, "*batch ou
       [[3.0]]
     """
     kind = type(weight) if isinstance(weight, QuantizedTensor) else jax.Array
-    return _RULES.get((kind, _layout(weight)), _reference)(x, weight)
-
-
-def _layout(weight: Any) -> Layout:
-    return getattr(weight, "layout", Layout.PORTABLE)
+    layout = weight.layout if isinstance(weight, UniformTensor) else Layout.PORTABLE  # a jax.Array has another `layout`
+    return _RULES.get((kind, layout), _reference)(x, weight)
 
 
 def _reference(x: jax.Array, weight: Any) -> jax.Array:

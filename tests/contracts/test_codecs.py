@@ -1,0 +1,122 @@
+"""What every `KvCodec` promises, one row for each: alone, on one sequence, and inside a model."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jquant.kv import ExactKv, KvCodec
+from jquant.models import Cache, Llama, RopeConfig, decode, forward, prefill, random_model, set_kv_codec, tiny_config
+from jquant.models.layers import apply_rope
+
+CODECS: dict[str, KvCodec] = {"exact": ExactKv()}
+
+TOKENS = 12  # longer than the sliding window of the tiny Mistral, 8
+LENGTHS = tuple(range(1, 10))
+# Where the model's arithmetic differs only in the order of float32 sums.
+ROUNDING = {"rtol": 0.0, "atol": 2e-5}
+
+every_codec = pytest.mark.parametrize("name", CODECS)
+
+
+def test_every_codec_has_a_row() -> None:
+    assert {type(codec) for codec in CODECS.values()} == set(KvCodec.__subclasses__())
+
+
+@every_codec
+def test_filled_then_pushed_reads_as_pushed_alone(name: str) -> None:
+    codec, dim = CODECS[name], 16
+    keys, values = jax.random.normal(jax.random.key(0), (2, TOKENS, 2, dim))
+
+    def rope(heads: jax.Array, positions: jax.Array) -> jax.Array:
+        return apply_rope(heads, positions, RopeConfig())
+
+    def read_after(length: jax.Array, junk: jax.Array) -> tuple[jax.Array, jax.Array]:
+        real = (jnp.arange(TOKENS) < length)[:, None, None]
+        empty = codec.init(TOKENS, 2, dim, jnp.float32)
+        filled = codec.fill(empty, jnp.where(real, keys, junk), jnp.where(real, values, -junk), length, rope)
+
+        def step(cache: object, position: jax.Array) -> tuple[object, None]:
+            pushed = codec.settle(codec.push(cache, keys[position], values[position], position, rope), position)
+            return jax.tree.map(lambda new, old: jnp.where(position >= length, new, old), pushed, cache), None
+
+        start = jax.tree.map(lambda full, none: jnp.where(length > 0, full, none), filled, empty)
+        return codec.read(jax.lax.scan(step, start, jnp.arange(TOKENS))[0], jnp.asarray(TOKENS - 1), rope)
+
+    lengths = jnp.arange(TOKENS)  # length 0: decode alone
+    read_keys, read_values = jax.jit(jax.vmap(read_after))(lengths, 100.0 + lengths.astype(jnp.float32))
+    np.testing.assert_allclose(read_keys, np.broadcast_to(read_keys[:1], read_keys.shape), atol=1e-6, rtol=0)
+    np.testing.assert_array_equal(read_values, np.broadcast_to(read_values[:1], read_values.shape))
+
+
+class Session:
+    """The prompts and steps of a model of one block, jitted once, counting the traces of a step."""
+
+    def __init__(self, family: str, name: str) -> None:
+        config = dataclasses.replace(tiny_config(family), num_hidden_layers=1)
+        self.model = set_kv_codec(random_model(config, jax.random.key(1)), CODECS[name])
+        self.tokens = jax.random.randint(jax.random.key(2), (TOKENS,), 0, 128)
+        self.traces, self.batches = 0, set()
+        self._prefill = jax.jit(functools.partial(prefill, capacity=TOKENS))
+        self._decode = jax.jit(self._count)
+        other = self.tokens.at[0].set((self.tokens[0] + 1) % 128)  # the same, but for the first token
+        self.whole = np.asarray(jax.jit(forward)(self.model, jnp.stack([self.tokens, other])))
+
+    def _count(self, model: Llama, tokens: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+        self.traces += 1
+        return decode(model, tokens, cache)
+
+    def logits(self, lengths: jax.Array, junk: int) -> np.ndarray:
+        """Return [row, position, vocab]: row r reads lengths[r] tokens as its prompt and the others one by one."""
+        padded = jnp.where(jnp.arange(max(LENGTHS))[None] < lengths[:, None], self.tokens[None, : max(LENGTHS)], junk)
+        result = np.full((len(lengths), TOKENS, 128), np.nan)
+        rows = np.arange(len(lengths))
+        self.batches.add(len(lengths))
+        logits, cache = self._prefill(self.model, padded, lengths)
+        result[rows, np.asarray(lengths) - 1] = logits
+        for _ in range(TOKENS - int(min(lengths))):
+            at = jnp.minimum(cache.positions, TOKENS - 1)
+            logits, cache = self._decode(self.model, self.tokens[at], cache)
+            inside = np.asarray(cache.positions) <= TOKENS
+            result[rows[inside], np.asarray(at)[inside]] = logits[inside]
+        return result
+
+
+@pytest.fixture(scope="module", params=[(family, name) for family in ("qwen3", "mistral") for name in CODECS], ids=str)
+def session(request: pytest.FixtureRequest) -> Session:
+    return Session(*request.param)
+
+
+def test_prompt_and_decode_equal_decode_alone(session: Session) -> None:
+    """One ragged batch: row r's prompt has r + 1 tokens, so row 0 is decode alone."""
+    ragged = session.logits(jnp.asarray(LENGTHS), junk=7)
+    alone = ragged[0]
+    assert np.isfinite(alone).all()
+    for row, length in zip(ragged, LENGTHS, strict=True):
+        assert np.isnan(row[: length - 1]).all()
+        np.testing.assert_allclose(row[length - 1 :], alone[length - 1 :], **ROUNDING)
+    if session.model.layers[0].self_attn.kv_codec.prompt == "exact":
+        np.testing.assert_allclose(alone, session.whole[0], **ROUNDING)
+
+
+def test_a_row_of_a_ragged_batch_equals_the_row_alone(session: Session) -> None:
+    ragged, other = (session.logits(jnp.asarray(LENGTHS), junk) for junk in (7, 99))
+    np.testing.assert_array_equal(ragged, other)  # padding is never seen
+    single = session.logits(jnp.asarray([5]), junk=0)
+    np.testing.assert_allclose(ragged[4, 4:], single[0, 4:], **ROUNDING)
+
+
+def test_one_trace_serves_every_step_and_length(session: Session) -> None:
+    session.logits(jnp.asarray(LENGTHS), junk=0)
+    session.logits(jnp.asarray(LENGTHS[::-1]), junk=0)
+    assert session.traces == len(session.batches)
+
+
+def test_the_window_hides_what_is_older(session: Session) -> None:
+    window = session.model.config.sliding_window or TOKENS
+    moved = np.abs(session.whole[0] - session.whole[1]).max(axis=-1) > 1e-6
+    assert moved[:window].all()
+    assert not moved[window:].any()

@@ -1,0 +1,240 @@
+"""What every `QuantizedTensor` promises, one row for each format and each way to fill it."""
+
+import dataclasses
+import functools
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jquant.checkpoint import load_tree, save_tree
+from jquant.errors import FormatError
+from jquant.formats import (
+    PermutedTensor,
+    QuantizedTensor,
+    UniformFormat,
+    UniformTensor,
+    quantize_uniform,
+    split_outputs,
+)
+from jquant.structure import decode_structure, encode_structure
+
+OUTPUTS = 6
+
+
+def uniform(inputs: int, format: UniformFormat) -> tuple[UniformTensor, np.ndarray]:
+    """Return a tensor of random codes, and the dense matrix that its definition gives, in float64."""
+    rng = np.random.default_rng(inputs * format.bits)
+    groups = format.groups(inputs)
+    codes = rng.integers(0, 2**format.bits, (inputs, OUTPUTS))
+    scales = jnp.asarray(rng.uniform(0.5, 2.0, (groups, OUTPUTS)), format.scale_dtype).astype(jnp.float32)
+    zeros = np.full((groups, OUTPUTS), 2.0 ** (format.bits - 1))
+    if format.symmetry == "asymmetric":
+        zeros = rng.integers(0, 2**format.bits, (groups, OUTPUTS))
+    tensor = quantize_uniform(jnp.asarray(codes, jnp.uint8), scales, jnp.asarray(zeros, jnp.float32), format)
+    grid_of_row = np.arange(inputs) // (inputs // groups)
+    return tensor, np.asarray(scales, np.float64)[grid_of_row] * (codes - np.asarray(zeros)[grid_of_row])
+
+
+def permuted(inputs: int, format: UniformFormat) -> tuple[PermutedTensor, np.ndarray]:
+    inner, dense = uniform(inputs, format)
+    order = np.random.default_rng(1).permutation(inputs)
+    expected = np.zeros_like(dense)
+    expected[order] = dense
+    return PermutedTensor(inner=inner, order=jnp.asarray(order, jnp.int32)[:, None], shape=inner.shape), expected
+
+
+# 45 inputs: no multiple of 8 / bits, and 3 groups of 15 whose packed zeros end inside a byte.
+CASES = {
+    **{f"{bits} bits, 3 ragged groups": (uniform, 45, UniformFormat(bits, 15)) for bits in range(1, 9)},
+    **{
+        f"{bits} bits, symmetric": (uniform, 48, UniformFormat(bits, (None, 16)[bits % 2], "symmetric", "bfloat16"))
+        for bits in range(2, 9)
+    },
+    "1 bit, symmetric_full": (uniform, 45, UniformFormat(1, None, "symmetric_full", "float32")),
+    "4 bits, symmetric_full": (uniform, 48, UniformFormat(4, 16, "symmetric_full", "float32")),
+    "3 bits, per channel": (uniform, 45, UniformFormat(3, None, scale_dtype="float32")),
+    "4 bits, groups of one": (uniform, 48, UniformFormat(4, 1)),
+    "permuted 4 bits": (permuted, 48, UniformFormat(4, 16)),
+    "permuted 3 bits, symmetric": (permuted, 45, UniformFormat(3, 15, "symmetric")),
+}
+
+every_case = pytest.mark.parametrize("case", CASES)
+
+
+@functools.cache
+def make(case: str) -> tuple[QuantizedTensor, np.ndarray]:
+    build, inputs, format = CASES[case]
+    return build(inputs, format)
+
+
+def for_all[T](function: Callable[[QuantizedTensor], T]) -> dict[str, T]:
+    """Apply a function to every row's tensor in one jit: one compilation for the table instead of one a row."""
+    return jax.jit(lambda tensors: {case: function(one) for case, one in tensors.items()})(
+        {case: make(case)[0] for case in CASES}
+    )
+
+
+@pytest.fixture(scope="module")
+def jitted() -> dict[str, jax.Array]:
+    return for_all(lambda tensor: tensor.dequantize())
+
+
+def twice(tensor: QuantizedTensor) -> QuantizedTensor:
+    """Stack a tensor with one whose outputs are reversed."""
+    return jax.tree.map(lambda leaf: jnp.stack([leaf, jnp.flip(leaf, -1)]), tensor)
+
+
+@pytest.fixture(scope="module")
+def vmapped() -> dict[str, jax.Array]:
+    return for_all(lambda tensor: jax.vmap(lambda one: one.dequantize())(twice(tensor)))
+
+
+@pytest.fixture(scope="module")
+def split() -> dict[str, tuple[jax.Array, ...]]:
+    return for_all(lambda tensor: tuple(part.dequantize() for part in split_outputs(tensor, (2, 4))))
+
+
+def assert_same(left: QuantizedTensor, right: QuantizedTensor) -> None:
+    """Bits, dtypes and static fields."""
+    assert jax.tree.structure(left) == jax.tree.structure(right)
+    for a, b in zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+
+
+def test_every_format_has_a_row() -> None:
+    assert {type(make(case)[0]) for case in CASES} == set(QuantizedTensor.__subclasses__())
+
+
+@every_case
+def test_dequantize_is_the_definition(case: str, jitted: dict[str, jax.Array]) -> None:
+    tensor, expected = make(case)
+    assert jitted[case].shape == tensor.shape == expected.shape
+    np.testing.assert_allclose(jitted[case], expected, rtol=1e-7)  # one rounding to float32
+
+
+@every_case
+def test_dequantize_is_the_same_without_jit(case: str, jitted: dict[str, jax.Array]) -> None:
+    np.testing.assert_array_equal(make(case)[0].dequantize(), jitted[case])
+
+
+def test_dequantize_rounds_once() -> None:
+    for case in ("5 bits, 3 ragged groups", "permuted 4 bits"):
+        tensor, expected = make(case)
+        half = tensor.dequantize(jnp.bfloat16)
+        np.testing.assert_array_equal(half, tensor.dequantize().astype(jnp.bfloat16))
+        with jax.enable_x64(True):
+            np.testing.assert_array_equal(tensor.dequantize(jnp.float64), expected)
+
+
+@every_case
+def test_shape_is_static(case: str) -> None:
+    tensor, _ = make(case)
+    seen = []
+    stacked = jax.eval_shape(twice, tensor)
+    jax.eval_shape(jax.vmap(lambda one: seen.append(one.shape) or one), stacked)
+    jax.eval_shape(lambda one: seen.append(one.shape) or one.dequantize(), tensor)
+    abstract = jax.eval_shape(lambda one: one, tensor)
+    assert [*seen, stacked.shape, abstract.shape] == [tensor.shape] * 4
+    assert jax.tree.structure(abstract) == jax.tree.structure(tensor) == jax.tree.structure(stacked)
+    assert abstract.nbytes() == tensor.nbytes()
+
+
+@every_case
+def test_vmap_is_a_loop(case: str, jitted: dict[str, jax.Array], vmapped: dict[str, jax.Array]) -> None:
+    np.testing.assert_array_equal(vmapped[case][0], jitted[case])
+    np.testing.assert_array_equal(vmapped[case][1], jitted[case][:, ::-1])
+
+
+@every_case
+def test_leaves_end_in_outputs_or_one(case: str) -> None:
+    tensor, _ = make(case)
+    assert all(leaf.shape[-1] in (OUTPUTS, 1) for leaf in jax.tree.leaves(tensor))
+
+
+@every_case
+def test_split_outputs_is_the_dense_split(
+    case: str, jitted: dict[str, jax.Array], split: dict[str, tuple[jax.Array, ...]]
+) -> None:
+    expected = np.split(np.asarray(jitted[case]), [2], axis=1)
+    for part, piece in zip(split[case], expected, strict=True):
+        np.testing.assert_array_equal(part, piece)
+
+
+def test_split_outputs_checks_and_sets_sizes() -> None:
+    parts = split_outputs(make("permuted 4 bits")[0], (2, 4))
+    assert [part.shape for part in parts] == [part.inner.shape for part in parts] == [(48, 2), (48, 4)]
+    with pytest.raises(FormatError, match=r"cannot cut 6 outputs into \(2, 3\): the sizes sum to 5"):
+        split_outputs(make("permuted 4 bits")[0], (2, 3))
+
+
+@every_case
+def test_bits_per_weight_are_bytes(case: str) -> None:
+    tensor, _ = make(case)
+    taken = sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(tensor))
+    assert tensor.nbytes() == taken
+    assert tensor.bits_per_weight() == 8 * taken / np.prod(tensor.shape)
+
+
+@pytest.mark.parametrize(
+    ("case", "bits"),
+    [
+        ("8 bits, symmetric", 8 + 16 / 48),
+        ("7 bits, symmetric", 7 + 16 / 16),
+        ("4 bits, symmetric_full", 4 + 32 / 16),
+        ("4 bits, groups of one", 4 + 16 + 4),
+        ("permuted 4 bits", 4 + (16 + 16 / 3) / 16 + 32 / 6),  # 3 zeros of 4 bits take 2 bytes; an order for 6 outputs
+        ("3 bits, per channel", (17 + 4 + 1) * 8 / 45),  # 135 bits take 17 bytes
+    ],
+)
+def test_bits_per_weight_by_hand(case: str, bits: float) -> None:
+    np.testing.assert_allclose(make(case)[0].bits_per_weight(), bits, rtol=1e-12)
+
+
+@every_case
+def test_structure_goes_through_json(case: str) -> None:
+    tensor, _ = make(case)
+    back = decode_structure(json.loads(json.dumps(encode_structure(tensor))))
+    assert back == jax.eval_shape(lambda one: one, tensor)
+
+
+def test_checkpoint_round_trip_is_exact(tmp_path: Path) -> None:
+    tensors = tuple(make(case)[0] for case in CASES)
+    save_tree(tensors, tmp_path / "all")
+    back = load_tree(tmp_path / "all")
+    for case, tensor, restored in zip(CASES, tensors, back, strict=True):
+        assert type(restored) is type(tensor), case
+        assert_same(restored, tensor)
+
+
+@pytest.mark.parametrize("bits", [0, 9, -1])
+def test_widths_that_no_code_has_are_refused(bits: int) -> None:
+    with pytest.raises(FormatError, match=f"bits={bits} .*give 1 to 8"):
+        UniformFormat(bits)
+
+
+def test_settings_that_no_grid_has_are_refused() -> None:
+    with pytest.raises(FormatError, match="2 to 8 if symmetric"):
+        UniformFormat(1, symmetry="symmetric")
+    with pytest.raises(FormatError, match="group_size=0: give a positive size"):
+        UniformFormat(group_size=0)
+
+
+def test_constructor_refuses_grids_of_another_shape() -> None:
+    codes, row = jnp.zeros((32, 2), jnp.uint8), jnp.ones((1, 2))
+    with pytest.raises(FormatError, match=r"give \(2, 2\)"):
+        quantize_uniform(codes, row, row, UniformFormat(group_size=16))
+    with pytest.raises(FormatError, match="group_size 24 does not divide 32 inputs; sizes that do: 16, 32, or null"):
+        quantize_uniform(codes, row, row, UniformFormat(group_size=24))
+    with pytest.raises(FormatError, match="use null"):
+        UniformFormat(group_size=4).groups(45)
+
+
+def test_formats_are_values() -> None:
+    assert hash(UniformFormat()) == hash(UniformFormat(4, 128))
+    assert dataclasses.replace(UniformFormat(), bits=3) == UniformFormat(bits=3)

@@ -1,7 +1,7 @@
 """Errors that jquant raises on purpose, one class for each boundary where a user can be told what to change.
 
-Every message says what was given, what was expected, and what to do. All of them are `ValueError`s, so that code that knows
-nothing of jquant can still catch them.
+Every message says what was given, what was expected, and what to do. All of them are `ValueError`s, so that code that
+knows nothing of jquant can still catch them.
 """
 
 
@@ -22,7 +22,7 @@ class CalibrationError(JquantError, ValueError):
 
 
 class ConversionError(JquantError, ValueError):
-    """Report a foreign checkpoint that cannot be converted: a missing, surplus or misshapen tensor, or an unknown setting."""
+    """Report a foreign checkpoint that cannot be converted: wrong tensors or shapes, or an unknown setting."""
 
 
 class CheckpointError(JquantError, ValueError):

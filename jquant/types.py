@@ -1,8 +1,8 @@
 """Names of types that several folders share: what a node's field holds, what a random key is, what names a dtype.
 
 `Leaf` annotates the array fields of tree nodes. To the type checker it is `jax.Array`; at run time it is `Any`, as JAX
-unflattens nodes with specifications, shape structs and strings in place of arrays, and a checked annotation would refuse them.
-Functions annotate their arrays with jaxtyping shapes instead.
+unflattens nodes with specifications, shape structs and strings in place of arrays, and a checked annotation would
+refuse them. Functions annotate their arrays with jaxtyping shapes instead.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,6 @@ else:
 
 Key = PRNGKeyArray
 DType = DTypeLike
-
 
 
 def compute_dtype(dtype: DType) -> DType:

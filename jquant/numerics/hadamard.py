@@ -2,14 +2,15 @@
 
     M(n) = (H_K (x) S_{2^m}) / sqrt(n),   n = K 2^m,   S the Sylvester matrix in natural order, H_K on the slow axis
 
-M(n) is orthogonal, y = M(n) x. It is symmetric only where H_K is: orders 28, 36, 76, 148 (Paley II) and the powers of two.
+M(n) is orthogonal, y = M(n) x. It is symmetric only where H_K is: powers of two, and Paley II as 28, 36, 76 and 148.
 
-One rule chooses K: the smallest order K = odd(n) 2^k that divides n and has a construction; but 40 where both 20 and 40 serve. The
-matrices of 12, 20, 28, 36, 40, 44, 52, 60, 108, 140, 156 and 172, and their choice, are those of the published tables of QuaRot and
-SpinQuant, bit for bit, so that checkpoints rotated there run here. The same constructions give orders that those tables lack.
+One rule chooses K: the smallest order K = odd(n) 2^k that divides n and has a construction; but 40 where both 20 and 40
+serve. The matrices of 12, 20, 28, 36, 40, 44, 52, 60, 108, 140, 156 and 172, and their choice, are those of the
+published tables of QuaRot and SpinQuant, bit for bit, so that checkpoints rotated there run here. The same
+constructions give orders that those tables lack.
 
-References: Paley, On orthogonal matrices (1933); Williamson, Hadamard's determinant theorem and the sum of four squares (1944);
-Ashkboos et al., QuaRot (2024).
+References: Paley, On orthogonal matrices (1933); Williamson, Hadamard's determinant theorem and the sum of four squares
+(1944); Ashkboos et al., QuaRot (2024).
 """
 
 import math
@@ -21,6 +22,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int8
 
 from jquant.errors import FormatError
+from jquant.types import compute_dtype
 
 # First rows of the four circulant blocks A, B, C, D, most significant bit first, 1 for +1: the tables of QuaRot.
 WILLIAMSON: Final = {
@@ -28,7 +30,7 @@ WILLIAMSON: Final = {
     156: (0x7282619053, 0x7898528647, 0x73452128B3, 0x46A0EDC158),
     172: (0x467AECDD798, 0x6FC29B650FD, 0x7595E85EA6B, 0x63D260192F1),
 }
-SYLVESTER_FACTOR: Final = 128  # largest Sylvester matrix multiplied at once: wide enough for a matrix unit, small enough for a constant
+SYLVESTER_FACTOR: Final = 128  # largest Sylvester matrix multiplied at once: fills a matrix unit, small as a constant
 
 
 def base_order(n: int) -> int:
@@ -45,7 +47,9 @@ def base_order(n: int) -> int:
         [1, 28, 172, 40]
     """
     if n < 1:
-        raise FormatError(f"order {n} given for a Hadamard matrix; expected a positive integer: pass the size of an axis")
+        raise FormatError(
+            f"order {n} given for a Hadamard matrix; expected a positive integer: pass the size of an axis"
+        )
     odd = n // (n & -n)
     if odd == 1:
         return 1
@@ -55,16 +59,16 @@ def base_order(n: int) -> int:
         if _has_construction(order):
             return order
     raise FormatError(
-        f"no Hadamard construction for order {n} (odd part {odd}); expected 2^k, or a multiple by 2^k of an order of Paley or Williamson: "
-        "rotate in blocks of a size that has one, or pad"
+        f"no Hadamard construction for order {n} (odd part {odd}); expected 2^k, or 2^k times an order of Paley or "
+        "Williamson: rotate in blocks of a size that has one, or pad"
     )
 
 
 def base_matrix(order: int) -> Int8[np.ndarray, "{order} {order}"]:
     """Build the Hadamard matrix of one construction: entries +-1, H H^T = order I.
 
-    Order q + 1 with a prime q = 3 mod 4 is Paley I, 2 (q + 1) with a prime q = 1 mod 4 is Paley II; 52, 156 and 172 are Williamson's;
-    40 is doubled from 20.
+    Order q + 1 with a prime q = 3 mod 4 is Paley I, 2 (q + 1) with a prime q = 1 mod 4 is Paley II; 52, 156 and 172 are
+    Williamson's; 40 is doubled from 20.
 
     Args:
         order: 1, or an order returned by `base_order`, or any other that these constructions reach.
@@ -126,11 +130,12 @@ def hadamard_matrix(n: int) -> Float[np.ndarray, "{n} {n}"]:
 def hadamard_transform(x: Float[Array, "*batch n"]) -> Float[Array, "*batch n"]:
     """Multiply the last axis by M(n): y = M(n) x, without building M(n).
 
-    View the axis as [K, f, ..., f], the f powers of two up to 128, and multiply each of these axes by its own small matrix:
-    n (K + sum f) products instead of n^2.
+    View the axis as [K, f, ..., f], the f powers of two up to 128, and multiply each of these axes by its own small
+    matrix: n (K + sum f) products instead of n^2.
 
     Args:
-        x: array whose last axis has an order that `base_order` accepts. Computed in float32, or float64 where that is given.
+        x: array whose last axis has an order that `base_order` accepts.
+            Computed in float32, or float64 where that is given.
 
     Returns:
         Array of the shape and dtype of `x`.
@@ -146,7 +151,7 @@ def hadamard_transform(x: Float[Array, "*batch n"]) -> Float[Array, "*batch n"]:
     base = base_order(n)
     matrices = [base_matrix(base), *(sylvester(order) for order in _sylvester_orders(n // base))]
     batch = x.shape[:-1]
-    compute = jnp.float64 if x.dtype == jnp.float64 else jnp.float32
+    compute = compute_dtype(x.dtype)
     result = x.astype(compute)
     fast = n
     for matrix in matrices:

@@ -1,11 +1,12 @@
 """Factorizations of damped Hessians, as GPTQ and its relatives need them.
 
-For H = 2 X^T X / n [in, in], symmetric and positive semidefinite up to rounding, and a damping d relative to the mean of its diagonal:
+For H = 2 X^T X / n [in, in], symmetric and positive semidefinite up to rounding, and a damping d relative to the mean
+of its diagonal:
 
     H_d = H + d mean(diag H) I,        inv(H_d) = U^T U with U upper triangular.
 
-Write H_d = R R^T with R upper (Cholesky of H_d with both axes reversed, reversed back); then U = inv(R). One Cholesky and one triangular
-solve give U, and H_d is never inverted.
+Write H_d = R R^T with R upper (Cholesky of H_d with both axes reversed, reversed back); then U = inv(R). One Cholesky
+and one triangular solve give U, and H_d is never inverted.
 """
 
 from typing import Final, NamedTuple
@@ -21,7 +22,7 @@ DAMPING_LIMIT: Final = 1.0  # no attempt is made with this much or more, unless 
 
 
 class InverseFactor(NamedTuple):
-    """Hold U with inv(H_d) = U^T U, `[in, in]`, and the damping, relative to the mean of the diagonal, that H_d was given."""
+    """Hold U with inv(H_d) = U^T U, `[in, in]`, and the damping that made H_d, relative to the mean of the diagonal."""
 
     upper: Leaf
     damping: Leaf
@@ -31,16 +32,17 @@ class InverseFactor(NamedTuple):
 def inverse_factor(hessian: Float[Array, "n n"], damping: float | Float[Array, ""]) -> InverseFactor:
     """Factor the inverse of a damped Hessian: inv(H + d mean(diag H) I) = U^T U, U upper with a positive diagonal.
 
-    If the factor is not finite, because H is not positive definite up to rounding, d grows by `DAMPING_STEP` and the factorization is
-    tried again, while d < `DAMPING_LIMIT`. A Hessian that more damping cannot cure (not finite, or mean(diag H) <= 0) is tried once.
+    If the factor is not finite, because H is not positive definite up to rounding, d grows by `DAMPING_STEP` and the
+    factorization is tried again, while d < `DAMPING_LIMIT`. A Hessian that more damping cannot cure (not finite, or
+    mean(diag H) <= 0) is tried once.
 
     Args:
-        hessian: symmetric `[n, n]`, float32 or float64; the result has its dtype. Inputs that are always zero should have been revived
-            (see `revive_dead`).
+        hessian: symmetric `[n, n]`, float32 or float64; the result has its dtype. Inputs that are always zero should
+            have been revived (see `revive_dead`).
         damping: the first d to try; 0.01 in GPTQ.
 
     Returns:
-        U, all or partly NaN if no damping succeeded, and the d of the last attempt: compare it to what was asked.
+        U, not finite if no damping succeeded, and the d of the last attempt: compare it to what was asked.
 
     Example:
         >>> factor = inverse_factor(jnp.array([[4.0, 0.0], [0.0, 1.0]]), damping=0.0)
@@ -48,11 +50,13 @@ def inverse_factor(hessian: Float[Array, "n n"], damping: float | Float[Array, "
         ([[0.5, 0.0], [0.0, 1.0]], 0.0)
 
     Reference:
-        Frantar et al., GPTQ: Accurate post-training quantization for generative pre-trained transformers (2023), section 3.3.
+        Frantar et al., GPTQ: Accurate post-training quantization for generative pre-trained transformers (2023),
+        section 3.3.
     """
     first = jnp.asarray(damping, dtype=hessian.dtype)
     mean = jnp.mean(jnp.diagonal(hessian))
-    curable = jnp.all(jnp.isfinite(hessian)) & (mean > 0)
+    finite = jnp.all(jnp.isfinite(hessian)) & jnp.isfinite(mean)
+    curable = finite & (mean > 0)
 
     def attempt(state: tuple[Array, InverseFactor]) -> tuple[Array, InverseFactor]:
         tries, _ = state
@@ -65,7 +69,8 @@ def inverse_factor(hessian: Float[Array, "n n"], damping: float | Float[Array, "
         return (tries == 0) | (failed & curable & (factor.damping + DAMPING_STEP < DAMPING_LIMIT))
 
     start = InverseFactor(jnp.full_like(hessian, jnp.nan), first)
-    return jax.lax.while_loop(try_again, attempt, (jnp.int32(0), start))[1]
+    _, factor = jax.lax.while_loop(try_again, attempt, (jnp.int32(0), start))
+    return factor._replace(upper=jnp.where(finite, factor.upper, jnp.nan))  # the solve can turn infinities into zeros
 
 
 def revive_dead(

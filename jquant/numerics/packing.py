@@ -1,8 +1,9 @@
 """Dense bit streams: integer codes of 1 to 8 bits in bytes, without a gap.
 
-Along the input axis, code i takes the bits [i b, (i + 1) b) of a little-endian stream: bit t of the stream is bit t mod 8 of byte t // 8.
-For 4 bits this puts code 0 in the low half of byte 0. The same bytes read as little-endian 32-bit words are GPTQ's `qweight`, 3 bits
-included. The stream repeats its alignment every 8 / gcd(8, b) codes, so both directions are a few shifts on a reshaped array.
+Along the input axis, code i takes the bits [i b, (i + 1) b) of a little-endian stream: bit t of the stream is bit t mod
+8 of byte t // 8. For 4 bits this puts code 0 in the low half of byte 0. The same bytes read as little-endian 32-bit
+words are GPTQ's `qweight`, 3 bits included. The stream repeats its alignment every 8 / gcd(8, b) codes, so both
+directions are a few shifts on a reshaped array.
 """
 
 import math
@@ -38,8 +39,8 @@ def packed_length(count: int, bits: int) -> int:
 def pack(codes: Integer[Array, "*batch n out"], bits: int) -> UInt8[Array, "*batch bytes out"]:
     """Pack codes along the axis before the last into a dense little-endian bit stream.
 
-    Bits above `bits` are dropped, so a code outside 0..2^bits - 1 wraps and never touches its neighbours: clip first. The last
-    byte is filled with zeros.
+    Bits above `bits` are dropped, so a code outside 0..2^bits - 1 wraps and never touches its neighbours: clip first.
+    The last byte is filled with zeros.
 
     Args:
         codes: integers in 0..2^bits - 1, `[*batch, n, out]`.

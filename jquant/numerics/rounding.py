@@ -8,9 +8,10 @@
 | "symmetric"       | absmax / (2^(b-1) - 1)    | 2^(b-1)       | -2^(b-1) .. 2^(b-1) - 1     |
 | "symmetric_full"  | 2 absmax / (2^b - 1)      | 2^(b-1)       | -2^(b-1) .. 2^(b-1) - 1     |
 
-"symmetric" is the restricted grid of QuaRot, on which both ends of the range are exact. "symmetric_full" is that of GPTQ and GPTQModel:
-the largest value lies on a rounding tie, the positive end comes back as 7/7.5 of itself at 4 bits; its bug that doubles the scale only
-where a negative value exists is not reproduced. Everything is computed in float32, or in float64 where that is given.
+"symmetric" is the restricted grid of QuaRot, on which both ends of the range are exact. "symmetric_full" is that of
+GPTQ and GPTQModel: the largest value lies on a rounding tie, the positive end comes back as 7/7.5 of itself at 4 bits;
+its bug that doubles the scale only where a negative value exists is not reproduced. Everything is computed in float32,
+or in float64 where that is given.
 """
 
 import functools
@@ -21,7 +22,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped, UInt8
 
 from jquant.errors import FormatError
-from jquant.types import DType, Leaf
+from jquant.types import DType, Leaf, compute_dtype
 
 type Symmetry = Literal["asymmetric", "symmetric", "symmetric_full"]
 
@@ -61,8 +62,8 @@ def range_of(
 def fit_grid(low: Float[Array, "*shape"], high: Float[Array, "*shape"], bits: int, symmetry: Symmetry) -> Grid:
     """Fit the grid of one symmetry to a range; the table of this module gives the equations.
 
-    A zero range counts as [-1, 1], so that its values, all zero, take the code of zero. (QuaRot's weight quantizer raises absmax to 1e-5
-    instead; the weights that come back are the same.)
+    A zero range counts as [-1, 1], so that its values, all zero, take the code of zero. (QuaRot's weight quantizer
+    raises absmax, or the range, to 1e-5 instead: the same zeros, and a coarser grid than ours for groups below 1e-5.)
 
     Args:
         low: lower ends, at most zero if the zeros shall lie in 0..2^bits - 1.
@@ -179,9 +180,9 @@ def search_range(
 ) -> Grid:
     """Search the shrunk range whose grid has the smallest error over the first axis.
 
-    Try c = 1 - i / 100 for i = 0, 1, ..., steps - 1 and fit a grid to [c low, c high]; the error is sum |w - w_c|^norm. A strictly smaller
-    error wins, so ties keep the larger range. A zero range gives the grid of `fit_grid`. (QuaRot raises absmax, and the asymmetric
-    range, to 1e-5 before it divides; as in `fit_grid` we do not.)
+    Try c = 1 - i / 100 for i = 0, 1, ..., steps - 1 and fit a grid to [c low, c high]; the error is sum |w - w_c|^norm.
+    A strictly smaller error wins, so ties keep the larger range. A zero range gives the grid of `fit_grid`. (QuaRot
+    raises absmax, and the asymmetric range, to 1e-5 before it divides; as in `fit_grid` we do not.)
 
     Args:
         values: one group along the first axis, independent groups along the others.
@@ -205,7 +206,9 @@ def search_range(
         Frantar et al., GPTQ (2023), reference code; Ashkboos et al., QuaRot (2024), section 4.
     """
     if not 1 <= steps <= SEARCH_GRID:
-        raise FormatError(f"{steps} steps given for the range search, which has 1 to {SEARCH_GRID}: choose `steps` there")
+        raise FormatError(
+            f"{steps} steps given for the range search, which has 1 to {SEARCH_GRID}: choose `steps` there"
+        )
     values = _compute(values)
     low, high = range_of(values, axis=0)
 
@@ -230,8 +233,8 @@ def search_range(
 def cast_scales(grid: Grid, dtype: DType) -> Grid:
     """Round the scales to the dtype they will be stored in, and return them in the dtype of the grid.
 
-    Encode with the result and the codes fit the stored scales. Zeros are kept. A scale that would round to zero becomes the smallest
-    positive number of `dtype`; one too large becomes infinite, and the weight not finite.
+    Encode with the result and the codes fit the stored scales. Zeros are kept. A scale that would round to zero becomes
+    the smallest positive number of `dtype`; one too large becomes infinite, and the weight not finite.
 
     Args:
         grid: grid to round.
@@ -270,7 +273,7 @@ def straight_through(values: Float[Array, "*shape"], rounded: Float[Array, "*sha
 
 
 def _compute(values: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    return values if values.dtype == jnp.float64 else values.astype(jnp.float32)
+    return values.astype(compute_dtype(values.dtype))
 
 
 def _round_to_level(values: Shaped[Array, "*shape"], grid: Grid, bits: int) -> Float[Array, "*shape"]:

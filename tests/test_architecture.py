@@ -23,9 +23,11 @@ FLOORS: Final = (
     ("jquant.structure",),
     ("jquant.transforms", "jquant.blocks", "jquant.runtime", "jquant.checkpoint", "jquant.sharding"),
     ("convert", "jquant.calibration", "jquant.costs", "eval"),
-    ("jquant.passes",),
+    ("jquant.passes", "jquant.folders", "jquant.progress"),
     ("jquant.recipe",),
-    ("jquant.plan", "jquant.demo"),
+    ("jquant.plan",),
+    ("jquant.pipeline", "jquant.measure"),
+    ("jquant.demo",),
     ("jquant",),
     ("jquant.cli",),
 )

@@ -182,6 +182,11 @@ def test_search_never_loses_to_the_whole_range(symmetry: Symmetry) -> None:
     assert jnp.any(searched < 0.9 * whole)
 
 
+def test_search_keeps_the_larger_range_on_a_tie() -> None:
+    values = jnp.array([[-1.0]])  # levels -2..1: exact with scale 1 and with scale 0.5
+    assert search_range(values, 2, "symmetric").scales.tolist() == [1.0]
+
+
 @pytest.mark.parametrize("fitter", [fit, search_range])
 @pytest.mark.parametrize("symmetry", SYMMETRIES)
 def test_zero_and_vanishing_groups_come_back_as_zero(

@@ -48,6 +48,7 @@ def test_command_parses(line: str) -> None:
 
 def test_the_parser_refuses_a_misspelt_command() -> None:
     import cyclopts
+
     from jquant.cli import app
 
     with pytest.raises(cyclopts.CycloptsError):

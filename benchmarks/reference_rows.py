@@ -1,0 +1,94 @@
+"""Perplexity of SmolLM2-135M-Instruct beside the rows that the methods' reference implementations gave.
+
+Reads `reference_ppl.md` (the rows), the calibration windows and WikiText-2 that lie in `../shared`, quantizes the
+model by the same settings, and prints one JSON line a row: ours, theirs, seconds.
+
+    python benchmarks/reference_rows.py MODEL.gguf --windows test.npy --calibration calibration.npy --reference reference_ppl.md
+"""
+
+import argparse
+import json
+import re
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Final
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from convert import load_model
+from eval.perplexity import perplexity
+from jquant.blocks import QuantizeWeights, Rule
+from jquant.calibration import quantize_blocks
+from jquant.formats import UniformFormat
+from jquant.models import Llama, stack_layers
+from jquant.quantizers import Gptq, Rtn, WeightQuantizer
+
+
+def _format(bits: int, group: int | None, symmetry: str = "asymmetric") -> UniformFormat:
+    return UniformFormat(bits, group, symmetry, "float32")  # type: ignore[arg-type]
+
+
+def _gptq(bits: int, group: int | None, order: str = "activation") -> Gptq:
+    return Gptq(_format(bits, group), order=order, groups="dynamic")  # type: ignore[arg-type]
+
+
+ROWS: Final[Mapping[str, tuple[WeightQuantizer | None, str]]] = {
+    "fp32": (None, "per_block"),
+    "rtn-w8-pc-asym": (Rtn(_format(8, None)), "per_block"),
+    "rtn-w4-pc-asym": (Rtn(_format(4, None)), "per_block"),
+    "rtn-w4-pc-sym": (Rtn(_format(4, None, "symmetric")), "per_block"),
+    "rtn-w4-g64-asym": (Rtn(_format(4, 64)), "per_block"),
+    "rtn-w4-g32-asym": (Rtn(_format(4, 32)), "per_block"),
+    "rtn-w3-pc-asym": (Rtn(_format(3, None)), "per_block"),
+    "gptq-w4-pc-noact": (_gptq(4, None, "natural"), "per_block"),
+    "gptq-w4-pc-act": (_gptq(4, None), "per_block"),
+    "gptq-w4-pc-act-trueseq": (_gptq(4, None), "per_site"),
+    "gptq-w4-g64-act": (_gptq(4, 64), "per_block"),
+    "gptq-w3-pc-act": (_gptq(3, None), "per_block"),
+    "gptq-w4-g64-act-static-trueseq": (Gptq(_format(4, 64), order="activation"), "per_site"),
+    "gptq-w4-g64-act-static-trueseq-float16": (Gptq(UniformFormat(4, 64), order="activation"), "per_site"),
+}
+
+
+def main() -> None:
+    """Runs every row that is asked for."""
+    arguments = _arguments()
+    jax.config.update("jax_default_matmul_precision", "highest")
+    theirs = dict(re.findall(r"^\| (\S+) \| ([\d.e+]+) \|", arguments.reference.read_text(), re.MULTILINE))
+    model = load_model(arguments.model)
+    windows, calibration = np.load(arguments.windows), jnp.asarray(np.load(arguments.calibration))
+    print(json.dumps({"device": jax.devices()[0].device_kind, "jax": jax.__version__, "command": sys.argv}), flush=True)
+    for name in arguments.rows or ROWS:
+        quantizer, sequence = ROWS[name]
+        started = time.monotonic()
+        quantized = _quantize(model, calibration, quantizer, sequence)
+        solved = time.monotonic()
+        ours = perplexity(stack_layers(quantized), windows)
+        figures = {"ours": ours.value, "reference": theirs.get(name), "quantize_s": solved - started}
+        print(json.dumps({"row": name, **figures, "evaluate_s": time.monotonic() - solved}), flush=True)
+
+
+def _quantize(model: Llama, tokens: jax.Array, quantizer: WeightQuantizer | None, sequence: str) -> Llama:
+    if quantizer is None:
+        return model
+    passes = (QuantizeWeights((Rule(".*_proj", quantizer),), sequence),)  # type: ignore[arg-type]
+    quantized, _ = quantize_blocks(model, tokens, passes, key=jax.random.key(0))
+    jax.block_until_ready(quantized)
+    return quantized
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model", type=Path)
+    for name in ("windows", "calibration", "reference"):
+        parser.add_argument(f"--{name}", type=Path, required=True)
+    parser.add_argument("--rows", nargs="*")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

@@ -5,7 +5,10 @@ import shlex
 from pathlib import Path
 from typing import Final
 
+import cyclopts
 import pytest
+
+from jquant.cli import make_app
 
 ROOT: Final = Path(__file__).resolve().parent.parent
 README: Final = ROOT / "README.md"
@@ -40,19 +43,13 @@ def test_python_blocks_run_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize("line", COMMANDS)
 def test_command_parses(line: str) -> None:
-    from jquant.cli import app
-
     words = shlex.split(line.split(" #")[0])[1:]
-    app.parse_args(words, exit_on_error=False, print_error=False)
+    make_app().parse_args(words, exit_on_error=False, print_error=False)
 
 
 def test_the_parser_refuses_a_misspelt_command() -> None:
-    import cyclopts
-
-    from jquant.cli import app
-
     with pytest.raises(cyclopts.CycloptsError):
-        app.parse_args(["quantize", "--no-such-option", "3"], exit_on_error=False, print_error=False)
+        make_app().parse_args(["quantize", "--no-such-option", "3"], exit_on_error=False, print_error=False)
 
 
 @pytest.mark.parametrize("target", TARGETS)

@@ -117,7 +117,7 @@ def load_text(name: str | Path, split: Split, *, folder: Path | None = None) -> 
 
     Example:
       >>> load_text("python-docs", "evaluation").documents[0].splitlines()[0]
-      'Identifiers (Names)'
+      'Assignment statements'
     """
     dataset = _DATASETS.get(str(name))
     if dataset is not None:

@@ -75,7 +75,7 @@ def _check(file: Path, expected: str) -> None:
     found = _sha256(file)
     if found != expected:
         raise ConversionError(
-            f"{file.name} has sha256 {found}, expected {expected}: damaged, or another version; remove {file} and try again"
+            f"{file.name} has sha256 {found}, expected {expected}; it is damaged: remove {file} and try again"
         )
 
 

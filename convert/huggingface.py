@@ -122,7 +122,8 @@ def _check_tied(source: Source) -> None:
 
 def _load(source: Source, name: str, dtype: StoredDtype, *, transposed: bool) -> jax.Array:
     stored = source.read(name)
-    values = stored.astype(_resolve(dtype, source.headers[name]), copy=False)
+    with np.errstate(over="ignore"):  # what overflows is found below, and named
+        values = stored.astype(_resolve(dtype, source.headers[name]), copy=False)
     if not np.isfinite(values).all():
         place = [int(index) for index in np.argwhere(~np.isfinite(values))[0]]
         if np.isfinite(stored[tuple(place)]):

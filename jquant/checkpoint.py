@@ -79,7 +79,9 @@ def load_tree(path: Path | str) -> Any:
         with ocp.StandardCheckpointer() as checkpointer:
             arrays = checkpointer.restore((path / ARRAYS).absolute(), names)
     except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{path / ARRAYS} cannot be read; the checkpoint is damaged, write it again: {error}") from error
+        raise CheckpointError(
+            f"{path / ARRAYS} cannot be read; the checkpoint is damaged, write it again: {error}"
+        ) from error
     return jax.tree.unflatten(jax.tree.structure(tree), [arrays[name] for name in names])
 
 

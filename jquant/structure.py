@@ -1,8 +1,8 @@
 """A tree's structure as JSON: node names, static fields, array shapes and dtypes. Reading it runs no code of the file.
 
-    node    {"node": "UniformTensor", "fields": {...}}          frozen dataclass  {"value": "UniformFormat", "fields": {...}}
-    array   {"array": [576, 960], "dtype": "uint8"}            tuple             {"tuple": [...]}
-    enum    {"enum": "Layout", "name": "PORTABLE"}             plain             null, bool, int, float, string
+node    {"node": "UniformTensor", "fields": {...}}         frozen dataclass  {"value": "UniformFormat", "fields": {...}}
+array   {"array": [576, 960], "dtype": "uint8"}            tuple             {"tuple": [...]}
+enum    {"enum": "Layout", "name": "PORTABLE"}             plain             null, bool, int, float, string
 """
 
 import dataclasses
@@ -55,7 +55,9 @@ def encode_structure(node: Any) -> Any:
     name = type(node).__name__
     for kind, table in (("node", _NODES), ("value", _VALUES)):
         if table.get(name) is type(node):
-            fields = {field.name: encode_structure(getattr(node, field.name)) for field in dataclasses.fields(node)}
+            fields = {
+                field.name: encode_structure(getattr(node, field.name)) for field in dataclasses.fields(table[name])
+            }
             return {kind: name, "fields": fields}
     if isinstance(node, (jax.Array, jax.ShapeDtypeStruct)) or type(node).__module__ == "numpy":
         return {"array": list(node.shape), "dtype": str(jnp.dtype(node.dtype))}

@@ -28,10 +28,10 @@ SITES: Final[Mapping[str, tuple[str, ...]]] = {
 
 @dataclass(frozen=True)
 class Rule:
-    """Which quantizer the linears of some paths get.
+    r"""Which quantizer the linears of some paths get.
 
     Attributes:
-      match: regular expression for the whole path, such as `.*_proj` or `layers\\.0\\..*`; the first rule that
+      match: regular expression for the whole path, such as `.*_proj` or `layers\.0\..*`; the first rule that
         matches a path wins.
       quantizer: the quantizer; None leaves these linears as they are.
     """
@@ -172,4 +172,3 @@ def _solve_jitted(
     quantizer: WeightQuantizer, kernels: tuple[jax.Array, ...], statistics: Any, key: Key
 ) -> tuple[QuantizedTensor, Diagnostics]:
     return quantizer(jnp.concatenate(kernels, axis=1), statistics, key)
-

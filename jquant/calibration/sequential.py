@@ -4,6 +4,7 @@ A straight loop with jitted pieces. Its random keys come from `fold_in(key, inde
 alone, so that a run resumed from a store gives the same bits as one that was never stopped.
 """
 
+import dataclasses
 import functools
 import math
 import time
@@ -17,7 +18,7 @@ from jquant.blocks import BlockData, BlockPass, summarize
 from jquant.calibration.store import BlockStore
 from jquant.errors import CalibrationError
 from jquant.formats import QuantizedTensor
-from jquant.models import Block, Llama, LlamaConfig, embed, get, linears, prompt_block
+from jquant.models import Block, Llama, LlamaConfig, blocks, embed, get, linears, prompt_block
 from jquant.quantizers import Diagnostics
 from jquant.report import BlockReport, LinearReport, Report
 from jquant.types import Key
@@ -50,7 +51,7 @@ def quantize_blocks(
     """
     carried = any(one.needs_inputs() for one in passes)
     inputs = embed(model, tokens) if carried and tokens is not None else None
-    layers, reports = list(model.layers), []
+    layers, reports = list(blocks(model)), []
     for index, layer in enumerate(layers):
         started = time.monotonic()
         resumed = store.get(index) if store else None
@@ -67,7 +68,7 @@ def quantize_blocks(
             inputs = advance(layers[index], inputs, model.config)
         reports.append(report)
         on_block(report)
-    return model.replace(layers=tuple(layers)), Report(blocks=tuple(reports))
+    return dataclasses.replace(model, layers=tuple(layers)), Report(blocks=tuple(reports))
 
 
 @functools.partial(jax.jit, static_argnums=2)
@@ -93,7 +94,9 @@ def check_weights(model: Llama) -> None:
         elif largest == 0.0:
             faults.append(f"{path} is zero everywhere")
     if faults:
-        raise CalibrationError(f"{'; '.join(faults)}. The checkpoint is damaged or incomplete: fetch or convert it again")
+        raise CalibrationError(
+            f"{'; '.join(faults)}. The checkpoint is damaged or incomplete: fetch or convert it again"
+        )
 
 
 @jax.jit
@@ -117,7 +120,7 @@ def _row(path: str, layer: Block, diagnostics: Diagnostics) -> LinearReport:
     bad = sorted(name for name, value in figures.items() if not math.isfinite(value))
     if bad:
         raise CalibrationError(
-            f"{path}: {', '.join(bad)} not finite (damping reached {figures.get('damping', 0.0):.2f} of the mean diagonal). "
+            f"{path}: {', '.join(bad)} not finite, with damping {figures.get('damping', 0.0):.2f} of the mean diagonal. "
             "Its calibration inputs are degenerate: use more or other calibration text, a larger `damping`, or leave "
             "this linear out by a rule with `quantizer: null`. Finished blocks are kept; run again to go on"
         )
@@ -131,4 +134,3 @@ def _row(path: str, layer: Block, diagnostics: Diagnostics) -> LinearReport:
         rtn_proxy_loss=figures.get("rtn_proxy_loss"),
         damping=figures.get("damping"),
     )
-

@@ -56,9 +56,7 @@ class BlockStore:
             temporary.write_text(json.dumps(dict(fingerprint), indent=1))
             temporary.replace(known)
         recorded = json.loads(known.read_text())
-        different = sorted(
-            name for name in {*recorded, *fingerprint} if recorded.get(name) != fingerprint.get(name)
-        )
+        different = sorted(name for name in {*recorded, *fingerprint} if recorded.get(name) != fingerprint.get(name))
         if different:
             raise CheckpointError(
                 f"{path} holds blocks of another run: {', '.join(different)} differ. Delete {path} to start anew, or "

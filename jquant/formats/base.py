@@ -1,10 +1,11 @@
 """What a quantized weight is: arrays, their meaning, and the bytes they take. No algorithm lives here."""
 
 import abc
+import dataclasses
 import enum
 import math
 from collections.abc import Sequence
-from typing import final
+from typing import Any, final
 
 import jax
 import jax.numpy as jnp
@@ -84,10 +85,10 @@ def _slice_outputs[T: QuantizedTensor](tensor: T, start: int, size: int) -> T:
     def is_inner(node: object) -> bool:
         return isinstance(node, QuantizedTensor) and node is not tensor
 
-    def cut(node: object) -> object:
+    def cut(node: Any) -> Any:
         if isinstance(node, QuantizedTensor):
             return _slice_outputs(node, start, size)
-        return node if node.shape[-1] == 1 and tensor.shape[1] != 1 else node[..., start : start + size]  # type: ignore[attr-defined]
+        return node if node.shape[-1] == 1 and tensor.shape[1] != 1 else node[..., start : start + size]
 
     parts = jax.tree.map(cut, tensor, is_leaf=is_inner)
-    return parts.replace(shape=(tensor.shape[0], size))
+    return dataclasses.replace(parts, shape=(tensor.shape[0], size))

@@ -69,7 +69,9 @@ class ExactKv(KvCodec):
         rotated = rope(key[None], position[None])
         return ExactCache(
             keys=jax.lax.dynamic_update_slice_in_dim(cache.keys, rotated.astype(cache.keys.dtype), position, 0),
-            values=jax.lax.dynamic_update_slice_in_dim(cache.values, value[None].astype(cache.values.dtype), position, 0),
+            values=jax.lax.dynamic_update_slice_in_dim(
+                cache.values, value[None].astype(cache.values.dtype), position, 0
+            ),
         )
 
     def read(

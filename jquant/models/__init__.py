@@ -3,6 +3,7 @@
 from jquant.models.config import LlamaConfig as LlamaConfig
 from jquant.models.config import RopeConfig as RopeConfig
 from jquant.models.edit import BLOCK_LINEARS as BLOCK_LINEARS
+from jquant.models.edit import blocks as blocks
 from jquant.models.edit import get as get
 from jquant.models.edit import linear_paths as linear_paths
 from jquant.models.edit import linears as linears

@@ -46,7 +46,7 @@ class RopeConfig:
           ConversionError: the scaling rule is none of ours.
         """
         rules = dict(config.get("rope_scaling") or {}) | dict(config.get("rope_parameters") or {})
-        kind = rules.get("rope_type") or rules.get("type") or "default"
+        kind: Any = rules.get("rope_type") or rules.get("type") or "default"
         if kind not in get_args(RopeScaling.__value__):
             raise ConversionError(f"rope scaling {kind!r} is not supported; supported: default, linear, llama3")
         return cls(
@@ -97,7 +97,7 @@ class LlamaConfig:
         Raises:
           ConversionError: a key is missing, or the model needs something that is not built here; it is named.
         """
-        family = config.get("model_type")
+        family = str(config.get("model_type"))
         if family not in _FAMILIES:
             raise ConversionError(f"model_type {family!r} is not supported; supported: {', '.join(_FAMILIES)}")
         if config.get("hidden_act", "silu") != "silu":
@@ -128,4 +128,6 @@ class LlamaConfig:
                 model_type=family,
             )
         except KeyError as error:
-            raise ConversionError(f"config.json of this {family} model has no {error}; is the folder complete?") from error
+            raise ConversionError(
+                f"config.json of this {family} model has no {error}; is the folder complete?"
+            ) from error

@@ -1,5 +1,6 @@
 """Edits by path: new trees, nothing changed in place. A path reads as in Hugging Face: `layers.3.mlp.up_proj`."""
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any, Final
 
@@ -44,7 +45,7 @@ def put[T](node: T, path: str, value: Any) -> T:
 
 def linear_paths(model: Llama) -> tuple[str, ...]:
     """Returns the paths of all linears of all blocks, in order; the head and the embedding are not among them."""
-    return tuple(f"layers.{index}.{name}" for index in range(len(_tuple_of(model))) for name in BLOCK_LINEARS)
+    return tuple(f"layers.{index}.{name}" for index in range(len(blocks(model))) for name in BLOCK_LINEARS)
 
 
 def linears(model: Llama) -> Iterator[tuple[str, Linear]]:
@@ -56,20 +57,25 @@ def linears(model: Llama) -> Iterator[tuple[str, Linear]]:
 def map_linears(model: Llama, function: Callable[[str, Linear], Linear]) -> Llama:
     """Returns the model with every block's linears replaced by `function(path, linear)`."""
     layers = []
-    for index, block in enumerate(_tuple_of(model)):
+    for index, block in enumerate(blocks(model)):
         for name in BLOCK_LINEARS:
             block = put(block, name, function(f"layers.{index}.{name}", get(block, name)))
         layers.append(block)
-    return model.replace(layers=tuple(layers))
+    return dataclasses.replace(model, layers=tuple(layers))
 
 
 def set_kv_codec(model: Llama, codec: KvCodec) -> Llama:
     """Returns the model with `codec` in every layer."""
-    layers = tuple(put(block, "self_attn.kv_codec", codec) for block in _tuple_of(model))
-    return model.replace(layers=layers)
+    layers = tuple(put(block, "self_attn.kv_codec", codec) for block in blocks(model))
+    return dataclasses.replace(model, layers=layers)
 
 
-def _tuple_of(model: Llama) -> tuple[Block, ...]:
+def blocks(model: Llama) -> tuple[Block, ...]:
+    """Returns the blocks of a model whose layers are not stacked.
+
+    Raises:
+      FormatError: they are.
+    """
     if isinstance(model.layers, Stacked):
         raise FormatError("the layers are stacked; edit the model before stack_layers")
     return model.layers
@@ -80,4 +86,4 @@ def _put(node: Any, parts: list[str], value: Any) -> Any:
     if part.isdigit():
         index = int(part)
         return (*node[:index], _put(node[index], rest, value) if rest else value, *node[index + 1 :])
-    return node.replace(**{part: _put(getattr(node, part), rest, value) if rest else value})
+    return dataclasses.replace(node, **{part: _put(getattr(node, part), rest, value) if rest else value})

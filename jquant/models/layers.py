@@ -1,4 +1,4 @@
-"""The parts of a decoder block: linear, RMS norm, rotary positions, masked attention. Arrays and nodes in, arrays out."""
+"""The parts of a decoder block: linear, RMS norm, rotary positions, masked attention; arrays out."""
 
 import math
 from typing import Final

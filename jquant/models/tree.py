@@ -3,7 +3,9 @@
 Field names equal Hugging Face's, so a path such as `layers.3.self_attn.q_proj` means the same in both.
 """
 
+import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +16,7 @@ from jquant.kv import ExactKv, KvCodec
 from jquant.models.config import LlamaConfig
 from jquant.types import Leaf
 
-type Make = Callable[[str, tuple[int, ...]], Leaf]  # (path, shape) -> the array to stand there
+type Make = Callable[[str, tuple[int, ...]], Any]  # (path, shape) -> the array to stand there
 
 
 @struct.dataclass
@@ -129,7 +131,7 @@ def stack_layers(model: Llama) -> Llama:
         if difference:
             raise FormatError(f"layers 0 and {index} cannot be stacked: {difference}")
     block = jax.tree.map(lambda *leaves: jnp.stack(leaves), *model.layers)
-    return model.replace(layers=Stacked(block=block, depth=len(model.layers)))
+    return dataclasses.replace(model, layers=Stacked(block=block, depth=len(model.layers)))
 
 
 def _first_difference(first: Block, other: Block) -> str | None:
@@ -141,7 +143,8 @@ def _first_difference(first: Block, other: Block) -> str | None:
     for (_, a), (_, b), name in zip(left[0], right[0], names[0], strict=True):
         if a.shape != b.shape or a.dtype != b.dtype:
             return f"{name} is {a.dtype}{list(a.shape)} in one, {b.dtype}{list(b.shape)} in the other"
-    return None if left[1] == right[1] else f"their static settings differ: {left[1]} against {right[1]}"
+    structures = [str(side[1]) for side in (left, right)]
+    return None if structures[0] == structures[1] else f"their static settings differ: {' against '.join(structures)}"
 
 
 def _build_block(config: LlamaConfig, make: Make, path: str) -> Block:

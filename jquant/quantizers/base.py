@@ -32,7 +32,9 @@ class WeightQuantizer(abc.ABC):
         """Raises FormatError if a matrix of this (in, out) shape cannot be quantized so; called before any work."""
 
     @abc.abstractmethod
-    def __call__(self, weight: Float[Array, "in out"], statistics: Any, key: Key) -> tuple[QuantizedTensor, Diagnostics]:
+    def __call__(
+        self, weight: Float[Array, "in out"], statistics: Any, key: Key
+    ) -> tuple[QuantizedTensor, Diagnostics]:
         """Quantizes a matrix. Pure and jittable.
 
         Args:

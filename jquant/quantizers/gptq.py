@@ -1,4 +1,6 @@
-"""GPTQ: round one input row at a time and spread its error over the rows to come (Frantar et al. 2023, arXiv:2210.17323).
+"""GPTQ: round one input row at a time and spread its error over the rows to come.
+
+Frantar, Ashkboos, Hoefler, Alistarh 2023, arXiv:2210.17323.
 
 Minimises sum over outputs of (w - q)^T H (w - q), W [in, out], H [in, in] the mean of x x^T plus damping. With
 H^-1 = U^T U, U upper triangular, row j gives
@@ -126,7 +128,7 @@ class Gptq(WeightQuantizer):
         rows = jnp.pad(weight[order], ((0, padding), (0, 0)))
         _, (codes, errors, fitted) = jax.lax.scan(block, rows, jnp.arange(0, inputs + padding, size))
         codes, errors = (blocks.reshape(-1, weight.shape[1])[:inputs] for blocks in (codes, errors))
-        if dynamic:
+        if fitted is not None:
             grid = Grid(fitted.scales[:, 0], fitted.zeros[:, 0])
         return Solution(codes, grid, errors, factor.damping)
 

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any, Literal, final
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jquant.formats import UniformFormat, UniformTensor, quantize_uniform
@@ -48,9 +47,7 @@ class Rtn(WeightQuantizer):
         """Raises FormatError if the group size does not divide the inputs."""
         self.format.groups(shape[0])
 
-    def __call__(
-        self, weight: Float[Array, "in out"], statistics: Any, key: Key
-    ) -> tuple[UniformTensor, Diagnostics]:
+    def __call__(self, weight: Float[Array, "in out"], statistics: Any, key: Key) -> tuple[UniformTensor, Diagnostics]:
         """Rounds a matrix; an all-zero group gives zeros."""
         del statistics, key
         weight = weight.astype(compute_dtype(weight.dtype))

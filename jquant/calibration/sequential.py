@@ -120,7 +120,7 @@ def _row(path: str, layer: Block, diagnostics: Diagnostics) -> LinearReport:
     bad = sorted(name for name, value in figures.items() if not math.isfinite(value))
     if bad:
         raise CalibrationError(
-            f"{path}: {', '.join(bad)} not finite, with damping {figures.get('damping', 0.0):.2f} of the mean diagonal. "
+            f"{path}: {', '.join(bad)} not finite; damping {figures.get('damping', 0.0):.2f} of the mean diagonal. "
             "Its calibration inputs are degenerate: use more or other calibration text, a larger `damping`, or leave "
             "this linear out by a rule with `quantizer: null`. Finished blocks are kept; run again to go on"
         )

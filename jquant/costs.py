@@ -1,0 +1,83 @@
+"""What calibration costs, from shapes alone: floating-point operations and memory.
+
+A multiplication and an addition are two operations. With b the tokens of all windows, L those of one, n and m the
+inputs and outputs of a linear or of a solve:
+
+    a linear              2 b n m
+    attention             4 b L heads head_dim            (scores and context; nothing saved for the causal half)
+    a Hessian             2 b n^2
+    a GPTQ solve          4/3 n^3 + 6 n^2 m               (factor and inverse; spreading errors; two proxy losses)
+
+Each collection runs its block as far as the last site that it sums; then the solved block runs once over all windows.
+"""
+
+import itertools
+import math
+from collections.abc import Iterable, Mapping
+from typing import Final, NamedTuple
+
+from jquant.blocks import SITES
+from jquant.models import Block, LlamaConfig, get
+
+_FLOAT32: Final = 4  # bytes
+_SCORES: Final = 3  # copies of one window's attention scores alive at once; memory_analysis of `advance` on CPU
+_SOLVE_SQUARES: Final = 8  # arrays [n, n] alive at once in a GPTQ solve; memory_analysis at n, m = 576 to 3072 on CPU
+_SOLVE_WEIGHTS: Final = 4  # arrays [n, m], likewise
+
+
+class Work(NamedTuple):
+    """Operations of a run.
+
+    Attributes:
+      forward: blocks run over calibration text.
+      statistics: what is summed over it.
+      solves: the solves themselves.
+    """
+
+    forward: int = 0
+    statistics: int = 0
+    solves: int = 0
+
+    def plus(self, other: "Work") -> "Work":
+        """Returns the sums."""
+        return Work(*(mine + its for mine, its in zip(self, other, strict=True)))
+
+
+def forward_operations(block: Block, config: LlamaConfig, length: int) -> Mapping[str, int]:
+    """Returns the operations of one window from a block's beginning to each site's inputs, and to its "end".
+
+    Args:
+      block: the block; abstract will do.
+      config: the model's sizes.
+      length: tokens of the window.
+    """
+    attention = 4 * length * length * config.num_attention_heads * config.head_dim
+    after = {
+        site: 2 * length * sum(math.prod(get(block, name).kernel.shape) for name in names)
+        for site, names in SITES.items()
+    }
+    steps = [0, after["attention_input"] + attention, *list(after.values())[1:]]
+    return dict(zip((*SITES, "end"), itertools.accumulate(steps), strict=True))
+
+
+def hessian_operations(features: int, tokens: int) -> int:
+    """Returns the operations of summing x x^T."""
+    return 2 * tokens * features**2
+
+
+def solve_operations(inputs: int, outputs: int) -> int:
+    """Returns the operations of one GPTQ solve."""
+    return 4 * inputs**3 // 3 + 6 * inputs**2 * outputs
+
+
+def working_nbytes(config: LlamaConfig, length: int, solves: Iterable[tuple[int, int]]) -> int:
+    """Returns the bytes that calibration needs beside models and activations: the larger of attention and a solve.
+
+    Args:
+      config: the model's sizes.
+      length: tokens of a window; 0 if nothing is run.
+      solves: (in, out) of the solves that have a Hessian.
+    """
+    scores = _SCORES * config.num_attention_heads * length * length
+    largest = max((_SOLVE_SQUARES * n * n + _SOLVE_WEIGHTS * n * m for n, m in solves), default=0)
+    return _FLOAT32 * max(scores, largest)

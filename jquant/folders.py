@@ -1,0 +1,132 @@
+"""Checkpoints of any kind, opened by where they are; and the folder that a result will be written to.
+
+A source is a jquant checkpoint, a Hugging Face folder, a GGUF file or a hub id.
+"""
+
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any, Final
+
+from convert import abstract_model, load_tokenizer, save_tokenizer
+from convert import load_model as load_foreign
+from convert.huggingface import StoredDtype
+from jquant.checkpoint import abstract_tree, is_checkpoint, load_model
+from jquant.errors import CheckpointError, FormatError
+from jquant.models import Llama, stack_layers
+
+RECIPE: Final = "recipe.yaml"
+REPORT: Final = "report.json"
+_RESERVE: Final = 64 * 2**20  # bytes on disk beyond the arrays: tokenizer, structure, report
+
+
+def open_model(source: str | Path, *, dtype: StoredDtype = "auto") -> Llama:
+    """Loads a model from a jquant checkpoint, a Hugging Face folder, a GGUF file or a hub id.
+
+    Args:
+      source: where it is.
+      dtype: of the arrays of a foreign checkpoint; "auto" keeps what is stored.
+
+    Raises:
+      CheckpointError: a jquant checkpoint is damaged, or another dtype than its own is asked for.
+      ConversionError: a foreign checkpoint cannot be read.
+    """
+    if not is_checkpoint(source):
+        return load_foreign(source, dtype=dtype)
+    _require_own_dtype(source, dtype)
+    return load_model(source)
+
+
+def open_abstract(source: str | Path, *, dtype: StoredDtype = "auto") -> Llama:
+    """Returns what `open_model` would, with `jax.ShapeDtypeStruct` for arrays; only headers are read.
+
+    Raises:
+      CheckpointError: as `open_model`.
+      ConversionError: as `open_model`, as far as headers show.
+    """
+    if not is_checkpoint(source):
+        return abstract_model(source, dtype)
+    _require_own_dtype(source, dtype)
+    tree = abstract_tree(source)
+    if not isinstance(tree, Llama):
+        raise CheckpointError(f"{source} holds a {type(tree).__name__}, not a model")
+    return tree
+
+
+def open_for_use(source: str | Path) -> Llama:
+    """Loads a model as `open_model` does, its layers stacked where they are alike, so that it compiles fast."""
+    model = open_model(source)
+    try:
+        return stack_layers(model)
+    except FormatError:  # layers differ: the same model, unrolled
+        return model
+
+
+def read_report(path: str | Path) -> dict[str, Any]:
+    """Reads the report of a checkpoint that `quantize` made, {} where a checkpoint has none.
+
+    Raises:
+      CheckpointError: the report is damaged.
+    """
+    try:
+        return dict(json.loads((Path(path) / REPORT).read_text("utf-8")))
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{Path(path) / REPORT} cannot be read ({error}); delete it or quantize again") from error
+
+
+def prepare_output(out: Path, *, nbytes: int) -> None:
+    """Makes the folder that `out` will stand in, and checks that it can be written and has room.
+
+    Raises:
+      CheckpointError: `out` exists and is not empty, cannot be made, or the disk has not enough room.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise CheckpointError(f"{out} exists and is not empty; give another path, or delete it first")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out.parent):
+            free = shutil.disk_usage(out.parent).free
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot write to {out.parent}: {error}. Choose a folder that you may write to"
+        ) from error
+    if free < nbytes + _RESERVE:
+        raise CheckpointError(
+            f"{out.parent} has {free / 2**20:.0f} MiB free, {(nbytes + _RESERVE) / 2**20:.0f} MiB are needed; "
+            "free space there, or choose another folder"
+        )
+
+
+def open_tokenizer(source: str | Path) -> tuple[Any, dict[str, bytes]]:
+    """Returns the tokenizer of a checkpoint, and the files to keep it by: name -> content.
+
+    The tokenizer is read back from those files, so that what is kept is what was used.
+
+    Raises:
+      ConversionError: there is none, or it is of a kind that cannot be read.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        names = save_tokenizer(source, Path(folder))
+        return load_tokenizer(folder), {name: (Path(folder) / name).read_bytes() for name in names}
+
+
+def _require_own_dtype(source: str | Path, dtype: StoredDtype) -> None:
+    if dtype != "auto":
+        raise CheckpointError(f"{source} is a jquant checkpoint and keeps its dtypes; leave dtype={dtype!r} out")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a small file in one step.
+
+    Raises:
+      CheckpointError: it cannot be written.
+    """
+    try:
+        partial = path.with_name(f".{path.name}.partial")
+        partial.write_text(text, "utf-8")
+        partial.replace(path)
+    except OSError as error:
+        raise CheckpointError(f"cannot write {path}: {error}. Choose a folder that you may write to") from error

@@ -1,0 +1,231 @@
+"""Whole jobs from one checkpoint on disk to another: what the command line, the demo and tests call.
+
+A quantization keeps its finished blocks in `<out>.partial` until the result is saved. Whatever stops it, the same call
+goes on from there; blocks are taken over only if model, recipe, tokens and versions are the same.
+"""
+
+import contextlib
+import hashlib
+import importlib.metadata
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Final
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Int32
+
+from convert.huggingface import StoredDtype
+from jquant.calibration import BlockStore
+from jquant.checkpoint import digest, save_model
+from jquant.data import Text, TextTokenizer, load_text, token_windows
+from jquant.errors import CalibrationError, CheckpointError, DataError, JquantError
+from jquant.folders import RECIPE, REPORT, open_abstract, open_model, open_tokenizer, prepare_output
+from jquant.formats import tree_nbytes
+from jquant.models import Llama, LlamaConfig
+from jquant.passes import Context, run_passes
+from jquant.plan import Plan, plan
+from jquant.progress import OnProgress, Progress, ignore
+from jquant.recipe import Recipe, to_yaml
+from jquant.recipe import digest as recipe_digest
+from jquant.report import BlockReport, Report
+
+_STORE_SUFFIX: Final = ".partial"
+_STORE_FILES: Final = {"lock", "fingerprint.json", "fingerprint.json.partial"}  # what a store may hold besides blocks
+_RESULTS: Final = ("jquant", "jax", "jaxlib", "numpy")  # packages whose version may change a result's bits
+
+
+def convert_checkpoint(
+    source: str | Path, out: Path, *, dtype: StoredDtype = "auto", on_progress: OnProgress = ignore
+) -> Llama:
+    """Writes a foreign checkpoint as a jquant checkpoint, with its tokenizer.
+
+    Args:
+      source: a Hugging Face folder, a GGUF file or a hub id.
+      out: the folder to make; it must not exist, or be empty.
+      dtype: of the arrays.
+      on_progress: called at each stage.
+
+    Returns:
+      The model.
+
+    Raises:
+      ConversionError: the source cannot be read.
+      CheckpointError: `out` cannot be written, or the disk has not enough room; said before any work.
+    """
+    started = time.monotonic()
+    prepare_output(out, nbytes=tree_nbytes(open_abstract(source, dtype=dtype)))
+    on_progress(Progress("reading the model"))
+    _, files = open_tokenizer(source)
+    model = open_model(source, dtype=dtype)
+    on_progress(Progress("saving"))
+    details = (("source", str(source)), ("bytes", tree_nbytes(model)), ("seconds", time.monotonic() - started))
+    save_model(model, out, files=files | {REPORT: Report(details=details).to_json().encode()})
+    return model
+
+
+def quantize(
+    source: str | Path,
+    out: Path,
+    recipe: Recipe,
+    *,
+    folder: Path | None = None,
+    dtype: StoredDtype = "auto",
+    resume: bool = False,
+    on_progress: OnProgress = ignore,
+) -> Report:
+    """Quantizes a checkpoint by a recipe and saves the result with recipe, report and tokenizer.
+
+    Args:
+      source: a Hugging Face folder, a GGUF file, a hub id, or an unquantized jquant checkpoint.
+      out: the folder to make; it must not exist, or be empty.
+      recipe: the method.
+      folder: where the files of a named calibration data set lie; None to get it from the hub.
+      dtype: of a foreign checkpoint's arrays, and so of the activations.
+      resume: whether a run must be there to go on with; without, one is gone on with if there is one.
+      on_progress: called at each stage and after each block.
+
+    Returns:
+      The report; it is saved as report.json too.
+
+    Raises:
+      JquantError: what is wrong with source, recipe, text or disk. What can be known before the work is said before it;
+        after that, finished blocks are kept and the message says how to go on.
+    """
+    started = time.monotonic()
+    store_path = out.with_name(out.name + _STORE_SUFFIX)
+    abstract = open_abstract(source, dtype=dtype)
+    _check_length(recipe, abstract)
+    figures = plan(abstract, recipe)
+    _check_store(store_path, resume=resume)
+    prepare_output(out, nbytes=figures.nbytes + figures.store_nbytes - _size_of(store_path))
+    on_progress(Progress("reading tokenizer, calibration text and model"))
+    tokenizer, files = open_tokenizer(source)
+    tokens, text = calibration_tokens(recipe, tokenizer, abstract.config, folder=folder)
+    model = open_model(source, dtype=dtype)
+    fingerprint = _fingerprint(model, recipe, tokens)
+    store = BlockStore.open(store_path, fingerprint)
+    with store.lock, _kept(store):
+        _remove_stale(out)
+        if store.finished():
+            total = model.config.num_hidden_layers
+            on_progress(Progress(f"resuming: {store.finished()} of {total} blocks are finished"))
+        context = Context(
+            key=jax.random.key(recipe.seed),
+            tokens=None if tokens is None else jnp.asarray(tokens),
+            store=store,
+            on_block=_count_blocks(model.config.num_hidden_layers, on_progress),
+        )
+        quantized, report = run_passes(recipe.passes, model, context)
+        report = report.merge(Report(details=_details(source, recipe, fingerprint, text, figures, started)))
+        on_progress(Progress("saving"))
+        files |= {RECIPE: to_yaml(recipe).encode(), REPORT: report.to_json().encode()}
+        save_model(quantized, out, files=files)
+    shutil.rmtree(store_path, ignore_errors=True)
+    return report
+
+
+def calibration_tokens(
+    recipe: Recipe, tokenizer: TextTokenizer, config: LlamaConfig, *, folder: Path | None
+) -> tuple[Int32[np.ndarray, "samples length"] | None, Text | None]:
+    """Returns the windows that a recipe asks for and the text that they are from; (None, None) if it asks for none.
+
+    Raises:
+      DataError: the text cannot be had, is too short, or its tokens are not in the model's vocabulary.
+    """
+    if recipe.calibration is None:
+        return None, None
+    text = load_text(recipe.calibration.dataset, "calibration", folder=folder)
+    tokens = token_windows(
+        text,
+        tokenizer,
+        length=recipe.calibration.length,
+        count=recipe.calibration.samples,
+        seed=recipe.seed,
+    )
+    if tokens.max() >= config.vocab_size:
+        raise DataError(
+            f"the tokenizer gives ids up to {tokens.max()}, the model has {config.vocab_size}: "
+            "they do not belong together; give the model's own tokenizer"
+        )
+    return tokens, text
+
+
+def _check_length(recipe: Recipe, model: Llama) -> None:
+    context = model.config.max_position_embeddings
+    if recipe.calibration is not None and recipe.calibration.length > context:
+        raise CalibrationError(
+            f"calibration windows of {recipe.calibration.length} tokens are longer than the model's context of "
+            f"{context}; --set calibration.length={context}"
+        )
+
+
+def _check_store(path: Path, *, resume: bool) -> None:
+    """Refuses a folder that is no store (it would be deleted at the end), and `resume` without a store."""
+    if not path.exists():
+        if resume:
+            raise CheckpointError(f"there is no {path} to resume; leave --resume out to begin a run")
+        return
+    names = {entry.name for entry in path.iterdir()} if path.is_dir() else {path.name}
+    foreign = sorted(name for name in names - _STORE_FILES if not name.lstrip(".").startswith("block-"))
+    if foreign:
+        raise CheckpointError(
+            f"{path} is where finished blocks are kept, but it holds {', '.join(foreign[:3])}; move it away, "
+            "or give another output path"
+        )
+
+
+@contextlib.contextmanager
+def _kept(store: BlockStore) -> Iterator[None]:
+    """Adds to an error that finished blocks are kept and how to go on; removes a store that has none."""
+    try:
+        yield
+    except JquantError as error:
+        finished = store.finished()
+        if not finished:
+            shutil.rmtree(store.path, ignore_errors=True)
+            raise
+        kept = f"{finished} finished blocks are kept in {store.path}; run the same command again to go on"
+        raise type(error)(f"{error}\n{kept}") from error
+
+
+def _remove_stale(out: Path) -> None:
+    """Removes what a killed run left of an unfinished save; the store's lock says that no other run writes here."""
+    for stale in out.parent.glob(f".{out.name}.*.partial"):
+        shutil.rmtree(stale, ignore_errors=True)
+
+
+def _count_blocks(total: int, on_progress: OnProgress) -> Callable[[BlockReport], None]:
+    return lambda report: on_progress(Progress("quantizing", report.index + 1, total, report))
+
+
+def _fingerprint(model: Llama, recipe: Recipe, tokens: np.ndarray | None) -> dict[str, str]:
+    windows = b"" if tokens is None else np.ascontiguousarray(tokens).tobytes()
+    return {
+        "recipe": recipe_digest(recipe),
+        "model": digest(model),
+        "calibration tokens": hashlib.sha256(windows).hexdigest(),
+        "device": jax.devices()[0].device_kind,
+        **{f"{name} version": importlib.metadata.version(name) for name in _RESULTS},
+    }
+
+
+def _details(
+    source: str | Path, recipe: Recipe, fingerprint: dict[str, str], text: Text | None, figures: Plan, started: float
+) -> tuple[tuple[str, Any], ...]:
+    return (
+        ("source", str(source)),
+        ("recipe", recipe.name),
+        ("fingerprint", fingerprint),
+        ("calibration text", None if text is None else dict(text.provenance)),
+        ("bits per weight", figures.bits_per_weight()),
+        ("bytes", figures.nbytes),
+        ("seconds", time.monotonic() - started),
+    )
+
+
+def _size_of(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) if folder.is_dir() else 0

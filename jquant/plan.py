@@ -1,0 +1,218 @@
+"""The plan of a run: what it will give and cost, from shapes alone, before any work.
+
+Bits and bytes are not estimated: each quantizer is traced on the shapes of the linears that it will solve
+(`jax.eval_shape`), and the bytes of the arrays that it would return are counted. Work and memory follow the formulas of
+`jquant.costs`; peak memory is source, result, two sets of activations and what calibration needs beside them.
+"""
+
+import functools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+from jquant.blocks import SITES, QuantizeWeights
+from jquant.costs import Work, forward_operations, hessian_operations, solve_operations, working_nbytes
+from jquant.errors import RecipeError
+from jquant.formats import QuantizedTensor, split_outputs, tree_nbytes
+from jquant.models import Llama, get, linear_paths, put
+from jquant.passes import ModelPass, Sequential
+from jquant.quantizers import WeightQuantizer
+from jquant.recipe import Calibration, Recipe
+
+UNTOUCHED = "-"  # the method of a linear that is left as it is
+
+
+@dataclass(frozen=True)
+class LinearPlan:
+    """What becomes of one linear.
+
+    Attributes:
+      path: such as `layers.0.mlp.up_proj`.
+      shape: (in, out).
+      method: the quantizer's name, or `UNTOUCHED`.
+      nbytes: bytes of its kernel afterwards.
+    """
+
+    path: str
+    shape: tuple[int, int]
+    method: str
+    nbytes: int
+
+    def bits_per_weight(self) -> float:
+        """Returns 8 * bytes / (in * out)."""
+        return 8.0 * self.nbytes / math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will give and cost.
+
+    Attributes:
+      linears: one row for each linear of the blocks.
+      source_nbytes: bytes of the source model's arrays.
+      nbytes: bytes of the result's arrays, in memory and on disk.
+      store_nbytes: bytes on disk of the store of finished blocks, while the run lasts.
+      peak_nbytes: predicted peak of memory.
+      tokens: calibration tokens, 0 if none are read.
+      work: floating-point operations.
+      solve_shapes: distinct (in, out) of the solves; each is compiled once.
+    """
+
+    linears: tuple[LinearPlan, ...]
+    source_nbytes: int
+    nbytes: int
+    store_nbytes: int
+    peak_nbytes: int
+    tokens: int
+    work: Work
+    solve_shapes: tuple[tuple[int, int], ...]
+
+    def bits_per_weight(self) -> float:
+        """Returns the bits per weight of all quantized linears taken together, 0 if there is none."""
+        chosen = [row for row in self.linears if row.method != UNTOUCHED]
+        return 8.0 * sum(row.nbytes for row in chosen) / max(1, sum(math.prod(row.shape) for row in chosen))
+
+
+@dataclass(frozen=True)
+class Solve:
+    """One solve of a run.
+
+    Attributes:
+      quantizer: what solves it.
+      site: whose inputs its linears share.
+      paths: the linears, taken as one matrix.
+    """
+
+    quantizer: WeightQuantizer
+    site: str
+    paths: tuple[str, ...]
+
+
+def plan(model: Llama, recipe: Recipe) -> Plan:
+    """Plans a run.
+
+    Args:
+      model: the model, or an abstract one with `jax.ShapeDtypeStruct` for arrays; its layers are a tuple.
+      recipe: what will be run.
+
+    Returns:
+      The plan.
+
+    Raises:
+      RecipeError: a rule matches nothing, or the recipe has a pass that cannot be planned.
+      FormatError: a shape does not fit; the linear is named.
+
+    Example:
+      >>> from jquant.models import abstract_llama, tiny_config
+      >>> from jquant.recipe import load_recipe
+      >>> figures = plan(abstract_llama(tiny_config()), load_recipe("rtn-w8"))
+      >>> len(figures.linears), figures.solve_shapes
+      (14, ((64, 128), (64, 64), (64, 192), (96, 64)))
+    """
+    result, work = model, Work()
+    solves: list[Solve] = []
+    for one in recipe.passes:
+        one.check(result)
+        for block_pass in _block_passes(one):
+            for index in range(model.config.num_hidden_layers):
+                found = tuple(list_solves(block_pass, index))
+                work = work.plus(_work(result, block_pass, index, found, recipe.calibration))
+                result = functools.reduce(_solved, found, result)
+                solves += found
+    methods = {path: type(solve.quantizer).__name__ for solve in solves for path in solve.paths}
+    kernels = {path: get(result, path).kernel for path in linear_paths(result)}
+    length = recipe.calibration.length if recipe.calibration else 0
+    samples = recipe.calibration.samples if recipe.calibration else 0
+    heavy = {_shape(model, solve) for solve in solves if solve.quantizer.statistic is not None}
+    activations = 2 * samples * length * model.config.hidden_size * jnp.dtype(model.embed_tokens.dtype).itemsize
+    working = working_nbytes(model.config, length, heavy)
+    return Plan(
+        linears=tuple(
+            LinearPlan(path, kernel.shape, methods.get(path, UNTOUCHED), tree_nbytes(kernel))
+            for path, kernel in kernels.items()
+        ),
+        source_nbytes=tree_nbytes(model),
+        nbytes=tree_nbytes(result),
+        store_nbytes=tree_nbytes(result.layers),
+        peak_nbytes=tree_nbytes(model) + tree_nbytes(result.layers) + activations + working,
+        tokens=samples * length,
+        work=work,
+        solve_shapes=tuple(dict.fromkeys(_shape(model, solve) for solve in solves)),
+    )
+
+
+def list_solves(block_pass: QuantizeWeights, index: int) -> Iterator[Solve]:
+    """Yields the solves of one block in order; linears with an equal quantizer and the same inputs are one solve."""
+    for site, names in SITES.items():
+        paths = [f"layers.{index}.{name}" for name in names]
+        rules = {path: block_pass.rule_for(path) for path in paths}
+        chosen = {path: rule.quantizer for path, rule in rules.items() if rule is not None and rule.quantizer}
+        for quantizer in dict.fromkeys(chosen.values()):
+            group = tuple(path for path, own in chosen.items() if own == quantizer)
+            for part in [group] if quantizer.separable else [(path,) for path in group]:
+                yield Solve(quantizer, site, part)
+
+
+def _block_passes(one: ModelPass) -> tuple[QuantizeWeights, ...]:
+    parts = one.passes if isinstance(one, Sequential) else (one,)
+    for part in parts:
+        if not isinstance(part, QuantizeWeights):
+            raise RecipeError(f"{type(part).__name__} cannot be planned: give jquant/plan.py its costs first")
+    return tuple(part for part in parts if isinstance(part, QuantizeWeights))
+
+
+def _shape(model: Llama, solve: Solve) -> tuple[int, int]:
+    shapes = [get(model, path).kernel.shape for path in solve.paths]
+    return shapes[0][0], sum(shape[1] for shape in shapes)
+
+
+def _work(
+    model: Llama, block_pass: QuantizeWeights, index: int, solves: tuple[Solve, ...], calibration: Calibration | None
+) -> Work:
+    """Returns the work of one block."""
+    if calibration is None or not block_pass.needs_inputs():
+        return Work()
+    samples, length, block = calibration.samples, calibration.length, get(model, f"layers.{index}")
+    reached = forward_operations(block, model.config, length)
+    heavy = [solve for solve in solves if solve.quantizer.statistic is not None]
+    if block_pass.sequence == "per_block":
+        collections: list[str] = ["mlp_hidden"] * len({solve.quantizer.statistic for solve in heavy})
+        summed = [get(block, names[0]).kernel.shape[0] for names in SITES.values()] * len(collections)
+    else:
+        collections = [site for _, site in dict.fromkeys((solve.quantizer, solve.site) for solve in heavy)]
+        summed = [get(block, SITES[site][0]).kernel.shape[0] for site in collections]
+    advances = index + 1 < model.config.num_hidden_layers
+    forward = sum(reached[site] for site in collections) + advances * reached["end"]
+    return Work(
+        forward=samples * forward,
+        statistics=sum(hessian_operations(features, samples * length) for features in summed),
+        solves=sum(solve_operations(*_shape(model, solve)) for solve in heavy),
+    )
+
+
+def _solved(model: Llama, solve: Solve) -> Llama:
+    """Returns the abstract model after a solve."""
+    kernels = tuple(get(model, path).kernel for path in solve.paths)
+    specs = tuple((kernel.shape, jnp.dtype(kernel.dtype)) for kernel in kernels)
+    for path, tensor in zip(solve.paths, _abstract_solve(solve.quantizer, specs), strict=True):
+        model = put(model, f"{path}.kernel", tensor)
+    return model
+
+
+@functools.cache
+def _abstract_solve(
+    quantizer: WeightQuantizer, kernels: tuple[tuple[tuple[int, int], jnp.dtype], ...]
+) -> tuple[QuantizedTensor, ...]:
+    """Traces one solve on abstract kernels; equal solves are traced once."""
+
+    def solve(key: jax.Array, *parts: jax.Array) -> tuple[QuantizedTensor, ...]:
+        statistic = quantizer.statistic
+        tensor, _ = quantizer(
+            jnp.concatenate(parts, axis=1), None if statistic is None else statistic.init(parts[0].shape[0]), key
+        )
+        return split_outputs(tensor, [part.shape[1] for part in parts])
+
+    return jax.eval_shape(solve, jax.random.key(0), *(jax.ShapeDtypeStruct(*kernel) for kernel in kernels))

@@ -1,0 +1,137 @@
+"""Results as rich tables: what the command line prints. Tables only; nothing is printed here."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import groupby
+from typing import Final
+
+from rich.table import Table
+
+from jquant.inspection import Facts
+from jquant.measure import Measurement, ModelFigures
+from jquant.plan import Plan
+from jquant.report import LinearReport, Report
+
+_SHALLOW: Final = 4  # blocks up to which a report shows every linear
+_UNITS: Final = ("", "k", "M", "G", "T", "P", "E")
+
+
+def report_table(report: Report) -> Table:
+    """Returns one row for each linear of a run; of a deep model, one for each kind of linear."""
+    rows = report.linears()
+    deep = len(report.blocks) > _SHALLOW
+    groups: dict[str, list[LinearReport]] = {}
+    for row in rows:
+        groups.setdefault(_kind(row.path) if deep else row.path, []).append(row)
+    table = _table("quantized", "linear", "count", "bits", "relative error", "loss / RTN loss", "largest damping")
+    for name, members in groups.items():
+        table.add_row(
+            name,
+            str(len(members)),
+            f"{sum(row.bits_per_weight for row in members) / len(members):.3f}",
+            f"{math.sqrt(sum(row.relative_error**2 for row in members) / len(members)):.4f}",
+            _loss_ratio(members),
+            _largest_damping(members),
+        )
+    return table
+
+
+def plan_table(plan: Plan, name: str) -> Table:
+    """Returns what a run will give and cost."""
+    work = plan.work
+    table = _table(f"plan for {name}", "figure", "value")
+    table.add_row("bits per weight of quantized linears", f"{plan.bits_per_weight():.4f}")
+    table.add_row("source in memory", _bytes(plan.source_nbytes))
+    table.add_row("result on disk", _bytes(plan.nbytes))
+    table.add_row("on disk meanwhile, beside it", _bytes(plan.store_nbytes))
+    table.add_row("peak memory, predicted", _bytes(plan.peak_nbytes))
+    table.add_row("calibration tokens", f"{plan.tokens:,}")
+    table.add_row("calibration passes", f"{_scaled(work.forward)}FLOP")
+    table.add_row("Hessians", f"{_scaled(work.statistics)}FLOP")
+    table.add_row("solves", f"{_scaled(work.solves)}FLOP")
+    shapes = ", ".join(f"{inputs} x {outputs}" for inputs, outputs in plan.solve_shapes)
+    table.add_row("distinct solves, each compiled once", f"{len(plan.solve_shapes)} ({shapes})")
+    return table
+
+
+def plan_linears_table(plan: Plan) -> Table:
+    """Returns what becomes of each kind of linear: layers that share a row have equal shapes, methods and bits."""
+    table = _table("linears", "linear", "count", "in x out", "method", "bits")
+    keyed = sorted((_kind(row.path), row.shape, row.method, round(row.bits_per_weight(), 4)) for row in plan.linears)
+    for (kind, shape, method, bits), members in groupby(keyed):
+        table.add_row(kind, str(len(list(members))), f"{shape[0]} x {shape[1]}", method, f"{bits:.4f}")
+    return table
+
+
+def facts_table(facts: Facts, name: str) -> Table:
+    """Returns one row for each linear of a model."""
+    table = _table(name, "linear", "in x out", "format", "bits", "relative error")
+    for row in facts.linears:
+        error = "-" if row.relative_error is None else f"{row.relative_error:.4f}"
+        table.add_row(row.path, f"{row.shape[0]} x {row.shape[1]}", row.format, f"{row.bits_per_weight:.4f}", error)
+    structures = f"{facts.structures} distinct block structure{'s' if facts.structures > 1 else ''}"
+    table.caption = f"{facts.bits_per_weight():.4f} bits per weight, {_bytes(facts.nbytes)} in all, {structures}"
+    return table
+
+
+def measurement_table(rows: Mapping[str, tuple[Measurement, Facts]]) -> Table:
+    """Returns one row for each measured model: perplexity, windows, bits, size, seconds."""
+    table = _table("perplexity", "model", "text", "perplexity", "windows", "bits per weight", "size", "seconds")
+    for name, (measured, facts) in rows.items():
+        figure = measured.perplexity
+        table.add_row(
+            name,
+            measured.dataset,
+            f"{figure.value:.4f}",
+            f"{figure.windows} x {figure.window_length}",
+            f"{facts.bits_per_weight():.3f}",
+            _bytes(facts.nbytes),
+            f"{measured.seconds:.1f}",
+        )
+    return table
+
+
+def figures_table(rows: Iterable[ModelFigures], title: str, caption: str) -> Table:
+    """Returns one row for each model: perplexity, bits per weight, size, seconds to make."""
+    table = _table(title, "model", "perplexity", "bits per weight", "size", "seconds")
+    for row in rows:
+        cells = f"{row.perplexity:.3f}", f"{row.bits_per_weight:.3f}", _bytes(row.nbytes), f"{row.seconds:.0f}"
+        table.add_row(row.name, *cells)
+    table.caption = caption
+    return table
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left", caption_justify="left")
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
+    return table
+
+
+def _kind(path: str) -> str:
+    """Returns a linear's place inside its block: `layers.3.mlp.up_proj` is `mlp.up_proj`."""
+    return path.split(".", 2)[2]
+
+
+def _loss_ratio(rows: Sequence[LinearReport]) -> str:
+    """Returns the mean of proxy loss / RTN's proxy loss over the rows that have both."""
+    pairs = [(row.proxy_loss, row.rtn_proxy_loss) for row in rows]
+    ratios = [loss / rtn for loss, rtn in pairs if loss is not None and rtn]
+    return f"{sum(ratios) / len(ratios):.3f}" if ratios else "-"
+
+
+def _largest_damping(rows: Sequence[LinearReport]) -> str:
+    dampings = [row.damping for row in rows if row.damping is not None]
+    return f"{max(dampings):.2f}" if dampings else "-"
+
+
+def _bytes(count: int) -> str:
+    """Returns a number of bytes in binary units, such as 162.8 MiB."""
+    power = min(3, int(math.log2(max(count, 1)) // 10))
+    return f"{count / 1024**power:.{min(power, 2)}f} {('B', 'KiB', 'MiB', 'GiB')[power]}"
+
+
+def _scaled(count: int) -> str:
+    """Returns a number with a decimal prefix, such as 3.1 T."""
+    power = min(len(_UNITS) - 1, int(math.log10(max(count, 1)) // 3))
+    return f"{count / 1000**power:.1f} {_UNITS[power]}"

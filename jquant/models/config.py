@@ -2,11 +2,18 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Final, Literal, get_args
+from typing import Any, Final, Literal
 
 from jquant.errors import ConversionError
 
 type RopeScaling = Literal["default", "linear", "llama3"]
+
+# What a scaling rule cannot do without, as in transformers.
+_ROPE_KEYS: Final[Mapping[str, tuple[str, ...]]] = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
 
 # What each family's code in transformers does beyond its config.json: (bias of q, k, v; bias of o; q/k norm).
 # None: the config's own `attention_bias` decides.
@@ -43,12 +50,15 @@ class RopeConfig:
         """Reads `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (before).
 
         Raises:
-          ConversionError: the scaling rule is none of ours.
+          ConversionError: the scaling rule is none of ours, or lacks an entry.
         """
         rules = dict(config.get("rope_scaling") or {}) | dict(config.get("rope_parameters") or {})
         kind: Any = rules.get("rope_type") or rules.get("type") or "default"
-        if kind not in get_args(RopeScaling.__value__):
-            raise ConversionError(f"rope scaling {kind!r} is not supported; supported: default, linear, llama3")
+        if kind not in _ROPE_KEYS:
+            raise ConversionError(f"rope scaling {kind!r} is not supported; supported: {', '.join(_ROPE_KEYS)}")
+        missing = [name for name in _ROPE_KEYS[kind] if rules.get(name) is None]
+        if missing:
+            raise ConversionError(f"rope scaling {kind!r} has no {', '.join(missing)}; is config.json complete?")
         return cls(
             theta=float(rules.get("rope_theta") or config.get("rope_theta") or cls.theta),
             scaling=kind,
@@ -80,7 +90,7 @@ class LlamaConfig:
     num_key_value_heads: int
     head_dim: int
     max_position_embeddings: int = 2048
-    rms_norm_eps: float = 1e-5
+    rms_norm_eps: float = 1e-6
     rope: RopeConfig = RopeConfig()
     attention_bias: bool = False
     output_bias: bool = False

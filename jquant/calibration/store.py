@@ -1,5 +1,6 @@
 """The block store: finished blocks of a run on disk, each a whole checkpoint of its own, so that a run can resume."""
 
+import contextlib
 import dataclasses
 import fcntl
 import json
@@ -42,26 +43,29 @@ class BlockStore:
             another fingerprint; the entries that differ are named.
         """
         path = Path(path)
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-            lock = (path / "lock").open("w")
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise CheckpointError(f"another process is working on {path}; wait for it, or give another path") from error
-        except OSError as error:
-            raise CheckpointError(f"cannot write to {path}: {error}. Choose a folder that you may write to") from error
-        known = path / FINGERPRINT
-        if not known.exists():
-            temporary = path / f"{FINGERPRINT}.partial"
-            temporary.write_text(json.dumps(dict(fingerprint), indent=1))
-            temporary.replace(known)
-        recorded = json.loads(known.read_text())
-        different = sorted(name for name in {*recorded, *fingerprint} if recorded.get(name) != fingerprint.get(name))
-        if different:
-            raise CheckpointError(
-                f"{path} holds blocks of another run: {', '.join(different)} differ. Delete {path} to start anew, or "
-                "give another output path"
+        with contextlib.ExitStack() as stack:  # closes the lock unless all goes well
+            try:
+                path.mkdir(parents=True, exist_ok=True)
+                lock = stack.enter_context((path / "lock").open("w"))
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                recorded = _record(path / FINGERPRINT, fingerprint)
+            except BlockingIOError as error:
+                raise CheckpointError(
+                    f"another process is working on {path}; wait for it, or give another path"
+                ) from error
+            except OSError as error:
+                raise CheckpointError(
+                    f"cannot write to {path}: {error}. Choose a folder that you may write to"
+                ) from error
+            different = sorted(
+                name for name in {*recorded, *fingerprint} if recorded.get(name) != fingerprint.get(name)
             )
+            if different:
+                raise CheckpointError(
+                    f"{path} holds blocks of another run: {', '.join(different)} differ. Delete {path} to start anew, or "
+                    "give another output path"
+                )
+            stack.pop_all()
         return cls(path=path, lock=lock)
 
     def get(self, index: int) -> tuple[Block, BlockReport] | None:
@@ -90,3 +94,15 @@ class BlockStore:
 
     def _folder(self, index: int) -> Path:
         return self.path / f"block-{index:03d}"
+
+
+def _record(known: Path, fingerprint: Mapping[str, str]) -> dict[str, str]:
+    """Returns the fingerprint that a store was made with; a new store records the one given."""
+    if not known.exists():
+        temporary = known.with_name(f"{known.name}.partial")
+        temporary.write_text(json.dumps(dict(fingerprint), indent=1))
+        temporary.replace(known)
+    try:
+        return dict(json.loads(known.read_text()))
+    except ValueError as error:
+        raise CheckpointError(f"{known} is damaged ({error}); delete {known.parent} to start anew") from error

@@ -12,7 +12,8 @@ from jquant.quantizers.statistics import Statistic
 from jquant.types import Key
 
 # Named figures of one solve. One-dimensional ones are per output and sum over outputs; scalars belong to the solve.
-type Diagnostics = dict[str, Float[Array, "out"] | Float[Array, ""]]
+# The axis has no name, as one call may hold diagnostics of several solves.
+type Diagnostics = dict[str, Float[Array, "_"] | Float[Array, ""]]
 
 
 class WeightQuantizer(abc.ABC):

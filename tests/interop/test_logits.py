@@ -92,9 +92,9 @@ def test_stories260k(reference_python: Path, shared: Path, tmp_path: Path) -> No
 
 @pytest.mark.slow
 def test_smollm2(reference_python: Path, shared: Path, smollm2: Path, tmp_path: Path) -> None:
-    # Its logits reach 34, and 30 layers of float32 products leave 1e-4 to 2e-4 in the worst of millions: transformers
-    # itself is 1.3e-4 from its own float64 logits on twice this text. So every logit is compared with products in float64
-    # on both sides, and in float32 the bound is on the root mean square, and on the worst relative to the largest logit.
+    # Its logits reach 34, and 30 layers of float32 products leave 1e-4 to 2e-4 in the worst of millions: on twice this
+    # text, transformers itself is 1.3e-4 from its own float64 logits. So every logit is compared with products in
+    # float64 on both sides; in float32 the bound is on the root mean square, and on the worst relative to the largest.
     # 64 tokens: transformers rounds rotary angles to float32 whatever the dtype, which grows with the position.
     with gzip.open(shared / "data" / "text" / "wikitext2_raw_test.jsonl.gz", "rt", encoding="utf-8") as lines:
         text = "\n\n".join(json.loads(line)["text"] for line, _ in zip(lines, range(20), strict=False))

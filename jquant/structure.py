@@ -68,7 +68,7 @@ def decode_structure(value: Any) -> Any:
     """Rebuilds the tree that a structure describes, with `jax.ShapeDtypeStruct` for arrays.
 
     Raises:
-      CheckpointError: the structure names something that this jquant does not have.
+      CheckpointError: the structure names something that this jquant does not have, or lacks a field.
     """
     if not isinstance(value, dict):
         return value
@@ -77,13 +77,18 @@ def decode_structure(value: Any) -> Any:
     if "tuple" in value:
         return tuple(decode_structure(item) for item in value["tuple"])
     if "enum" in value:
-        return _known(_ENUMS, value["enum"])[value["name"]]
+        return _known(_known(_ENUMS, value["enum"]).__members__, value["name"])
     table, name = (_NODES, value["node"]) if "node" in value else (_VALUES, value["value"])
     kind = _known(table, name)
     fields = {field: decode_structure(item) for field, item in value["fields"].items()}
-    surplus = set(fields) - {field.name for field in dataclasses.fields(kind)}
+    known = dataclasses.fields(kind)
+    surplus = set(fields) - {field.name for field in known}
     if surplus:
         raise CheckpointError(f"{name} has no {', '.join(sorted(surplus))}; a newer jquant wrote this, upgrade")
+    absent = dataclasses.MISSING
+    lacking = [one.name for one in known if one.name not in fields and one.default is one.default_factory is absent]
+    if lacking:
+        raise CheckpointError(f"{name} lacks {', '.join(lacking)} in structure.json; the file is damaged")
     return kind(**fields)
 
 

@@ -27,7 +27,11 @@ _INTERRUPTED: Final = 130  # 128 + SIGINT
 
 def make_app() -> App:
     """Returns the command line's parser; commands are not imported yet."""
-    app = App(name="jquant", help="Quantization of large language models in JAX and Flax.")
+    app = App(
+        name="jquant",
+        help="Quantization of large language models in JAX and Flax.",
+        suppress_keyboard_interrupt=False,  # `main` says how to go on
+    )
     for name, summary in _COMMANDS.items():
         app.command(f"jquant.commands.{name}:run", name=name, help=summary)
     return app

@@ -100,6 +100,20 @@ def prepare_output(out: Path, *, nbytes: int) -> None:
         )
 
 
+def make_writable(folder: Path) -> None:
+    """Makes a folder if it is not there, and checks that files can be written in it.
+
+    Raises:
+      CheckpointError: it cannot be made or written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise CheckpointError(f"cannot write to {folder}: {error}. Choose a folder that you may write to") from error
+
+
 def open_tokenizer(source: str | Path) -> tuple[Any, dict[str, bytes]]:
     """Returns the tokenizer of a checkpoint, and the files to keep it by: name -> content.
 

@@ -62,8 +62,8 @@ class BlockStore:
             )
             if different:
                 raise CheckpointError(
-                    f"{path} holds blocks of another run: {', '.join(different)} differ. Delete {path} to start anew, or "
-                    "give another output path"
+                    f"{path} holds blocks of another run: {', '.join(different)} differ. Delete {path} to start anew, "
+                    "or give another output path"
                 )
             stack.pop_all()
         return cls(path=path, lock=lock)

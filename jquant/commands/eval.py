@@ -9,7 +9,7 @@ from cyclopts import Parameter
 
 from jquant.commands.display import show_progress, stdout
 from jquant.data import PYTHON_DOCS
-from jquant.folders import open_abstract, write_text
+from jquant.folders import make_writable, open_abstract, write_text
 from jquant.inspection import inspect_model
 from jquant.measure import measure
 from jquant.tables import measurement_table
@@ -35,10 +35,12 @@ def run(
       data: the folder where the files of a named data set lie, instead of the hub.
       json_: a file to write the result to.
     """
+    if json_ is not None:
+        make_writable(json_.parent)
     facts = inspect_model(open_abstract(model))
     with show_progress() as on_progress:
         measured = measure(model, perplexity, length=length, windows=windows, folder=data, on_progress=on_progress)
+    stdout().print(measurement_table({model: (measured, facts)}))
     if json_ is not None:
         result = {"model": model, "bits_per_weight": facts.bits_per_weight(), **dataclasses.asdict(measured)}
         write_text(json_, json.dumps(result, indent=1))
-    stdout().print(measurement_table({model: (measured, facts)}))

@@ -1,0 +1,191 @@
+"""The command line: what it prints, its exit codes, and that mistakes are one line on stderr."""
+
+import io
+import json
+from pathlib import Path
+from typing import Final
+
+import pytest
+
+from jquant.cli import main
+from jquant.commands.display import show_progress
+from jquant.progress import Progress
+from jquant.report import BlockReport, LinearReport, Report
+from jquant.tables import report_table
+from tests.checkpoints import write_checkpoint
+
+RULE: Final = "passes[0].sequential.passes[0].quantize_weights.rules[0]"
+SMALL: Final = ("--recipe", "rtn-w4g64", "--set", f"{RULE}.quantizer.rtn.format.group_size=32")
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> str:
+    """Return the path of a tiny Hugging Face folder."""
+    return str(write_checkpoint(tmp_path / "source"))
+
+
+@pytest.fixture
+def quantized(source: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> str:
+    """Return the path of a tiny quantized checkpoint."""
+    assert run("quantize", source, str(tmp_path / "out"), *SMALL) == 0
+    capsys.readouterr()
+    return str(tmp_path / "out")
+
+
+def run(*arguments: str) -> int:
+    """Run a command and return its exit code."""
+    try:
+        main(arguments)
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    return 0
+
+
+def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--help") == 0
+    shown = capsys.readouterr().out
+    for command in ("convert", "quantize", "plan", "inspect", "eval", "generate", "chat", "demo"):
+        assert f"│ {command} " in shown
+
+
+@pytest.mark.parametrize("command", ["convert", "quantize", "plan", "inspect", "eval", "generate", "chat", "demo"])
+def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(command, "--help") == 0
+    assert f"Usage: jquant {command}" in capsys.readouterr().out
+
+
+def test_quantize(source: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("quantize", source, str(tmp_path / "out"), *SMALL) == 0
+    shown = capsys.readouterr()
+    assert "layers.1.mlp.down_proj" in shown.out
+    assert f"saved in {tmp_path / 'out'}" in shown.out
+    assert "quantizing 2/2" in shown.err
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["details"]["recipe"] == "rtn-w4g64"
+
+
+def test_convert(source: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("convert", source, str(tmp_path / "full"), "--dtype", "bfloat16") == 0
+    assert "full: llama, 2 blocks" in capsys.readouterr().out
+    assert run("inspect", str(tmp_path / "full")) == 0
+    assert "bfloat16" in capsys.readouterr().out
+
+
+def test_plan_writes_nothing(source: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = sorted(tmp_path.rglob("*"))
+    assert run("plan", source, *SMALL) == 0
+    shown = capsys.readouterr().out
+    assert "bits per weight of quantized linears" in shown
+    assert "4 (64 x 128, 64 x 64, 64 x 192, 96 x 64)" in shown
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_inspect_has_a_line_for_each_linear(quantized: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("inspect", quantized) == 0
+    shown = capsys.readouterr().out
+    lines = [line for line in shown.splitlines() if "layers." in line]
+    assert len(lines) == 14
+    assert "Uniform(bits=4, group_size=32, symmetry=asymmetric, scale_dtype=float16)" in lines[0]
+    assert "4.6250" in lines[0]  # 4 bits; for 32 inputs a 16-bit scale and a 4-bit zero
+    assert "1 distinct block structure" in shown
+
+
+def test_eval_prints_a_table_and_writes_json(
+    quantized: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = tmp_path / "result.json"
+    assert run("eval", quantized, "--windows", "2", "--length", "16", "--json", str(result)) == 0
+    written = json.loads(result.read_text())
+    assert written["perplexity"]["windows"] == 2
+    assert f"{written['perplexity']['value']:.4f}" in capsys.readouterr().out
+    assert written["provenance"]["source"].startswith("pydoc_data.topics")
+
+
+def test_generate_takes_several_prompts(quantized: str, capsys: pytest.CaptureFixture[str]) -> None:
+    prompts = ("--prompt", "one [b]", "--prompt", "another")
+    assert run("generate", quantized, *prompts, "--max-tokens", "3", "--temperature", "1", "--top-k", "5") == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("one [b]")
+    assert "\nanother" in shown
+
+
+def test_chat_answers_line_by_line(
+    quantized: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("hello\nand again\n"))
+    assert run("chat", quantized, "--max-tokens", "4", "--system", "be brief") == 0
+    assert capsys.readouterr().out.count("> ") >= 3
+
+
+def fails(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """Run a command that must fail as a mistake of the user does; return what it says."""
+    assert run(*arguments) == 2
+    shown = capsys.readouterr()
+    assert shown.err.startswith("error: ")
+    assert "Traceback" not in shown.err
+    assert not shown.out
+    return shown.err
+
+
+def test_mistakes_are_said_in_one_line(
+    source: str, quantized: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = str(tmp_path / "new")
+    wrong = ("--recipe", "rtn-w4g64", "--set", f"{RULE}.quantizer.rtn.format.bitz=4")
+    assert "did you mean 'bits'?" in fails(capsys, "quantize", source, out, *wrong)
+    assert "Presets: gptq-w3g64" in fails(capsys, "quantize", source, out, "--recipe", "gtpq")
+    assert "does not exist" in fails(capsys, "plan", str(tmp_path / "nowhere"), *SMALL)
+    assert "already quantized" in fails(capsys, "quantize", quantized, out, *SMALL)
+    assert "exists and is not empty" in fails(capsys, "quantize", source, quantized, *SMALL)
+    assert "expected one of python-docs" in fails(capsys, "eval", quantized, "--perplexity", "wikitext3")
+    assert "temperature 0" in fails(capsys, "generate", quantized, "--prompt", "x", "--top-k", "3")
+    below_a_file = str(tmp_path / "source" / "config.json" / "result.json")
+    assert "cannot write to" in fails(capsys, "eval", quantized, "--json", below_a_file)
+
+
+def test_interruption_is_said_and_has_its_own_exit_code(
+    source: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*arguments: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("jquant.commands.quantize.quantize", interrupt)
+    assert run("quantize", source, str(tmp_path / "out"), *SMALL) == 130
+    assert "goes on from its last finished block" in capsys.readouterr().err
+
+
+def test_bug_is_not_dressed_up(source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: object, **options: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("jquant.commands.quantize.quantize", fail)
+    with pytest.raises(ZeroDivisionError):
+        run("quantize", source, str(tmp_path / "out"), *SMALL)
+
+
+def test_progress_on_a_terminal_draws_bars(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    with show_progress() as on_progress:
+        on_progress(Progress("reading"))
+        for done in (1, 2, 3):
+            on_progress(Progress("quantizing", done, 3))
+        on_progress(Progress("measuring", 1, 3))
+    shown = capsys.readouterr().err
+    assert "reading" in shown
+    assert "3/3" in shown
+
+
+def test_deep_models_are_reported_by_kind() -> None:
+    def row(path: str, damping: float) -> LinearReport:
+        return LinearReport(path, "UniformTensor", 4.5, 0.1, 1.0, 2.0, damping)
+
+    blocks = tuple(BlockReport(index, (row(f"layers.{index}.mlp.up_proj", 0.01 * index),), 1.0) for index in range(6))
+    deep, shallow = report_table(Report(blocks)), report_table(Report(blocks[:2]))
+    assert [list(column.cells) for column in deep.columns] == [
+        ["mlp.up_proj"],
+        ["6"],
+        ["4.500"],
+        ["0.1000"],
+        ["0.500"],
+        ["0.05"],
+    ]
+    assert list(shallow.columns[0].cells) == ["layers.0.mlp.up_proj", "layers.1.mlp.up_proj"]

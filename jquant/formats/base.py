@@ -28,7 +28,8 @@ class QuantizedTensor(abc.ABC):
     Invariants, checked for every subclass by `tests/contracts/test_formats.py`:
 
     * `shape` is the logical (in, out) and static: packing, stacking, vmap and sharding never change it;
-    * every leaf ends in an axis of size `out`, or of size 1 where all outputs share it;
+    * every leaf ends in an axis of size `out`, of size `out / g` where g neighbouring outputs share an entry, or of
+      size 1 where all of them do;
     * `dequantize` is pure and jittable, and is the meaning of the tensor: every kernel must agree with it.
     """
 
@@ -69,7 +70,7 @@ def split_outputs[T: QuantizedTensor](tensor: T, sizes: Sequence[int]) -> tuple[
       One tensor for each size. Leaves that all outputs share are shared by the parts.
 
     Raises:
-      FormatError: the sizes do not sum to the number of outputs.
+      FormatError: the sizes do not sum to the number of outputs, or cut through outputs that share an entry.
     """
     outputs = tensor.shape[1]
     if sum(sizes) != outputs:
@@ -88,7 +89,12 @@ def _slice_outputs[T: QuantizedTensor](tensor: T, start: int, size: int) -> T:
     def cut(node: Any) -> Any:
         if isinstance(node, QuantizedTensor):
             return _slice_outputs(node, start, size)
-        return node if node.shape[-1] == 1 and tensor.shape[1] != 1 else node[..., start : start + size]
+        if node.shape[-1] == 1:
+            return node
+        sharing = tensor.shape[1] // node.shape[-1]
+        if start % sharing or size % sharing:
+            raise FormatError(f"cannot cut outputs {start} to {start + size} out: each {sharing} in turn share entries")
+        return node[..., start // sharing : (start + size) // sharing]
 
     parts = jax.tree.map(cut, tensor, is_leaf=is_inner)
     return dataclasses.replace(parts, shape=(tensor.shape[0], size))

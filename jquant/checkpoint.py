@@ -1,8 +1,9 @@
 """Checkpoints: Orbax for the arrays, `structure.json` for the tree. A round trip is exact, packed nodes included.
 
-A checkpoint is a folder: `structure.json` (format version, sha256 of the content, node names, static fields, array
-shapes and dtypes), `arrays/` (Orbax, one entry for each path) and whatever files go along (recipe, report, tokenizer).
-It is written under another name beside its place and renamed when complete: a folder that loads is whole.
+A checkpoint is a folder: `structure.json` (format version, sha256 of the content and of each file of arrays, node
+names, static fields, array shapes and dtypes), `arrays/` (Orbax, one entry for each path) and whatever files go along
+(recipe, report, tokenizer). It is written under another name beside its place and renamed when complete: a folder that
+loads is whole. The files are hashed before Orbax reads them, as it takes a changed byte for a weight.
 """
 
 import hashlib
@@ -39,24 +40,26 @@ def save_tree(tree: Any, path: Path | str, *, files: Mapping[str, bytes] | None 
       The sha256 of structure and arrays, which the folder records.
 
     Raises:
-      CheckpointError: the path exists, or it cannot be written (no permission, disk full); nothing is left behind.
+      CheckpointError: the path exists, the tree holds what is no node of jquant, or it cannot be written (no
+        permission, disk full); nothing is left behind.
     """
     path = Path(path)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise CheckpointError(f"{path} exists and is not empty; give another path, or delete it first")
+    structure = encode_structure(tree)
     try:
         partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
     except OSError as error:
         raise CheckpointError(_cannot_write(path, error)) from error
     try:
         sha256 = digest(tree)
-        description = {"jquant": VERSION, "sha256": sha256, "tree": encode_structure(tree)}
-        (partial / STRUCTURE).write_text(json.dumps(description, indent=1))
         for name, content in (files or {}).items():
             (partial / name).parent.mkdir(parents=True, exist_ok=True)
             (partial / name).write_bytes(content)
         with ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save((partial / ARRAYS).absolute(), dict(_named_leaves(tree)))
+        description = {"jquant": VERSION, "sha256": sha256, "files": _hash_files(partial / ARRAYS), "tree": structure}
+        (partial / STRUCTURE).write_text(json.dumps(description, indent=1))
         partial.chmod(0o755)
         os.replace(partial, path)
     except (OSError, ValueError) as error:  # tensorstore reports a full disk as ValueError
@@ -67,21 +70,24 @@ def save_tree(tree: Any, path: Path | str, *, files: Mapping[str, bytes] | None 
 
 
 def load_tree(path: Path | str) -> Any:
-    """Reads back what `save_tree` wrote, bit for bit.
+    """Reads back what `save_tree` wrote, bit for bit, onto the first device, wherever it was written.
 
     Raises:
       CheckpointError: the folder is no checkpoint, was written by a newer jquant, or is damaged.
     """
     path = Path(path)
     tree = abstract_tree(path)
-    names = dict(_named_leaves(tree))
+    recorded, found = _describe(path)["files"], _hash_files(path / ARRAYS)
+    damaged = [name for name, sha256 in recorded.items() if found.get(name) != sha256]
+    if damaged:
+        raise CheckpointError(_damaged(path, f"{', '.join(damaged)} in {ARRAYS} is missing or not as it was written"))
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    names = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device) for name, leaf in _named_leaves(tree)}
     try:
         with ocp.StandardCheckpointer() as checkpointer:
             arrays = checkpointer.restore((path / ARRAYS).absolute(), names)
     except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(
-            f"{path / ARRAYS} cannot be read; the checkpoint is damaged, write it again: {error}"
-        ) from error
+        raise CheckpointError(_damaged(path, str(error))) from error
     return jax.tree.unflatten(jax.tree.structure(tree), [arrays[name] for name in names])
 
 
@@ -89,14 +95,13 @@ def abstract_tree(path: Path | str) -> Any:
     """Returns the tree of a checkpoint with `jax.ShapeDtypeStruct` for arrays; only `structure.json` is read.
 
     Raises:
-      CheckpointError: the folder is no checkpoint, or was written by a newer jquant.
+      CheckpointError: the folder is no checkpoint, was written by a newer jquant, or its structure is damaged.
     """
     description = _describe(Path(path))
-    if description["jquant"] > VERSION:
-        raise CheckpointError(
-            f"{path} has format version {description['jquant']}, this jquant reads up to {VERSION}; upgrade jquant"
-        )
-    return decode_structure(description["tree"])
+    try:
+        return decode_structure(description["tree"])
+    except (AttributeError, KeyError, TypeError) as error:
+        raise CheckpointError(_damaged(Path(path), f"{STRUCTURE} is not understood: {error!r}")) from error
 
 
 def is_checkpoint(path: Path | str) -> bool:
@@ -137,14 +142,36 @@ def digest(tree: Any) -> str:
 
 def _describe(path: Path) -> dict[str, Any]:
     try:
-        return json.loads((path / STRUCTURE).read_text())
+        description = json.loads((path / STRUCTURE).read_text())
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} is no jquant checkpoint: {STRUCTURE} cannot be read ({error})") from error
+    version = description.get("jquant") if isinstance(description, dict) else None
+    if not isinstance(version, int):
+        raise CheckpointError(f"{path} is no jquant checkpoint: {STRUCTURE} has no entry jquant, the format version")
+    if version > VERSION:
+        raise CheckpointError(f"{path} has format version {version}, this jquant reads up to {VERSION}; upgrade jquant")
+    missing = [name for name in ("sha256", "files", "tree") if name not in description]
+    if missing:
+        raise CheckpointError(_damaged(path, f"{STRUCTURE} has no {', '.join(missing)}"))
+    return description
 
 
 def _named_leaves(tree: Any) -> Iterator[tuple[str, Any]]:
     for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
         yield jax.tree_util.keystr(path, simple=True, separator="."), leaf
+
+
+def _hash_files(folder: Path) -> dict[str, str]:
+    """Returns the sha256 of every file below a folder, by its path in there."""
+    hashes = {}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        with path.open("rb") as file:
+            hashes[path.relative_to(folder).as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
+    return hashes
+
+
+def _damaged(path: Path, why: str) -> str:
+    return f"the checkpoint {path} is damaged: {why}. Copy it or write it again"
 
 
 def _cannot_write(path: Path, error: Exception) -> str:

@@ -2,7 +2,6 @@
 
 from jquant.numerics.hadamard import base_matrix, base_order, hadamard_matrix, hadamard_transform
 from jquant.numerics.linalg import DAMPING_LIMIT, DAMPING_STEP, InverseFactor, inverse_factor, revive_dead
-from jquant.numerics.lookup import CHUNK, lookup_product, sign_tables
 from jquant.numerics.packing import pack, packed_length, unpack
 from jquant.numerics.razor import Razored, RazorFidelity, razor_integers, shift_bits, unrazor
 from jquant.numerics.rounding import (
@@ -20,7 +19,6 @@ from jquant.numerics.rounding import (
 )
 
 __all__ = [
-    "CHUNK",
     "DAMPING_LIMIT",
     "DAMPING_STEP",
     "Grid",
@@ -38,7 +36,6 @@ __all__ = [
     "hadamard_matrix",
     "hadamard_transform",
     "inverse_factor",
-    "lookup_product",
     "pack",
     "packed_length",
     "range_of",
@@ -47,7 +44,6 @@ __all__ = [
     "safe_scale",
     "search_range",
     "shift_bits",
-    "sign_tables",
     "straight_through",
     "unpack",
     "unrazor",

@@ -145,17 +145,17 @@ class _Progress(NamedTuple):
 @partial(jax.jit, static_argnames=("capacity", "buffer", "sampler"))
 def _generate(
     model: Llama,
-    tokens: jax.Array,
-    lengths: jax.Array,
-    limit: jax.Array,
-    stops: jax.Array,
+    tokens: Int32[Array, "batch tokens"],
+    lengths: Int32[Array, "batch"],
+    limit: Int32[Array, ""],
+    stops: Int32[Array, "stops"],
     key: Key,
     *,
     capacity: int,
     buffer: int,
     sampler: Sampler,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    def choose(logits: jax.Array, progress: _Progress) -> _Progress:
+) -> tuple[Int32[Array, "batch buffer"], Int32[Array, "batch"], Bool[Array, "batch"]]:
+    def choose(logits: Float[Array, "batch vocab"], progress: _Progress) -> _Progress:
         token = sampler(logits, jax.random.fold_in(key, progress.step))
         stopped = progress.stopped | jnp.isin(token, stops)
         return _Progress(
@@ -166,7 +166,7 @@ def _generate(
             stopped=stopped,
         )
 
-    def running(state: tuple[_Progress, Cache]) -> jax.Array:
+    def running(state: tuple[_Progress, Cache]) -> Bool[Array, ""]:
         return (state[0].step < limit) & ~jnp.all(state[0].stopped)
 
     def advance(state: tuple[_Progress, Cache]) -> tuple[_Progress, Cache]:
@@ -183,7 +183,9 @@ def _generate(
 
 
 @partial(jax.jit, static_argnames="sampler")
-def _choose(logits: jax.Array, key: Key, step: jax.Array, *, sampler: Sampler) -> jax.Array:
+def _choose(
+    logits: Float[Array, "batch vocab"], key: Key, step: Int32[Array, ""], *, sampler: Sampler
+) -> Int32[Array, "batch"]:
     return sampler(logits, jax.random.fold_in(key, step))
 
 

@@ -65,11 +65,11 @@ class Sampler:
 GREEDY: Final = Sampler()
 
 
-def _cut(logits: jax.Array, threshold: jax.Array) -> jax.Array:
+def _cut(logits: Float[Array, "batch vocab"], threshold: Float[Array, "batch 1"]) -> Float[Array, "batch vocab"]:
     return jnp.where(logits >= threshold, logits, -jnp.inf)
 
 
-def _nucleus_threshold(logits: jax.Array, top_p: float) -> jax.Array:
+def _nucleus_threshold(logits: Float[Array, "batch vocab"], top_p: float) -> Float[Array, "batch 1"]:
     """Return the smallest logit [batch, 1] that is kept: tokens before it have a probability below `top_p` in all."""
     descending = jnp.flip(jnp.sort(logits, axis=-1), axis=-1)
     probabilities = jax.nn.softmax(descending, axis=-1)

@@ -9,6 +9,7 @@ from typing import Any, Final, Literal, final
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from jquant.blocks.base import BlockData, BlockPass, split_diagnostics
 from jquant.errors import FormatError, RecipeError
@@ -148,7 +149,7 @@ def collect(
     """
     lengths = jnp.full(1, inputs.shape[1], jnp.int32)
 
-    def step(sums: dict[str, Any], sample: jax.Array) -> tuple[dict[str, Any], None]:
+    def step(sums: dict[str, Any], sample: Float[Array, "tokens hidden"]) -> tuple[dict[str, Any], None]:
         taps = prompt_block(block, sample[None], lengths, sample.shape[0], config)[2]
         return {site: statistic.update(sums[site], getattr(taps, site)[0]) for site in sites}, None
 
@@ -169,6 +170,6 @@ def _solve(
 
 @functools.partial(jax.jit, static_argnums=0)
 def _solve_jitted(
-    quantizer: WeightQuantizer, kernels: tuple[jax.Array, ...], statistics: Any, key: Key
+    quantizer: WeightQuantizer, kernels: tuple[Float[Array, "in out"], ...], statistics: Any, key: Key
 ) -> tuple[QuantizedTensor, Diagnostics]:
     return quantizer(jnp.concatenate(kernels, axis=1), statistics, key)

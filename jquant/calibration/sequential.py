@@ -100,7 +100,7 @@ def check_weights(model: Llama) -> None:
 
 
 @jax.jit
-def _largest(weight: jax.Array) -> jax.Array:
+def _largest(weight: Float[Array, "in out"]) -> Float[Array, ""]:
     return jnp.max(jnp.abs(weight.astype(jnp.float32)))
 
 

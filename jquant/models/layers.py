@@ -95,8 +95,13 @@ def attention(
     return context.transpose(0, 3, 1, 2, 4).reshape(batch, tokens, heads, dim)
 
 
-def _attend(queries: jax.Array, keys: jax.Array, values: jax.Array, mask: jax.Array) -> jax.Array:
-    """Attends [b, kv_heads, share, tokens, dim] to [b, kv_heads, seen, dim]; one product for all that share a head."""
+def _attend(
+    queries: Float[Array, "batch kv_heads share tokens dim"],
+    keys: Float[Array, "batch kv_heads seen dim"],
+    values: Float[Array, "batch kv_heads seen dim"],
+    mask: Bool[Array, "batch tokens seen"],
+) -> Float[Array, "batch kv_heads share tokens dim"]:
+    """Attends in one product for all query heads that share a KV head."""
     batch, kv_heads, share, tokens, dim = queries.shape
     own, wide = queries.dtype, compute_dtype(queries.dtype)
     rows = queries.reshape(batch, kv_heads, share * tokens, dim)

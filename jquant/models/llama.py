@@ -1,5 +1,6 @@
 """The forward pass: pure functions that read the tree. None is jitted here; the runtime and the drivers do that."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ from jquant.models.layers import apply_rope, attention, causal_mask, linear, rms
 from jquant.models.tree import Attention, Block, Llama, Mlp, Stacked
 from jquant.types import Leaf, compute_dtype
 
+type Apply = Callable[[Block, jax.Array, Any], tuple[jax.Array, Any]]
 type Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, LayerCache]]
 
 
@@ -65,7 +67,9 @@ def hidden_states(model: Llama, tokens: Int[Array, "batch tokens"]) -> Float[Arr
     """Returns what the last block gives, before the final norm."""
     lengths = jnp.full(tokens.shape[0], tokens.shape[1], jnp.int32)
 
-    def apply(layer: Block, x: jax.Array, _: None) -> tuple[jax.Array, None]:
+    def apply(
+        layer: Block, x: Float[Array, "batch tokens hidden"], _: None
+    ) -> tuple[Float[Array, "batch tokens hidden"], None]:
         return prompt_block(layer, x, lengths, tokens.shape[1], model.config)[0], None
 
     return _through_layers(model, embed(model, tokens), None, apply)[0]
@@ -86,7 +90,9 @@ def prefill(
       The logits after each row's last real token, and the cache.
     """
 
-    def apply(layer: Block, x: jax.Array, _: None) -> tuple[jax.Array, LayerCache]:
+    def apply(
+        layer: Block, x: Float[Array, "batch tokens hidden"], _: None
+    ) -> tuple[Float[Array, "batch tokens hidden"], LayerCache]:
         x, cache, _taps = prompt_block(layer, x, lengths, capacity, model.config)
         return x, cache
 
@@ -98,7 +104,9 @@ def prefill(
 def decode(model: Llama, tokens: Int[Array, "batch"], cache: Cache) -> tuple[Float[Array, "batch vocab"], Cache]:
     """Reads one token for each row; returns the logits after it and the cache one position on."""
 
-    def apply(layer: Block, x: jax.Array, layer_cache: LayerCache) -> tuple[jax.Array, LayerCache]:
+    def apply(
+        layer: Block, x: Float[Array, "batch 1 hidden"], layer_cache: LayerCache
+    ) -> tuple[Float[Array, "batch 1 hidden"], LayerCache]:
         return step_block(layer, x, layer_cache, cache.positions, model.config)
 
     x, layers = _through_layers(model, embed(model, tokens[:, None]), cache.layers, apply)
@@ -118,17 +126,21 @@ def prompt_block(
       The block's output, the filled layer cache (batch first) and the taps.
     """
     codec = layer.self_attn.kv_codec
+    rope = functools.partial(apply_rope, rope=config.rope)
     tokens = x.shape[1]
     positions = jnp.arange(tokens)
 
-    def rope(keys: jax.Array, at: jax.Array) -> jax.Array:
-        return apply_rope(keys, at, config.rope)
-
-    def store(keys: jax.Array, values: jax.Array, length: jax.Array) -> LayerCache:
+    def store(
+        keys: Float[Array, "tokens heads dim"], values: Float[Array, "tokens heads dim"], length: Int[Array, ""]
+    ) -> LayerCache:
         empty = codec.init(capacity, keys.shape[1], keys.shape[2], keys.dtype)
         return codec.fill(empty, keys, values, length, rope)
 
-    def attend(queries: jax.Array, keys: jax.Array, values: jax.Array) -> tuple[jax.Array, LayerCache]:
+    def attend(
+        queries: Float[Array, "batch tokens heads dim"],
+        keys: Float[Array, "batch tokens kv_heads dim"],
+        values: Float[Array, "batch tokens kv_heads dim"],
+    ) -> tuple[Float[Array, "batch tokens heads dim"], LayerCache]:
         cache = jax.vmap(store)(keys, values, lengths)
         rotate = jax.vmap(lambda heads: rope(heads, positions))
         if codec.prompt == "exact":
@@ -151,11 +163,13 @@ def step_block(
 ) -> tuple[Float[Array, "batch 1 hidden"], LayerCache]:
     """Runs one block over one token for each row: push, read and attend, settle."""
     codec = layer.self_attn.kv_codec
+    rope = functools.partial(apply_rope, rope=config.rope)
 
-    def rope(keys: jax.Array, at: jax.Array) -> jax.Array:
-        return apply_rope(keys, at, config.rope)
-
-    def attend(queries: jax.Array, keys: jax.Array, values: jax.Array) -> tuple[jax.Array, LayerCache]:
+    def attend(
+        queries: Float[Array, "batch tokens heads dim"],
+        keys: Float[Array, "batch tokens kv_heads dim"],
+        values: Float[Array, "batch tokens kv_heads dim"],
+    ) -> tuple[Float[Array, "batch tokens heads dim"], LayerCache]:
         pushed = jax.vmap(lambda one, key, value, at: codec.push(one, key[0], value[0], at, rope))(
             cache, keys, values, positions
         )
@@ -170,7 +184,9 @@ def step_block(
     return x, cache
 
 
-def _block(layer: Block, x: jax.Array, attend: Attend, config: LlamaConfig) -> tuple[jax.Array, LayerCache, Taps]:
+def _block(
+    layer: Block, x: Float[Array, "batch tokens hidden"], attend: Attend, config: LlamaConfig
+) -> tuple[Float[Array, "batch tokens hidden"], LayerCache, Taps]:
     normed = rms_norm(x, layer.input_layernorm, config.rms_norm_eps)
     update, cache, attention_input, attention_output = _attention(layer.self_attn, normed, attend, config)
     x = x + update
@@ -180,8 +196,13 @@ def _block(layer: Block, x: jax.Array, attend: Attend, config: LlamaConfig) -> t
 
 
 def _attention(
-    layer: Attention, x: jax.Array, attend: Attend, config: LlamaConfig
-) -> tuple[jax.Array, LayerCache, jax.Array, jax.Array]:
+    layer: Attention, x: Float[Array, "batch tokens hidden"], attend: Attend, config: LlamaConfig
+) -> tuple[
+    Float[Array, "batch tokens hidden"],
+    LayerCache,
+    Float[Array, "batch tokens hidden"],
+    Float[Array, "batch tokens queries"],
+]:
     batch, tokens, _ = x.shape
     queries, tap = linear(layer.q_proj, x)
     keys, _ = linear(layer.k_proj, x)
@@ -195,7 +216,11 @@ def _attention(
     return y, cache, tap, output_tap
 
 
-def _mlp(layer: Mlp, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _mlp(
+    layer: Mlp, x: Float[Array, "batch tokens hidden"]
+) -> tuple[
+    Float[Array, "batch tokens hidden"], Float[Array, "batch tokens hidden"], Float[Array, "batch tokens inner"]
+]:
     gate, tap = linear(layer.gate_proj, x)
     up, _ = linear(layer.up_proj, x)
     y, hidden_tap = linear(layer.down_proj, jax.nn.silu(gate) * up)
@@ -203,8 +228,8 @@ def _mlp(layer: Mlp, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
 
 
 def _through_layers(
-    model: Llama, x: jax.Array, caches: Any, apply: Callable[[Block, jax.Array, Any], tuple[jax.Array, Any]]
-) -> tuple[jax.Array, Any]:
+    model: Llama, x: Float[Array, "batch tokens hidden"], caches: Any, apply: Apply
+) -> tuple[Float[Array, "batch tokens hidden"], Any]:
     """Applies every layer in turn: a scan where they are stacked, unrolled where they are a tuple."""
     if isinstance(model.layers, Stacked):
         return jax.lax.scan(lambda x, pair: apply(pair[0], x, pair[1]), x, (model.layers.block, caches))

@@ -80,7 +80,7 @@ def fit_groups(weight: Float[Array, "in out"], format: UniformFormat, clip: Clip
     groups = format.groups(weight.shape[0])
     rows = weight.reshape(groups, weight.shape[0] // groups, -1)
 
-    def fit(values: jax.Array) -> Grid:
+    def fit(values: Float[Array, "size out"]) -> Grid:
         if clip == "search":
             return search_range(values, format.bits, format.symmetry)
         low, high = range_of(values, axis=0)

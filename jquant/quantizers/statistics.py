@@ -46,7 +46,7 @@ def _init(features: int) -> SecondMoment:
     return SecondMoment(total=jnp.zeros((features, features), jnp.float32), tokens=jnp.zeros((), jnp.float32))
 
 
-def _update(moment: SecondMoment, x: jax.Array) -> SecondMoment:
+def _update(moment: SecondMoment, x: Float[Array, "tokens in"]) -> SecondMoment:
     wide = x.astype(jnp.float32)
     outer = jnp.matmul(wide.T, wide, precision=jax.lax.Precision.HIGHEST)
     return SecondMoment(total=moment.total + outer, tokens=moment.tokens + jnp.float32(x.shape[0]))

@@ -13,12 +13,13 @@ Exact identity, used as a test: sum_j e_j^2 = (w - q)^T H (w - q) with the dampe
 """
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Final, Literal, NamedTuple, final
+from typing import Any, Final, Literal, NamedTuple, final
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, UInt8
+from jaxtyping import Array, Float, Int
 
 from jquant.formats import PermutedTensor, QuantizedTensor, UniformFormat, quantize_uniform
 from jquant.numerics import Grid, decode, encode, inverse_factor, revive_dead
@@ -30,11 +31,30 @@ from jquant.types import Key
 BLOCK_SIZE: Final = 64  # rows between matrix products; measured faster than 128 on CPU, codes are the same
 
 
-class Solution(NamedTuple):
-    """Codes and grids in processing order, and the errors e that the rows spread."""
+class Rounding(NamedTuple):
+    """How rows are rounded, which the recursion need not know.
 
-    codes: UInt8[Array, "in out"]
-    grid: Grid
+    Attributes:
+      fit: inputs [in, out], inputs of a group or None for one group -> a tree of [groups, out]: the groups' grids.
+      apply: a row [out] and its grid, a tree of [out] -> a tree of what is kept of the row, and the rounded row [out].
+    """
+
+    fit: Callable[[jax.Array, int | None], Any]
+    apply: Callable[[jax.Array, Any], tuple[Any, jax.Array]]
+
+
+class Solution(NamedTuple):
+    """What is kept of the rows and their grids in processing order, and the errors e that the rows spread.
+
+    Attributes:
+      codes: what `Rounding.apply` kept, for all rows: uint8 [in, out] on uniform grids.
+      grid: what `Rounding.fit` gave, for all groups.
+      errors: [in, out].
+      damping: what the factor needed.
+    """
+
+    codes: Any
+    grid: Any
     errors: Float[Array, "in out"]
     damping: Float[Array, ""]
 
@@ -94,9 +114,7 @@ class Gptq(WeightQuantizer):
 
     def order_of(self, hessian: Float[Array, "in in"]) -> Int[Array, "in"]:
         """Returns the inputs in processing order; dead inputs come last, ties in natural order."""
-        if self.order == "natural":
-            return jnp.arange(hessian.shape[0])
-        return jnp.argsort(-jnp.diagonal(hessian), stable=True)
+        return processing_order(hessian, self.order)
 
     def solve(
         self, weight: Float[Array, "in out"], hessian: Float[Array, "in in"], order: Int[Array, "in"]
@@ -105,32 +123,23 @@ class Gptq(WeightQuantizer):
 
         The grid is [groups, out]: by the input's own group if groups are static, by position if dynamic.
         """
-        inputs, groups = weight.shape[0], self.format.groups(weight.shape[0])
-        hessian, weight = revive_dead(hessian.astype(weight.dtype), weight)
-        factor = inverse_factor(hessian[order[:, None], order[None, :]], self.damping)
-        dynamic = self.groups == "dynamic" and groups > 1
-        size = inputs // groups if dynamic else min(BLOCK_SIZE, inputs)
-        grid = fit_groups(weight, self.format, self.clip)
-        one_group = dataclasses.replace(self.format, group_size=None)
 
-        padding = -inputs % size  # rows of zeros with an identity factor: they take no error and give none
-        upper = jax.scipy.linalg.block_diag(factor.upper, jnp.eye(padding, dtype=weight.dtype))
-        grid_of_row = jnp.pad(jnp.zeros_like(order) if dynamic else order // (inputs // groups), (0, padding))
+        def fit(rows: jax.Array, group_size: int | None) -> Grid:
+            return fit_groups(rows, dataclasses.replace(self.format, group_size=group_size), self.clip)
 
-        def block(weight: jax.Array, start: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array, Grid | None]]:
-            rows, spread, which = (jax.lax.dynamic_slice_in_dim(a, start, size) for a in (weight, upper, grid_of_row))
-            own = fit_groups(rows, one_group, self.clip) if dynamic else grid
-            within = jax.lax.dynamic_slice_in_dim(spread, start, size, axis=1)  # [size, size]
-            codes, errors = _round_block(rows, within, own, which, self.format.bits)
-            rest = weight - jnp.matmul(spread.T, errors, precision=jax.lax.Precision.HIGHEST)
-            return rest, (codes, errors, own if dynamic else None)
+        def apply(row: jax.Array, grid: Grid) -> tuple[jax.Array, jax.Array]:
+            codes = encode(row, grid, self.format.bits)
+            return codes, decode(codes, grid, row.dtype)
 
-        rows = jnp.pad(weight[order], ((0, padding), (0, 0)))
-        _, (codes, errors, fitted) = jax.lax.scan(block, rows, jnp.arange(0, inputs + padding, size))
-        codes, errors = (blocks.reshape(-1, weight.shape[1])[:inputs] for blocks in (codes, errors))
-        if fitted is not None:
-            grid = Grid(fitted.scales[:, 0], fitted.zeros[:, 0])
-        return Solution(codes, grid, errors, factor.damping)
+        return spread_errors(
+            weight,
+            hessian,
+            order,
+            Rounding(fit, apply),
+            damping=self.damping,
+            group_size=self.format.group_size,
+            groups=self.groups,
+        )
 
     def _pack(self, solution: Solution, order: Int[Array, "in"]) -> QuantizedTensor:
         codes, grid = solution.codes, solution.grid
@@ -143,16 +152,78 @@ class Gptq(WeightQuantizer):
         return quantize_uniform(codes, grid.scales, grid.zeros, self.format)
 
 
+def processing_order(hessian: Float[Array, "in in"], order: Literal["natural", "activation"]) -> Int[Array, "in"]:
+    """Returns the inputs as they come, or those with the largest Hessian diagonal first, ties in natural order."""
+    if order == "natural":
+        return jnp.arange(hessian.shape[0])
+    return jnp.argsort(-jnp.diagonal(hessian), stable=True)
+
+
+def spread_errors(
+    weight: Float[Array, "in out"],
+    hessian: Float[Array, "in in"],
+    order: Int[Array, "in"],
+    rounding: Rounding,
+    *,
+    damping: float,
+    group_size: int | None,
+    groups: Literal["static", "dynamic"],
+) -> Solution:
+    """Runs GPTQ's recursion with any rounding of rows, in the dtype of `weight`.
+
+    Args:
+      weight: the matrix.
+      hessian: mean of x x^T.
+      order: inputs in processing order.
+      rounding: how grids are fitted and a row is rounded.
+      damping: share of the mean diagonal added to the Hessian.
+      group_size: inputs that share a grid; None for all.
+      groups: whether grids are fitted before the recursion, or to the rows as updated when their turn comes.
+
+    Returns:
+      The solution, in processing order.
+    """
+    inputs = weight.shape[0]
+    count = 1 if group_size is None else inputs // group_size
+    hessian, weight = revive_dead(hessian.astype(weight.dtype), weight)
+    factor = inverse_factor(hessian[order[:, None], order[None, :]], damping)
+    dynamic = groups == "dynamic" and count > 1
+    size = inputs // count if dynamic else min(BLOCK_SIZE, inputs)
+    grid = rounding.fit(weight, group_size)
+
+    padding = -inputs % size  # rows of zeros with an identity factor: they take no error and give none
+    upper = jax.scipy.linalg.block_diag(factor.upper, jnp.eye(padding, dtype=weight.dtype))
+    grid_of_row = jnp.pad(jnp.zeros_like(order) if dynamic else order // (inputs // count), (0, padding))
+
+    def block(weight: jax.Array, start: jax.Array) -> tuple[jax.Array, tuple[Any, jax.Array, Any]]:
+        rows, spread, which = (jax.lax.dynamic_slice_in_dim(a, start, size) for a in (weight, upper, grid_of_row))
+        own = rounding.fit(rows, None) if dynamic else grid
+        within = jax.lax.dynamic_slice_in_dim(spread, start, size, axis=1)  # [size, size]
+        codes, errors = _round_block(rows, within, own, which, rounding.apply)
+        rest = weight - jnp.matmul(spread.T, errors, precision=jax.lax.Precision.HIGHEST)
+        return rest, (codes, errors, own if dynamic else None)
+
+    rows = jnp.pad(weight[order], ((0, padding), (0, 0)))
+    _, (codes, errors, fitted) = jax.lax.scan(block, rows, jnp.arange(0, inputs + padding, size))
+    codes, errors = jax.tree.map(lambda blocks: blocks.reshape(-1, blocks.shape[-1])[:inputs], (codes, errors))
+    if fitted is not None:
+        grid = jax.tree.map(lambda blocks: blocks[:, 0], fitted)
+    return Solution(codes, grid, errors, factor.damping)
+
+
 def _round_block(
-    rows: jax.Array, upper: jax.Array, grid: Grid, which: jax.Array, bits: int
-) -> tuple[jax.Array, jax.Array]:
-    """Rounds the rows of one block in turn; `which` tells each row's grid. Returns codes and errors."""
+    rows: jax.Array,
+    upper: jax.Array,
+    grid: Any,
+    which: jax.Array,
+    apply: Callable[[jax.Array, Any], tuple[Any, jax.Array]],
+) -> tuple[Any, jax.Array]:
+    """Rounds the rows of one block in turn; `which` tells each row's grid. Returns what is kept and the errors."""
 
-    def row(rows: jax.Array, index: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        own = Grid(grid.scales[which[index]], grid.zeros[which[index]])
-        codes = encode(rows[index], own, bits)
-        error = (rows[index] - decode(codes, own, rows.dtype)) / upper[index, index]
-        return rows - upper[index][:, None] * error[None, :], (codes, error)
+    def row(rows: jax.Array, index: jax.Array) -> tuple[jax.Array, tuple[Any, jax.Array]]:
+        kept, rounded = apply(rows[index], jax.tree.map(lambda leaf: leaf[which[index]], grid))
+        error = (rows[index] - rounded) / upper[index, index]
+        return rows - upper[index][:, None] * error[None, :], (kept, error)
 
-    _, (codes, errors) = jax.lax.scan(row, rows, jnp.arange(rows.shape[0]))
-    return codes, errors
+    _, (kept, errors) = jax.lax.scan(row, rows, jnp.arange(rows.shape[0]))
+    return kept, errors

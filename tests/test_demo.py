@@ -88,7 +88,7 @@ def test_second_run_reuses_what_the_first_made(cache: Path, capsys: pytest.Captu
         main(["demo", "--cache", str(cache)])
     assert not stop.value.code
     shown = capsys.readouterr().out
-    assert "perplexity of 6 windows of 2048 tokens" in shown
+    assert "perplexity of 4 windows of 2048 tokens" in shown
     assert f"> {demo.QUESTION}" in shown
     assert f"more: jquant chat {first.folder}" in shown
 

@@ -170,6 +170,6 @@ def _solve(
 
 @functools.partial(jax.jit, static_argnums=0)
 def _solve_jitted(
-    quantizer: WeightQuantizer, kernels: tuple[Float[Array, "in out"], ...], statistics: Any, key: Key
+    quantizer: WeightQuantizer, kernels: tuple[Float[Array, "in _"], ...], statistics: Any, key: Key
 ) -> tuple[QuantizedTensor, Diagnostics]:
     return quantizer(jnp.concatenate(kernels, axis=1), statistics, key)

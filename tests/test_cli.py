@@ -132,7 +132,7 @@ def test_mistakes_are_said_in_one_line(
     out = str(tmp_path / "new")
     wrong = ("--recipe", "rtn-w4g64", "--set", f"{RULE}.quantizer.rtn.format.bitz=4")
     assert "did you mean 'bits'?" in fails(capsys, "quantize", source, out, *wrong)
-    assert "Presets: gptq-w3g64" in fails(capsys, "quantize", source, out, "--recipe", "gtpq")
+    assert "is no preset and no file; Presets: " in fails(capsys, "quantize", source, out, "--recipe", "gtpq")
     assert "does not exist" in fails(capsys, "plan", str(tmp_path / "nowhere"), *SMALL)
     assert "already quantized" in fails(capsys, "quantize", quantized, out, *SMALL)
     assert "exists and is not empty" in fails(capsys, "quantize", source, quantized, *SMALL)

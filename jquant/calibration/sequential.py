@@ -12,13 +12,12 @@ from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from jquant.blocks import BlockData, BlockPass, summarize
 from jquant.calibration.store import BlockStore
 from jquant.errors import CalibrationError
-from jquant.formats import QuantizedTensor
-from jquant.models import Block, Llama, LlamaConfig, blocks, embed, get, linears, prompt_block
+from jquant.models import Block, Llama, LlamaConfig, blocks, embed, get, linear_paths, prompt_block
 from jquant.quantizers import Diagnostics
 from jquant.report import BlockReport, LinearReport, Report
 from jquant.types import Key
@@ -81,18 +80,20 @@ def advance(
 
 
 def check_weights(model: Llama) -> None:
-    """Refuses a model whose block weights cannot be meant; called before any work.
+    """Refuses a model whose weights cannot be meant; called before any work.
 
     Raises:
-      CalibrationError: a weight is NaN or infinite, or a matrix is zero everywhere; all such paths are named.
+      CalibrationError: an array is NaN or infinite, or a block's matrix is zero everywhere; all such paths are named.
     """
+    matrices = {f"{path}.kernel" for path in linear_paths(model)}
     faults = []
-    for path, layer in linears(model):
-        largest = float(_largest(layer.kernel)) if not isinstance(layer.kernel, QuantizedTensor) else 1.0
-        if not math.isfinite(largest):
-            faults.append(f"{path} has NaN or infinite weights")
-        elif largest == 0.0:
-            faults.append(f"{path} is zero everywhere")
+    for path, leaf in jax.tree_util.tree_leaves_with_path(model):
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        finite, zero = (bool(answer) for answer in _look_at(leaf))
+        if not finite:
+            faults.append(f"{name.removesuffix('.kernel')} has NaN or infinite weights")
+        elif zero and name in matrices:
+            faults.append(f"{name.removesuffix('.kernel')} is zero everywhere")
     if faults:
         raise CalibrationError(
             f"{'; '.join(faults)}. The checkpoint is damaged or incomplete: fetch or convert it again"
@@ -100,8 +101,9 @@ def check_weights(model: Llama) -> None:
 
 
 @jax.jit
-def _largest(weight: Float[Array, "in out"]) -> Float[Array, ""]:
-    return jnp.max(jnp.abs(weight.astype(jnp.float32)))
+def _look_at(leaf: Shaped[Array, "*shape"]) -> tuple[Bool[Array, ""], Bool[Array, ""]]:
+    """Returns whether all entries are finite, and whether all are zero. A maximum will not do: on CPU it loses NaNs."""
+    return jnp.all(jnp.isfinite(leaf)), jnp.all(leaf == 0)
 
 
 def _run(

@@ -27,11 +27,18 @@ _NODES: Final[Mapping[str, type]] = {
         models.Linear,
         formats.UniformTensor,
         formats.PermutedTensor,
+        formats.RazoredTensor,
         kv.ExactKv,
     )
 }
 _VALUES: Final[Mapping[str, type]] = {
-    value.__name__: value for value in (models.LlamaConfig, models.RopeConfig, formats.UniformFormat)
+    value.__name__: value
+    for value in (
+        models.LlamaConfig,
+        models.RopeConfig,
+        formats.UniformFormat,
+        formats.RazoredFormat,
+    )
 }
 _ENUMS: Final[Mapping[str, type[enum.Enum]]] = {formats.Layout.__name__: formats.Layout}
 

@@ -5,6 +5,9 @@ from jquant.formats.base import QuantizedTensor as QuantizedTensor
 from jquant.formats.base import split_outputs as split_outputs
 from jquant.formats.base import tree_nbytes as tree_nbytes
 from jquant.formats.composed import PermutedTensor as PermutedTensor
+from jquant.formats.razored import RazoredFormat as RazoredFormat
+from jquant.formats.razored import RazoredTensor as RazoredTensor
+from jquant.formats.razored import quantize_razored as quantize_razored
 from jquant.formats.uniform import ScaleDtype as ScaleDtype
 from jquant.formats.uniform import UniformFormat as UniformFormat
 from jquant.formats.uniform import UniformTensor as UniformTensor

@@ -5,6 +5,8 @@ from jquant.quantizers.base import WeightQuantizer as WeightQuantizer
 from jquant.quantizers.base import proxy_loss as proxy_loss
 from jquant.quantizers.base import weight_error as weight_error
 from jquant.quantizers.gptq import Gptq as Gptq
+from jquant.quantizers.gptq_razor import GptqRazor as GptqRazor
+from jquant.quantizers.razor import Razor as Razor
 from jquant.quantizers.rtn import Clip as Clip
 from jquant.quantizers.rtn import Rtn as Rtn
 from jquant.quantizers.statistics import HESSIAN as HESSIAN

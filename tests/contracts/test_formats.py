@@ -16,11 +16,15 @@ from jquant.errors import FormatError
 from jquant.formats import (
     PermutedTensor,
     QuantizedTensor,
+    RazoredFormat,
+    RazoredTensor,
     UniformFormat,
     UniformTensor,
+    quantize_razored,
     quantize_uniform,
     split_outputs,
 )
+from jquant.numerics import shift_bits
 from jquant.structure import decode_structure, encode_structure
 
 OUTPUTS = 6
@@ -38,6 +42,19 @@ def uniform(inputs: int, format: UniformFormat) -> tuple[UniformTensor, np.ndarr
     tensor = quantize_uniform(jnp.asarray(codes, jnp.uint8), scales, jnp.asarray(zeros, jnp.float32), format)
     grid_of_row = np.arange(inputs) // (inputs // groups)
     return tensor, np.asarray(scales, np.float64)[grid_of_row] * (codes - np.asarray(zeros)[grid_of_row])
+
+
+def razored(inputs: int, format: RazoredFormat) -> tuple[RazoredTensor, np.ndarray]:
+    """Return a tensor of random codes and shifts."""
+    rng = np.random.default_rng(inputs)
+    codes = rng.integers(-(2 ** (format.bits - 1)), 2 ** (format.bits - 1), (inputs, OUTPUTS))
+    shifts = rng.integers(0, 2 ** shift_bits(format.base_bits, format.bits), format.shifts_shape((inputs, OUTPUTS)))
+    groups = format.scale_groups(inputs)
+    scales = jnp.asarray(rng.uniform(0.5, 2.0, (groups, OUTPUTS)), format.scale_dtype).astype(jnp.float32)
+    tensor = quantize_razored(jnp.asarray(codes, jnp.int8), jnp.asarray(shifts, jnp.uint8), scales, format)
+    repeats, axis = (format.group_size, 0) if format.axis == "in" else (format.group_size, 1)
+    integers = codes * 2.0 ** np.repeat(shifts, repeats, axis)
+    return tensor, np.repeat(np.asarray(scales, np.float64), inputs // groups, 0) * integers
 
 
 def permuted(inputs: int, format: UniformFormat) -> tuple[PermutedTensor, np.ndarray]:
@@ -59,6 +76,9 @@ CASES = {
     "4 bits, symmetric_full": (uniform, 48, UniformFormat(4, 16, "symmetric_full", "float32")),
     "3 bits, per channel": (uniform, 45, UniformFormat(3, None, scale_dtype="float32")),
     "4 bits, groups of one": (uniform, 48, UniformFormat(4, 1)),
+    "razored, inputs": (razored, 45, RazoredFormat(group_size=15)),
+    "razored, outputs": (razored, 45, RazoredFormat(group_size=2, axis="out", scale_group_size=9)),
+    "razored from 16 bits": (razored, 48, RazoredFormat(16, 5, 8, scale_dtype="float32")),
     "permuted 4 bits": (permuted, 48, UniformFormat(4, 16)),
     "permuted 3 bits, symmetric": (permuted, 45, UniformFormat(3, 15, "symmetric")),
 }
@@ -189,6 +209,8 @@ def test_bits_per_weight_are_bytes(case: str) -> None:
         ("4 bits, symmetric_full", 4 + 32 / 16),
         ("4 bits, groups of one", 4 + 16 + 4),
         ("permuted 4 bits", 4 + (16 + 16 / 3) / 16 + 32 / 6),  # 3 zeros of 4 bits take 2 bytes; an order for 6 outputs
+        ("razored, inputs", (23 + 2 + 2) * 8 / 45),  # 180 bits, 3 shifts of 3 bits, a scale
+        ("razored, outputs", (23 + 17 / 2 + 5 * 2) * 8 / 45),  # 135 bits of shifts for two outputs
         ("3 bits, per channel", (17 + 4 + 1) * 8 / 45),  # 135 bits take 17 bytes
     ],
 )
@@ -233,6 +255,21 @@ def test_constructor_refuses_grids_of_another_shape() -> None:
         quantize_uniform(codes, row, row, UniformFormat(group_size=24))
     with pytest.raises(FormatError, match="use null"):
         UniformFormat(group_size=4).groups(45)
+
+
+def test_razored_constructor_refuses_what_does_not_fit() -> None:
+    codes, scales = jnp.zeros((32, 4), jnp.int8), jnp.ones((1, 4))
+    with pytest.raises(FormatError, match=r"give \(\(4, 4\), \(1, 4\)\)"):
+        quantize_razored(codes, jnp.zeros((32, 2), jnp.uint8), scales, RazoredFormat())
+    with pytest.raises(FormatError, match="group_size 24 does not divide 32 inputs; sizes that do: 8, 16, 32"):
+        quantize_razored(codes, jnp.zeros((1, 4), jnp.uint8), scales, RazoredFormat(group_size=24))
+
+
+def test_outputs_that_share_an_entry_are_not_cut_apart() -> None:
+    tensor, expected = make("razored, outputs")
+    with pytest.raises(FormatError, match="cannot cut outputs 0 to 3 out: each 2 in turn share entries"):
+        split_outputs(tensor, (3, 3))
+    np.testing.assert_allclose(split_outputs(tensor, (4, 2))[1].dequantize(), expected[:, 4:], rtol=1e-7)
 
 
 def test_formats_are_values() -> None:

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from jquant.errors import FormatError
-from jquant.formats import QuantizedTensor, UniformFormat
+from jquant.formats import QuantizedTensor, RazoredFormat, UniformFormat
 from jquant.numerics import Symmetry
-from jquant.quantizers import HESSIAN, Diagnostics, Gptq, Rtn, SecondMoment, WeightQuantizer
+from jquant.quantizers import HESSIAN, Diagnostics, Gptq, GptqRazor, Razor, Rtn, SecondMoment, WeightQuantizer
 
 INPUTS, OUTPUTS = 64, 256
 KEY = jax.random.key(0)
@@ -43,6 +43,12 @@ QUANTIZERS: dict[str, WeightQuantizer] = {
         for symmetry in ("asymmetric", "symmetric")
     },
     "gptq, full grid, per channel": Gptq(UniformFormat(3, None, "symmetric_full", "bfloat16"), order="activation"),
+    "razor": Razor(RazoredFormat(group_size=16), step="range"),
+    "razor, clipped": Razor(RazoredFormat(group_size=8), clip="search"),
+    "gptq with razor": GptqRazor(RazoredFormat(axis="out"), order="activation"),
+    "gptq with razor, paper, scales in turn": GptqRazor(
+        RazoredFormat(group_size=8, axis="out", scale_group_size=16), groups="dynamic", fidelity="paper"
+    ),
     "gptq, clipped": Gptq(UniformFormat(2, 16), groups="dynamic", clip="search"),
 }
 
@@ -122,8 +128,9 @@ def test_solves_lose_less_than_rtn_over_all_outputs(name: str, batched: tuple[Qu
         Gptq(UniformFormat(4, 64)),
         Gptq(UniformFormat(3, None, "symmetric")),
         Gptq(UniformFormat(4, 64), order="activation", groups="dynamic"),
+        GptqRazor(RazoredFormat(group_size=8, axis="out"), order="activation"),
     ],
-    ids=["rtn", "gptq, static", "gptq, per channel", "gptq, dynamic"],
+    ids=["rtn", "gptq, static", "gptq, per channel", "gptq, dynamic", "gptq with razor"],
 )
 def test_the_program_does_not_grow_with_the_width(quantizer: WeightQuantizer) -> None:
     def program(inputs: int) -> str:

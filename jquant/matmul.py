@@ -1,5 +1,6 @@
 """The one multiplication: a rule table says how an activation meets a weight in its format and layout."""
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
@@ -7,11 +8,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jquant.formats import Layout, PermutedTensor, QuantizedTensor, UniformTensor
+from jquant.errors import FormatError
+from jquant.formats import BinaryTensor, Layout, PermutedTensor, QuantizedTensor, UniformTensor
+from jquant.numerics import CHUNK, lookup_product
 from jquant.types import compute_dtype
 
 type Weight = Float[Array, "in out"] | QuantizedTensor
 type MatmulRule = Callable[[jax.Array, Any], jax.Array]
+
+LOOKUP_ROWS: Final = 4  # activations up to which tables beat the dense product on CPU: benchmarks/lookup_matmul.py
 
 
 def dense(weight: Any, dtype: jax.typing.DTypeLike = jnp.float32) -> Float[Array, "in out"]:
@@ -49,6 +54,40 @@ def _permuted(x: jax.Array, weight: PermutedTensor) -> jax.Array:
     return matmul(x[..., weight.order[:, 0]], weight.inner)
 
 
+def lookup_matmul(x: Float[Array, "*batch in"], weight: BinaryTensor) -> Float[Array, "*batch out"]:
+    """Multiplies by tables of partial sums, as LUT-GEMM does; equals `x @ dense(weight)` up to rounding.
+
+    Args:
+      x: activations [..., in].
+      weight: binary codes whose groups are multiples of 8 inputs.
+
+    Returns:
+      The product [..., out], summed in float32 (float64 for float64), in the dtype of `x`.
+
+    Raises:
+      FormatError: a group is no multiple of 8 inputs, so that a byte of signs has two alphas.
+
+    Reference: arXiv:2206.09557, section 3.
+    """
+    if not _has_whole_bytes(weight):
+        size = weight.format.group_size or weight.shape[0]
+        raise FormatError(f"groups of {size} inputs: table lookup needs multiples of {CHUNK}; use matmul")
+    sums = compute_dtype(x.dtype)
+    offsets = None if weight.offsets is None else weight.offsets.astype(sums)
+    return lookup_product(x.astype(sums), weight.signs, weight.alphas.astype(sums), offsets).astype(x.dtype)
+
+
+def _has_whole_bytes(weight: BinaryTensor) -> bool:
+    return weight.shape[0] % (CHUNK * weight.format.groups(weight.shape[0])) == 0
+
+
+def _binary(x: jax.Array, weight: BinaryTensor) -> jax.Array:
+    if math.prod(x.shape[:-1]) > LOOKUP_ROWS or not _has_whole_bytes(weight):
+        return _reference(x, weight)
+    return jax.lax.platform_dependent(x, weight, cpu=lookup_matmul, default=_reference)
+
+
 _RULES: Final[Mapping[tuple[type, Layout], MatmulRule]] = {
     (PermutedTensor, Layout.PORTABLE): _permuted,
+    (BinaryTensor, Layout.PORTABLE): _binary,
 }

@@ -27,6 +27,7 @@ _NODES: Final[Mapping[str, type]] = {
         models.Linear,
         formats.UniformTensor,
         formats.PermutedTensor,
+        formats.BinaryTensor,
         formats.RazoredTensor,
         kv.ExactKv,
     )
@@ -37,6 +38,7 @@ _VALUES: Final[Mapping[str, type]] = {
         models.LlamaConfig,
         models.RopeConfig,
         formats.UniformFormat,
+        formats.BinaryFormat,
         formats.RazoredFormat,
     )
 }

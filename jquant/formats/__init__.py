@@ -4,6 +4,10 @@ from jquant.formats.base import Layout as Layout
 from jquant.formats.base import QuantizedTensor as QuantizedTensor
 from jquant.formats.base import split_outputs as split_outputs
 from jquant.formats.base import tree_nbytes as tree_nbytes
+from jquant.formats.binary import BinaryFormat as BinaryFormat
+from jquant.formats.binary import BinaryTensor as BinaryTensor
+from jquant.formats.binary import binary_from_uniform as binary_from_uniform
+from jquant.formats.binary import quantize_binary as quantize_binary
 from jquant.formats.composed import PermutedTensor as PermutedTensor
 from jquant.formats.razored import RazoredFormat as RazoredFormat
 from jquant.formats.razored import RazoredTensor as RazoredTensor

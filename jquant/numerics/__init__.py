@@ -2,6 +2,7 @@
 
 from jquant.numerics.hadamard import base_matrix, base_order, hadamard_matrix, hadamard_transform
 from jquant.numerics.linalg import DAMPING_LIMIT, DAMPING_STEP, InverseFactor, inverse_factor, revive_dead
+from jquant.numerics.lookup import CHUNK, lookup_product, sign_tables
 from jquant.numerics.packing import pack, packed_length, unpack
 from jquant.numerics.razor import Razored, RazorFidelity, razor_integers, shift_bits, unrazor
 from jquant.numerics.rounding import (
@@ -19,6 +20,7 @@ from jquant.numerics.rounding import (
 )
 
 __all__ = [
+    "CHUNK",
     "DAMPING_LIMIT",
     "DAMPING_STEP",
     "Grid",
@@ -36,6 +38,7 @@ __all__ = [
     "hadamard_matrix",
     "hadamard_transform",
     "inverse_factor",
+    "lookup_product",
     "pack",
     "packed_length",
     "range_of",
@@ -44,6 +47,7 @@ __all__ = [
     "safe_scale",
     "search_range",
     "shift_bits",
+    "sign_tables",
     "straight_through",
     "unpack",
     "unrazor",

@@ -4,6 +4,7 @@ from jquant.quantizers.base import Diagnostics as Diagnostics
 from jquant.quantizers.base import WeightQuantizer as WeightQuantizer
 from jquant.quantizers.base import proxy_loss as proxy_loss
 from jquant.quantizers.base import weight_error as weight_error
+from jquant.quantizers.bcq import Bcq as Bcq
 from jquant.quantizers.gptq import Gptq as Gptq
 from jquant.quantizers.gptq_razor import GptqRazor as GptqRazor
 from jquant.quantizers.razor import Razor as Razor

@@ -31,6 +31,7 @@ from jquant.types import DType, Key, compute_dtype
 CONJUGATE_FLOOR: Final = 1e-6  # added to the denominators of LUT-GEMM's conjugate gradients: reference code
 
 
+type Store = Callable[[jax.Array], jax.Array]  # an alpha -> what the format keeps of it
 type Solve = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]  # (B^T B, B^T w, last alphas) -> alphas
 
 
@@ -102,7 +103,7 @@ class Bcq(WeightQuantizer):
         return BinaryFit(alphas, assign(values, alphas))
 
 
-def greedy(values: Float[Array, "size out"], bits: int, store: Callable[[jax.Array], jax.Array]) -> BinaryFit:
+def greedy(values: Float[Array, "size out"], bits: int, store: Store) -> BinaryFit:
     """Fits one sign after another to what the signs before it left, in the dtype of the values.
 
     Args:

@@ -14,6 +14,8 @@ import pytest
 from jquant.checkpoint import load_tree, save_tree
 from jquant.errors import FormatError
 from jquant.formats import (
+    BinaryFormat,
+    BinaryTensor,
     PermutedTensor,
     QuantizedTensor,
     RazoredFormat,
@@ -21,6 +23,7 @@ from jquant.formats import (
     UniformFormat,
     UniformTensor,
     quantize_razored,
+    quantize_binary,
     quantize_uniform,
     split_outputs,
 )
@@ -57,6 +60,24 @@ def razored(inputs: int, format: RazoredFormat) -> tuple[RazoredTensor, np.ndarr
     return tensor, np.repeat(np.asarray(scales, np.float64), inputs // groups, 0) * integers
 
 
+def binary(inputs: int, format: BinaryFormat) -> tuple[BinaryTensor, np.ndarray]:
+    """An odd number of bits has offsets."""
+    rng = np.random.default_rng(inputs + format.bits)
+    groups = format.groups(inputs)
+    codes = rng.integers(0, 2**format.bits, (inputs, OUTPUTS))
+    alphas = np.asarray(jnp.asarray(rng.uniform(0.5, 2.0, (format.bits, groups, OUTPUTS)), format.scale_dtype))
+    offsets = alphas[0] / 4 if format.bits % 2 else None
+    tensor = quantize_binary(
+        jnp.asarray(codes, jnp.uint8),
+        jnp.asarray(alphas, jnp.float32),
+        None if offsets is None else jnp.asarray(offsets, jnp.float32),
+        format,
+    )
+    signs = 2.0 * (codes >> np.arange(format.bits)[:, None, None] & 1) - 1
+    dense = (np.repeat(alphas.astype(np.float64), inputs // groups, axis=1) * signs).sum(axis=0)
+    return tensor, dense if offsets is None else dense + np.repeat(offsets.astype(np.float64), inputs // groups, axis=0)
+
+
 def permuted(inputs: int, format: UniformFormat) -> tuple[PermutedTensor, np.ndarray]:
     inner, dense = uniform(inputs, format)
     order = np.random.default_rng(1).permutation(inputs)
@@ -79,6 +100,8 @@ CASES = {
     "razored, inputs": (razored, 45, RazoredFormat(group_size=15)),
     "razored, outputs": (razored, 45, RazoredFormat(group_size=2, axis="out", scale_group_size=9)),
     "razored from 16 bits": (razored, 48, RazoredFormat(16, 5, 8, scale_dtype="float32")),
+    **{f"{bits} signs": (binary, 48, BinaryFormat(bits, (None, 16)[bits % 2])) for bits in range(1, 9)},
+    "3 signs, ragged": (binary, 45, BinaryFormat(3, 15, "bfloat16")),
     "permuted 4 bits": (permuted, 48, UniformFormat(4, 16)),
     "permuted 3 bits, symmetric": (permuted, 45, UniformFormat(3, 15, "symmetric")),
 }
@@ -211,6 +234,8 @@ def test_bits_per_weight_are_bytes(case: str) -> None:
         ("permuted 4 bits", 4 + (16 + 16 / 3) / 16 + 32 / 6),  # 3 zeros of 4 bits take 2 bytes; an order for 6 outputs
         ("razored, inputs", (23 + 2 + 2) * 8 / 45),  # 180 bits, 3 shifts of 3 bits, a scale
         ("razored, outputs", (23 + 17 / 2 + 5 * 2) * 8 / 45),  # 135 bits of shifts for two outputs
+        ("3 signs", 3 + (3 + 1) * 16 / 16),
+        ("4 signs", 4 + 4 * 16 / 48),
         ("3 bits, per channel", (17 + 4 + 1) * 8 / 45),  # 135 bits take 17 bytes
     ],
 )

@@ -77,8 +77,11 @@ class BlockStore:
         folder = self._folder(index)
         if not is_checkpoint(folder):
             return None
-        report = block_report_from_dict(json.loads((folder / REPORT).read_text()))
-        return load_tree(folder), report
+        try:
+            report = block_report_from_dict(json.loads((folder / REPORT).read_text()))
+            return load_tree(folder), report
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{folder} is damaged ({error}); delete it to solve this block again") from error
 
     def put(self, index: int, block: Block, report: BlockReport) -> None:
         """Stores a finished block, whole or not at all.

@@ -74,6 +74,6 @@ def _lines(console: Console) -> OnProgress:
         if 1 < progress.done < progress.total:
             left = (now - times["start"]) / (progress.done - 1) * (progress.total - progress.done)
             line += f", {left:.0f} s left"
-        console.print(line, markup=False, highlight=False)
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     return update

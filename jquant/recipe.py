@@ -23,7 +23,7 @@ from jquant.blocks import QuantizeWeights
 from jquant.data import PYTHON_DOCS
 from jquant.errors import RecipeError
 from jquant.passes import ModelPass, Sequential
-from jquant.quantizers import Bcq, Gptq, GptqRazor, Razor, Rtn
+from jquant.quantizers import Bcq, Gptq, GptqRazor, Razor, Rtn, ZeroQuant
 from jquant.schema import build, describe, plain, suggest
 
 # What a recipe may choose by name. A new method is one more row.
@@ -33,6 +33,7 @@ PARTS: Final[Mapping[str, type]] = {
     "rtn": Rtn,
     "gptq": Gptq,
     "bcq": Bcq,
+    "zeroquant": ZeroQuant,
     "razor": Razor,
     "gptq_razor": GptqRazor,
 }

@@ -27,7 +27,8 @@ class UniformFormat:
       bits: bits of one code, 1 to 8.
       group_size: inputs that share a scale; None for one group over the whole input axis ("per channel").
       symmetry: how the range is chosen: "asymmetric" (zero point stored), "symmetric" (absmax over the restricted
-        grid 2^(bits-1) - 1) or "symmetric_full" (2 * absmax over 2^bits - 1).
+        grid 2^(bits-1) - 1), "symmetric_full" (2 * absmax over 2^bits - 1) or "symmetric_signed" (absmax over
+        2^(bits-1): the largest positive weight is clipped).
       scale_dtype: how scales are stored. Codes are computed from the stored scale, so nothing is lost twice.
     """
 

@@ -7,11 +7,13 @@
 | "asymmetric"      | (high - low) / (2^b - 1)  | rne(-low / s) | as the range asks           |
 | "symmetric"       | absmax / (2^(b-1) - 1)    | 2^(b-1)       | -2^(b-1) .. 2^(b-1) - 1     |
 | "symmetric_full"  | 2 absmax / (2^b - 1)      | 2^(b-1)       | -2^(b-1) .. 2^(b-1) - 1     |
+| "symmetric_signed"| absmax / 2^(b-1)          | 2^(b-1)       | -2^(b-1) .. 2^(b-1) - 1     |
 
 "symmetric" is the restricted grid of QuaRot, on which both ends of the range are exact. "symmetric_full" is that of
 GPTQ and GPTQModel: the largest value lies on a rounding tie, the positive end comes back as 7/7.5 of itself at 4 bits;
-its bug that doubles the scale only where a negative value exists is not reproduced. Everything is computed in float32,
-or in float64 where that is given.
+its bug that doubles the scale only where a negative value exists is not reproduced. "symmetric_signed" is that of
+DeepSpeed's ZeroQuant: -absmax is exact, +absmax is clipped to 7/8 of itself at 4 bits. Everything is computed in
+float32, or in float64 where that is given.
 """
 
 import functools
@@ -24,7 +26,7 @@ from jaxtyping import Array, Float, Shaped, UInt8
 from jquant.errors import FormatError
 from jquant.types import DType, Leaf, compute_dtype
 
-type Symmetry = Literal["asymmetric", "symmetric", "symmetric_full"]
+type Symmetry = Literal["asymmetric", "symmetric", "symmetric_full", "symmetric_signed"]
 
 SEARCH_NORM: Final = 2.4  # exponent of the error in the range search: GPTQ and QuaRot reference code
 SEARCH_GRID: Final = 100  # candidates are spaced by 1 / 100: the same
@@ -88,7 +90,12 @@ def fit_grid(low: Float[Array, "*shape"], high: Float[Array, "*shape"], bits: in
         scales = (high - low) / (2**bits - 1)
         return Grid(scales, jnp.round(-low / scales))
     largest = jnp.maximum(jnp.abs(low), high)
-    scales = largest / (2 ** (bits - 1) - 1) if symmetry == "symmetric" else 2 * largest / (2**bits - 1)
+    if symmetry == "symmetric":
+        scales = largest / (2 ** (bits - 1) - 1)
+    elif symmetry == "symmetric_full":
+        scales = 2 * largest / (2**bits - 1)
+    else:
+        scales = largest / 2 ** (bits - 1)
     return Grid(scales, jnp.full_like(scales, 2 ** (bits - 1)))
 
 

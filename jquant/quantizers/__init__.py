@@ -13,3 +13,4 @@ from jquant.quantizers.rtn import Rtn as Rtn
 from jquant.quantizers.statistics import HESSIAN as HESSIAN
 from jquant.quantizers.statistics import SecondMoment as SecondMoment
 from jquant.quantizers.statistics import Statistic as Statistic
+from jquant.quantizers.zeroquant import ZeroQuant as ZeroQuant

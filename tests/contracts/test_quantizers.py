@@ -10,7 +10,18 @@ import pytest
 from jquant.errors import FormatError
 from jquant.formats import BinaryFormat, QuantizedTensor, RazoredFormat, UniformFormat
 from jquant.numerics import Symmetry
-from jquant.quantizers import HESSIAN, Bcq, Diagnostics, Gptq, GptqRazor, Razor, Rtn, SecondMoment, WeightQuantizer
+from jquant.quantizers import (
+    HESSIAN,
+    Bcq,
+    Diagnostics,
+    Gptq,
+    GptqRazor,
+    Razor,
+    Rtn,
+    SecondMoment,
+    WeightQuantizer,
+    ZeroQuant,
+)
 
 INPUTS, OUTPUTS = 64, 256
 KEY = jax.random.key(0)
@@ -49,6 +60,8 @@ QUANTIZERS: dict[str, WeightQuantizer] = {
     "gptq with razor, paper, scales in turn": GptqRazor(
         RazoredFormat(group_size=8, axis="out", scale_group_size=16), groups="dynamic", fidelity="paper"
     ),
+    "zeroquant, two rows": ZeroQuant(4, OUTPUTS // 2),
+    "zeroquant, quarters of rows": ZeroQuant(8, OUTPUTS * 4),
     "bcq, 4 signs": Bcq(BinaryFormat(4, 16), rounds=5),
     "bcq, greedy": Bcq(BinaryFormat(3, None, "bfloat16"), method="greedy"),
     "gptq, clipped": Gptq(UniformFormat(2, 16), groups="dynamic", clip="search"),

@@ -1,10 +1,12 @@
 """Model passes: what a recipe lists. Each is a frozen dataclass, at most a few lines of glue over a pure function."""
 
 import abc
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import final
 
+import jax
 from jaxtyping import Array, Int
 
 from jquant.blocks import BlockPass
@@ -85,7 +87,9 @@ def run_passes(passes: Sequence[ModelPass], model: Llama, context: Context) -> t
             raise RecipeError(f"{type(one).__name__} needs calibration data; give the recipe a `calibration` section")
     check_weights(model)
     report = Report()
-    for one in passes:
-        model, part = one(model, context)
+    for number, one in enumerate(passes):
+        store = None if context.store is None else dataclasses.replace(context.store, step=number)
+        own = dataclasses.replace(context, key=jax.random.fold_in(context.key, number), store=store)
+        model, part = one(model, own)
         report = report.merge(part)
     return model, report

@@ -25,10 +25,12 @@ class BlockStore:
     Attributes:
       path: the folder.
       lock: an open file whose lock this process holds; a second process on the store is refused.
+      step: the model pass that the blocks come from, counted from 0; each has its own.
     """
 
     path: Path
     lock: IO[str]
+    step: int = 0
 
     @classmethod
     def open(cls, path: Path | str, fingerprint: Mapping[str, str]) -> "BlockStore":
@@ -96,7 +98,7 @@ class BlockStore:
         return sum(is_checkpoint(folder) for folder in self.path.glob("block-*"))
 
     def _folder(self, index: int) -> Path:
-        return self.path / f"block-{index:03d}"
+        return self.path / (f"block-{index:03d}" if self.step == 0 else f"block-{index:03d}-pass-{self.step}")
 
 
 def _record(known: Path, fingerprint: Mapping[str, str]) -> dict[str, str]:

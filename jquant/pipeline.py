@@ -21,7 +21,7 @@ from jaxtyping import Int32
 from convert.huggingface import StoredDtype
 from jquant.calibration import BlockStore
 from jquant.checkpoint import digest, save_model
-from jquant.data import Text, TextTokenizer, load_text, token_windows
+from jquant.data import TextTokenizer, load_text, load_windows, token_windows
 from jquant.errors import CalibrationError, CheckpointError, DataError, JquantError
 from jquant.folders import RECIPE, REPORT, open_abstract, open_model, open_tokenizer, prepare_output
 from jquant.formats import tree_nbytes
@@ -33,6 +33,7 @@ from jquant.recipe import Recipe, to_yaml
 from jquant.recipe import digest as recipe_digest
 from jquant.report import BlockReport, Report
 
+WINDOWS: Final = ".npy"  # ending of a calibration data set that is windows of tokens
 _STORE_SUFFIX: Final = ".partial"
 _STORE_FILES: Final = {"lock", "fingerprint.json", "fingerprint.json.partial"}  # what a store may hold besides blocks
 _RESULTS: Final = ("jquant", "jax", "jaxlib", "numpy")  # packages whose version may change a result's bits
@@ -104,7 +105,7 @@ def quantize(
     prepare_output(out, nbytes=figures.nbytes + figures.store_nbytes - _size_of(store_path))
     on_progress(Progress("reading tokenizer, calibration text and model"))
     tokenizer, files = open_tokenizer(source)
-    tokens, text = calibration_tokens(recipe, tokenizer, abstract.config, folder=folder)
+    tokens, provenance = calibration_tokens(recipe, tokenizer, abstract.config, folder=folder)
     model = open_model(source, dtype=dtype)
     fingerprint = _fingerprint(model, recipe, tokens)
     store = BlockStore.open(store_path, fingerprint)
@@ -120,7 +121,7 @@ def quantize(
             on_block=_count_blocks(model.config.num_hidden_layers, on_progress),
         )
         quantized, report = run_passes(recipe.passes, model, context)
-        report = report.merge(Report(details=_details(source, recipe, fingerprint, text, figures, started)))
+        report = report.merge(Report(details=_details(source, recipe, fingerprint, provenance, figures, started)))
         on_progress(Progress("saving"))
         files |= {RECIPE: to_yaml(recipe).encode(), REPORT: report.to_json().encode()}
         save_model(quantized, out, files=files)
@@ -130,28 +131,28 @@ def quantize(
 
 def calibration_tokens(
     recipe: Recipe, tokenizer: TextTokenizer, config: LlamaConfig, *, folder: Path | None
-) -> tuple[Int32[np.ndarray, "samples length"] | None, Text | None]:
-    """Returns the windows that a recipe asks for and the text that they are from; (None, None) if it asks for none.
+) -> tuple[Int32[np.ndarray, "samples length"] | None, dict[str, str] | None]:
+    """Returns the windows that a recipe asks for and where they are from; (None, None) if it asks for none.
 
     Raises:
       DataError: the text cannot be had, is too short, or its tokens are not in the model's vocabulary.
     """
     if recipe.calibration is None:
         return None, None
-    text = load_text(recipe.calibration.dataset, "calibration", folder=folder)
-    tokens = token_windows(
-        text,
-        tokenizer,
-        length=recipe.calibration.length,
-        count=recipe.calibration.samples,
-        seed=recipe.seed,
-    )
+    length, count = recipe.calibration.length, recipe.calibration.samples
+    if recipe.calibration.dataset.endswith(WINDOWS):
+        tokens = load_windows(Path(recipe.calibration.dataset), length=length, count=count)
+        provenance = {"source": recipe.calibration.dataset, "sha256": hashlib.sha256(tokens.tobytes()).hexdigest()}
+    else:
+        text = load_text(recipe.calibration.dataset, "calibration", folder=folder)
+        tokens = token_windows(text, tokenizer, length=length, count=count, seed=recipe.seed)
+        provenance = dict(text.provenance)
     if tokens.max() >= config.vocab_size:
         raise DataError(
-            f"the tokenizer gives ids up to {tokens.max()}, the model has {config.vocab_size}: "
-            "they do not belong together; give the model's own tokenizer"
+            f"{recipe.calibration.dataset} gives token ids up to {tokens.max()}, the model has {config.vocab_size}: "
+            "they do not belong together; give the model's own tokenizer, or windows made with it"
         )
-    return tokens, text
+    return tokens, provenance
 
 
 def _check_length(recipe: Recipe, model: Llama) -> None:
@@ -214,13 +215,18 @@ def _fingerprint(model: Llama, recipe: Recipe, tokens: np.ndarray | None) -> dic
 
 
 def _details(
-    source: str | Path, recipe: Recipe, fingerprint: dict[str, str], text: Text | None, figures: Plan, started: float
+    source: str | Path,
+    recipe: Recipe,
+    fingerprint: dict[str, str],
+    provenance: dict[str, str] | None,
+    figures: Plan,
+    started: float,
 ) -> tuple[tuple[str, Any], ...]:
     return (
         ("source", str(source)),
         ("recipe", recipe.name),
         ("fingerprint", fingerprint),
-        ("calibration text", None if text is None else dict(text.provenance)),
+        ("calibration text", provenance),
         ("bits per weight", figures.bits_per_weight()),
         ("bytes", figures.nbytes),
         ("seconds", time.monotonic() - started),

@@ -47,6 +47,7 @@ class Calibration:
 
     Attributes:
       dataset: a name or path for `jquant.data.load_text`; its calibration split is used. The default comes with Python.
+        A path that ends in .npy holds windows of tokens instead: the first `samples` rows, the first `length` of each.
       samples: windows. 128, as in GPTQ's paper (arXiv:2210.17323, section 4).
       length: tokens in a window. 2048, as there.
     """

@@ -28,7 +28,7 @@ FLOORS: Final = (
     ("jquant.plan",),
     ("jquant.pipeline", "jquant.measure"),
     ("jquant.tables",),
-    ("jquant.demo",),
+    ("jquant.demo", "jquant.compare"),
     ("jquant.commands",),
     ("jquant",),
     ("jquant.cli",),

@@ -15,6 +15,7 @@ from jquant.tables import report_table
 from tests.checkpoints import write_checkpoint
 
 RULE: Final = "passes[0].sequential.passes[0].quantize_weights.rules[0]"
+COMMANDS: Final = ("convert", "quantize", "plan", "inspect", "eval", "compare", "generate", "chat", "demo")
 SMALL: Final = ("--recipe", "rtn-w4g64", "--set", f"{RULE}.quantizer.rtn.format.group_size=32")
 
 
@@ -44,11 +45,11 @@ def run(*arguments: str) -> int:
 def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("--help") == 0
     shown = capsys.readouterr().out
-    for command in ("convert", "quantize", "plan", "inspect", "eval", "generate", "chat", "demo"):
+    for command in COMMANDS:
         assert f"│ {command} " in shown
 
 
-@pytest.mark.parametrize("command", ["convert", "quantize", "plan", "inspect", "eval", "generate", "chat", "demo"])
+@pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(command, "--help") == 0
     assert f"Usage: jquant {command}" in capsys.readouterr().out

@@ -15,7 +15,7 @@ import pytest
 import tokenizers
 import transformers
 
-from jquant.data import PYTHON_DOCS, Text, load_text, token_windows
+from jquant.data import PYTHON_DOCS, Text, load_text, load_windows, token_windows
 from jquant.errors import DataError
 
 CHARACTERS = SimpleNamespace(encode=lambda text, verbose: [ord(letter) for letter in text])
@@ -236,3 +236,36 @@ def test_too_short_text_is_measured(sampling: str, count: int | None, seed: int 
     text = Text("t", "calibration", ("abcd", "e"), sampling, {})  # type: ignore[arg-type]
     with pytest.raises(DataError, match=message):
         token_windows(text, CHARACTERS, length=8, count=count, seed=seed)
+
+
+def test_stored_windows_are_cut_to_size(tmp_path: Path) -> None:
+    stored = np.arange(24, dtype=np.int64).reshape(4, 6)
+    np.save(tmp_path / "windows.npy", stored)
+    windows = load_windows(tmp_path / "windows.npy", length=5, count=3)
+    assert windows.dtype == np.int32
+    np.testing.assert_array_equal(windows, stored[:3, :5])
+
+
+@pytest.mark.parametrize(
+    ("stored", "message"),
+    [
+        (np.zeros((2, 9), np.int32), "has 2 windows of 9 tokens, but 3 of 5 are asked for"),
+        (np.zeros((3, 4), np.int32), "has 3 windows of 4 tokens"),
+        (np.zeros((3, 5), np.float32), "holds no windows of tokens"),
+        (np.zeros(15, np.int32), "give one array of whole numbers"),
+        (np.full((3, 5), -1), "has token ids from -1 to -1"),
+        (np.full((3, 5), 2**31), "give 32-bit ids"),
+    ],
+)
+def test_stored_windows_that_cannot_be_used(tmp_path: Path, stored: np.ndarray, message: str) -> None:
+    np.save(tmp_path / "windows.npy", stored)
+    with pytest.raises(DataError, match=message):
+        load_windows(tmp_path / "windows.npy", length=5, count=3)
+
+
+def test_stored_windows_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="cannot be read as windows of tokens"):
+        load_windows(tmp_path / "absent.npy", length=5, count=3)
+    (tmp_path / "damaged.npy").write_bytes(b"no array")
+    with pytest.raises(DataError, match=r"give what numpy\.save wrote"):
+        load_windows(tmp_path / "damaged.npy", length=5, count=3)

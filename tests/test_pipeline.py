@@ -225,7 +225,7 @@ def test_rule_that_matches_nothing(source: Path, tmp_path: Path) -> None:
 
 def test_tokenizer_of_another_model(tmp_path: Path) -> None:
     source = write_checkpoint(tmp_path / "source", vocab_size=64)
-    with pytest.raises(DataError, match=r"gives ids up to 12\d, the model has 64"):
+    with pytest.raises(DataError, match=r"gives token ids up to 12\d, the model has 64"):
         quantize(source, tmp_path / "out", gptq())
 
 

@@ -3,6 +3,16 @@
 from jquant.data.python_docs import PYTHON_DOCS
 from jquant.data.sources import NAMES, load_text
 from jquant.data.text import Sampling, Split, Text
-from jquant.data.windows import TextTokenizer, token_windows
+from jquant.data.windows import TextTokenizer, load_windows, token_windows
 
-__all__ = ["NAMES", "PYTHON_DOCS", "Sampling", "Split", "Text", "TextTokenizer", "load_text", "token_windows"]
+__all__ = [
+    "NAMES",
+    "PYTHON_DOCS",
+    "Sampling",
+    "Split",
+    "Text",
+    "TextTokenizer",
+    "load_text",
+    "load_windows",
+    "token_windows",
+]

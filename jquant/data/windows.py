@@ -7,6 +7,7 @@ document's first token.
 """
 
 import random
+from pathlib import Path
 from typing import Final, Protocol, runtime_checkable
 
 import numpy as np
@@ -68,6 +69,37 @@ def token_windows(
     if count is None:
         raise DataError(f"random windows of {text.name!r} (seed {seed}) need a count: say how many")
     return _random_crops(text, stream, length, count, seed)
+
+
+def load_windows(path: Path, *, length: int, count: int) -> Int32[np.ndarray, "count length"]:
+    """Load windows of tokens that someone else has cut: the first tokens of the first rows of a `.npy` file.
+
+    Args:
+      path: a file of whole numbers [rows, tokens].
+      length: tokens in a window.
+      count: how many windows.
+
+    Returns:
+      Token ids [count, length].
+
+    Raises:
+      DataError: the file cannot be read, holds something else, or is too small.
+    """
+    try:
+        stored = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise DataError(f"{path} cannot be read as windows of tokens: {error}; give what numpy.save wrote") from error
+    if not isinstance(stored, np.ndarray) or stored.ndim != 2 or stored.dtype.kind not in "iu":
+        raise DataError(f"{path} holds no windows of tokens: give one array of whole numbers [windows, tokens]")
+    rows, tokens = stored.shape
+    if rows < count or tokens < length:
+        raise DataError(
+            f"{path} has {rows} windows of {tokens} tokens, but {count} of {length} are asked for: "
+            "ask for fewer or shorter windows"
+        )
+    if stored.min() < 0 or stored.max() > np.iinfo(np.int32).max:
+        raise DataError(f"{path} has token ids from {stored.min()} to {stored.max()}: give 32-bit ids, 0 and above")
+    return np.ascontiguousarray(stored[:count, :length], dtype=np.int32)
 
 
 def _consecutive(text: Text, stream: np.ndarray, length: int, count: int | None) -> np.ndarray:

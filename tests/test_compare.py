@@ -1,0 +1,107 @@
+"""Comparisons: rows and tables, what is kept and used again, shared calibration windows, and what is refused."""
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from jquant.compare import BASELINE, Evaluation, compare, share_calibration
+from jquant.errors import CheckpointError, DataError, FormatError, RecipeError
+from jquant.progress import Progress
+from jquant.recipe import Recipe, load_recipe
+from tests.checkpoints import write_checkpoint
+
+RULE = "passes[0].sequential.passes[0].quantize_weights.rules[0]"
+EVALUATION = Evaluation(windows=2, length=32)
+
+
+def rtn(*changes: str) -> Recipe:
+    return load_recipe("rtn-w4g64", [f"{RULE}.quantizer.rtn.format.group_size=32", *changes])
+
+
+def gptq(windows: Path) -> Recipe:
+    recipe = load_recipe("gptq-w4g64", [f"{RULE}.quantizer.gptq.format.group_size=32"])
+    return share_calibration(recipe, file=windows, samples=2, length=16)
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    return write_checkpoint(tmp_path / "source")
+
+
+@pytest.fixture
+def windows(tmp_path: Path) -> Path:
+    """Return a file of three windows of twenty tokens."""
+    np.save(tmp_path / "windows.npy", np.random.default_rng(0).integers(32, 127, (3, 20)))
+    return tmp_path / "windows.npy"
+
+
+def stages(seen: list[Progress]) -> list[str]:
+    return [one.stage for one in seen if " of " in one.stage]
+
+
+def test_rows_tables_and_what_is_used_again(source: Path, windows: Path, tmp_path: Path) -> None:
+    seen: list[Progress] = []
+    out = tmp_path / "out"
+    rows = compare(source, out, [rtn(), gptq(windows)], EVALUATION, on_progress=seen.append)
+    assert [row.name for row in rows] == [BASELINE, "rtn-w4g64", "gptq-w4g64"]
+    assert [row.bits_per_weight for row in rows] == [32.0, *[pytest.approx(4.625, abs=0.02)] * 2]
+    assert rows[0].nbytes > rows[1].nbytes == rows[2].nbytes
+    assert rows[0].seconds == 0 < rows[2].seconds
+    assert stages(seen) == ["full precision (1 of 3)", "rtn-w4g64 (2 of 3)", "gptq-w4g64 (3 of 3)"]
+    assert not list((out / "work").iterdir())
+
+    table = list(csv.reader((out / "table.csv").read_text().splitlines()))
+    assert [float(line[3]) for line in table[1:]] == [row.perplexity for row in rows]
+    assert [line[0] for line in table] == ["recipe", *(row.name for row in rows)]
+    assert json.loads((out / "table.json").read_text())["rows"][2]["nbytes"] == rows[2].nbytes
+    lines = (out / "table.md").read_text().splitlines()
+    assert lines[0] == "| recipe | bits per weight | bytes | perplexity | quantize seconds |"
+    assert lines[3].startswith(f"| rtn-w4g64 | {rows[1].bits_per_weight:.3f} | {rows[1].nbytes:,} | ")
+    assert "2 windows of 32 tokens of python-docs" in lines[-1]
+
+    seen.clear()
+    again = compare(source, out, [gptq(windows), rtn("name=other")], EVALUATION, on_progress=seen.append)
+    assert again[:2] == (rows[0], rows[2])
+    assert again[2].perplexity == rows[1].perplexity
+    assert stages(seen) == ["other (3 of 3)"]
+
+    np.save(windows, np.load(windows)[::-1])
+    seen.clear()
+    compare(source, out, [gptq(windows)], EVALUATION, on_progress=seen.append)
+    assert stages(seen) == ["gptq-w4g64 (2 of 2)"]
+
+
+def test_failure_names_the_recipe_and_keeps_finished_rows(source: Path, windows: Path, tmp_path: Path) -> None:
+    np.save(windows, np.load(windows)[:1])
+    out = tmp_path / "out"
+    with pytest.raises(DataError, match=r"gptq-w4g64: .*has 1 windows of 20 tokens, but 2 of 16 are asked for"):
+        compare(source, out, [rtn(), gptq(windows)], EVALUATION)
+    assert len(list((out / "rows").iterdir())) == 2
+    assert "rtn-w4g64" in (out / "table.md").read_text()
+    next((out / "rows").iterdir()).write_text("{")
+    with pytest.raises(CheckpointError, match=r"cannot be read .*delete it and run again"):
+        compare(source, out, [rtn()], EVALUATION)
+
+
+def test_what_cannot_work_is_refused_before_any_work(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(RecipeError, match=r"several rows would be called rtn-w4g64; give each recipe a `name`"):
+        compare(source, out, [rtn(), rtn("seed=1")], EVALUATION)
+    with pytest.raises(FormatError, match=r"bad: .*does not divide"):
+        compare(source, out, [rtn(), rtn("name=bad", f"{RULE}.quantizer.rtn.format.group_size=48")], EVALUATION)
+    assert not out.exists()
+    (tmp_path / "file").touch()
+    with pytest.raises(CheckpointError, match="cannot write to"):
+        compare(source, tmp_path / "file", [rtn()], EVALUATION)
+
+
+def test_calibration_is_shared_by_those_that_calibrate(windows: Path) -> None:
+    assert share_calibration(rtn(), file=windows, samples=2) == rtn()
+    shared = gptq(windows).calibration
+    assert shared is not None
+    assert (shared.dataset, shared.samples, shared.length) == (str(windows), 2, 16)
+    with pytest.raises(DataError, match=r"text\.txt: windows of tokens are a \.npy file"):
+        share_calibration(rtn(), file=Path("text.txt"))

@@ -3,7 +3,8 @@
 Reads `reference_ppl.md` (the rows), the calibration windows and WikiText-2 that lie in `../shared`, quantizes the
 model by the same settings, and prints one JSON line a row: ours, theirs, seconds.
 
-    python benchmarks/reference_rows.py MODEL.gguf --windows test.npy --calibration calibration.npy --reference reference_ppl.md
+    python benchmarks/reference_rows.py MODEL.gguf --windows test.npy --calibration calibration.npy \\
+        --reference reference_ppl.md
 """
 
 import argparse

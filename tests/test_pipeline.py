@@ -216,9 +216,7 @@ def test_windows_longer_than_the_context(source: Path, tmp_path: Path) -> None:
 
 
 def test_rule_that_matches_nothing(source: Path, tmp_path: Path) -> None:
-    with pytest.raises(
-        RecipeError, match=r"rule 'model\.\*' is unused: no path such as 'layers"
-    ):
+    with pytest.raises(RecipeError, match=r"rule 'model\.\*' is unused: no path such as 'layers"):
         quantize(source, tmp_path / "out", rtn(f"{RULE}.match=model.*"))
     assert not list(tmp_path.glob("out*"))
 

@@ -1,4 +1,4 @@
-"""Perplexity of SmolLM2-135M-Instruct beside the rows that the methods' reference implementations gave.
+r"""Perplexity of SmolLM2-135M-Instruct beside the rows that the methods' reference implementations gave.
 
 Reads `reference_ppl.md` (the rows), the calibration windows and WikiText-2 that lie in `../shared`, quantizes the
 model by the same settings, and prints one JSON line a row: ours, theirs, seconds.

@@ -89,7 +89,9 @@ def batched(name: str) -> tuple[QuantizedTensor, Diagnostics]:
 
 
 def test_every_quantizer_has_a_row() -> None:
-    assert {type(quantizer) for quantizer in QUANTIZERS.values()} == set(WeightQuantizer.__subclasses__())
+    assert {type(quantizer) for quantizer in QUANTIZERS.values()} == {
+        kind for kind in WeightQuantizer.__subclasses__() if kind.__module__.startswith("jquant.")
+    }
 
 
 def test_values_are_hashable_and_equal_by_setting() -> None:

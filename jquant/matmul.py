@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jquant.errors import FormatError
-from jquant.formats import BinaryTensor, Layout, PermutedTensor, QuantizedTensor, UniformTensor
+from jquant.formats import BinaryTensor, Layout, PermutedTensor, QuantizedTensor, RotatedTensor, UniformTensor
 from jquant.numerics import CHUNK, lookup_product
 from jquant.types import compute_dtype
 
@@ -87,7 +87,12 @@ def _binary(x: jax.Array, weight: BinaryTensor) -> jax.Array:
     return jax.lax.platform_dependent(x, weight, cpu=lookup_matmul, default=_reference)
 
 
+def _rotated(x: jax.Array, weight: RotatedTensor) -> jax.Array:
+    return weight.rotate_outputs(matmul(weight.rotate_inputs(x), weight.inner))
+
+
 _RULES: Final[Mapping[tuple[type, Layout], MatmulRule]] = {
     (PermutedTensor, Layout.PORTABLE): _permuted,
+    (RotatedTensor, Layout.PORTABLE): _rotated,
     (BinaryTensor, Layout.PORTABLE): _binary,
 }

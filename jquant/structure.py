@@ -29,6 +29,8 @@ _NODES: Final[Mapping[str, type]] = {
         formats.PermutedTensor,
         formats.BinaryTensor,
         formats.RazoredTensor,
+        formats.CenteredTensor,
+        formats.RotatedTensor,
         kv.ExactKv,
     )
 }

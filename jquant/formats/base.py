@@ -5,7 +5,7 @@ import dataclasses
 import enum
 import math
 from collections.abc import Sequence
-from typing import Any, final
+from typing import Any, ClassVar, final
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +31,13 @@ class QuantizedTensor(abc.ABC):
     * every leaf ends in an axis of size `out`, of size `out / g` where g neighbouring outputs share an entry, or of
       size 1 where all of them do;
     * `dequantize` is pure and jittable, and is the meaning of the tensor: every kernel must agree with it.
+
+    Attributes:
+      shape: (in, out).
+      mixes_outputs: whether each output depends on leaves of others, so that the tensor cannot be cut.
     """
+
+    mixes_outputs: ClassVar[bool] = False
 
     shape: tuple[int, int] = struct.field(pytree_node=False)
 
@@ -70,7 +76,8 @@ def split_outputs[T: QuantizedTensor](tensor: T, sizes: Sequence[int]) -> tuple[
       One tensor for each size. Leaves that all outputs share are shared by the parts.
 
     Raises:
-      FormatError: the sizes do not sum to the number of outputs, or cut through outputs that share an entry.
+      FormatError: the sizes do not sum to the number of outputs, or cut through outputs that share an entry or that the
+        format mixes.
     """
     outputs = tensor.shape[1]
     if sum(sizes) != outputs:
@@ -83,6 +90,11 @@ def split_outputs[T: QuantizedTensor](tensor: T, sizes: Sequence[int]) -> tuple[
 
 
 def _slice_outputs[T: QuantizedTensor](tensor: T, start: int, size: int) -> T:
+    if size == tensor.shape[1]:
+        return tensor
+    if tensor.mixes_outputs:
+        raise FormatError(f"cannot cut a {type(tensor).__name__}, which mixes outputs: quantize each part alone")
+
     def is_inner(node: object) -> bool:
         return isinstance(node, QuantizedTensor) and node is not tensor
 

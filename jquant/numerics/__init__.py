@@ -1,10 +1,19 @@
 """Numerical building blocks: arrays in, arrays out. Nothing here knows a format, a node or a model."""
 
 from jquant.numerics.hadamard import base_matrix, base_order, hadamard_matrix, hadamard_transform
-from jquant.numerics.linalg import DAMPING_LIMIT, DAMPING_STEP, InverseFactor, inverse_factor, revive_dead
+from jquant.numerics.linalg import (
+    DAMPING_LIMIT,
+    DAMPING_STEP,
+    InverseFactor,
+    UnitFactor,
+    inverse_factor,
+    revive_dead,
+    unit_factor,
+)
 from jquant.numerics.lookup import CHUNK, lookup_product, sign_tables
 from jquant.numerics.packing import pack, packed_length, unpack
 from jquant.numerics.razor import Razored, RazorFidelity, razor_integers, shift_bits, unrazor
+from jquant.numerics.rotation import Rotation, Transform, random_rotation, rotate, rotate_back, two_factors
 from jquant.numerics.rounding import (
     Grid,
     Symmetry,
@@ -27,7 +36,10 @@ __all__ = [
     "InverseFactor",
     "RazorFidelity",
     "Razored",
+    "Rotation",
     "Symmetry",
+    "Transform",
+    "UnitFactor",
     "base_matrix",
     "base_order",
     "cast_scales",
@@ -41,14 +53,19 @@ __all__ = [
     "lookup_product",
     "pack",
     "packed_length",
+    "random_rotation",
     "range_of",
     "razor_integers",
     "revive_dead",
+    "rotate",
+    "rotate_back",
     "safe_scale",
     "search_range",
     "shift_bits",
     "sign_tables",
     "straight_through",
+    "two_factors",
+    "unit_factor",
     "unpack",
     "unrazor",
 ]

@@ -7,6 +7,7 @@ from jquant.quantizers.base import weight_error as weight_error
 from jquant.quantizers.bcq import Bcq as Bcq
 from jquant.quantizers.gptq import Gptq as Gptq
 from jquant.quantizers.gptq_razor import GptqRazor as GptqRazor
+from jquant.quantizers.quip import Quip as Quip
 from jquant.quantizers.razor import Razor as Razor
 from jquant.quantizers.rtn import Clip as Clip
 from jquant.quantizers.rtn import Rtn as Rtn

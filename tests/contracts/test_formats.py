@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import jax
@@ -16,19 +16,24 @@ from jquant.errors import FormatError
 from jquant.formats import (
     BinaryFormat,
     BinaryTensor,
+    CenteredTensor,
     PermutedTensor,
     QuantizedTensor,
     RazoredFormat,
     RazoredTensor,
+    RotatedTensor,
     UniformFormat,
     UniformTensor,
-    quantize_razored,
     quantize_binary,
+    quantize_centered,
+    quantize_razored,
     quantize_uniform,
+    rotated,
     split_outputs,
 )
-from jquant.numerics import shift_bits
+from jquant.numerics import Transform, shift_bits, two_factors
 from jquant.structure import decode_structure, encode_structure
+from tests.oracles import quip
 
 OUTPUTS = 6
 
@@ -45,19 +50,6 @@ def uniform(inputs: int, format: UniformFormat) -> tuple[UniformTensor, np.ndarr
     tensor = quantize_uniform(jnp.asarray(codes, jnp.uint8), scales, jnp.asarray(zeros, jnp.float32), format)
     grid_of_row = np.arange(inputs) // (inputs // groups)
     return tensor, np.asarray(scales, np.float64)[grid_of_row] * (codes - np.asarray(zeros)[grid_of_row])
-
-
-def razored(inputs: int, format: RazoredFormat) -> tuple[RazoredTensor, np.ndarray]:
-    """Return a tensor of random codes and shifts."""
-    rng = np.random.default_rng(inputs)
-    codes = rng.integers(-(2 ** (format.bits - 1)), 2 ** (format.bits - 1), (inputs, OUTPUTS))
-    shifts = rng.integers(0, 2 ** shift_bits(format.base_bits, format.bits), format.shifts_shape((inputs, OUTPUTS)))
-    groups = format.scale_groups(inputs)
-    scales = jnp.asarray(rng.uniform(0.5, 2.0, (groups, OUTPUTS)), format.scale_dtype).astype(jnp.float32)
-    tensor = quantize_razored(jnp.asarray(codes, jnp.int8), jnp.asarray(shifts, jnp.uint8), scales, format)
-    repeats, axis = (format.group_size, 0) if format.axis == "in" else (format.group_size, 1)
-    integers = codes * 2.0 ** np.repeat(shifts, repeats, axis)
-    return tensor, np.repeat(np.asarray(scales, np.float64), inputs // groups, 0) * integers
 
 
 def binary(inputs: int, format: BinaryFormat) -> tuple[BinaryTensor, np.ndarray]:
@@ -78,12 +70,40 @@ def binary(inputs: int, format: BinaryFormat) -> tuple[BinaryTensor, np.ndarray]
     return tensor, dense if offsets is None else dense + np.repeat(offsets.astype(np.float64), inputs // groups, axis=0)
 
 
+def razored(inputs: int, format: RazoredFormat) -> tuple[RazoredTensor, np.ndarray]:
+    """Return a tensor of random codes and shifts."""
+    rng = np.random.default_rng(inputs)
+    codes = rng.integers(-(2 ** (format.bits - 1)), 2 ** (format.bits - 1), (inputs, OUTPUTS))
+    shifts = rng.integers(0, 2 ** shift_bits(format.base_bits, format.bits), format.shifts_shape((inputs, OUTPUTS)))
+    groups = format.scale_groups(inputs)
+    scales = jnp.asarray(rng.uniform(0.5, 2.0, (groups, OUTPUTS)), format.scale_dtype).astype(jnp.float32)
+    tensor = quantize_razored(jnp.asarray(codes, jnp.int8), jnp.asarray(shifts, jnp.uint8), scales, format)
+    repeats, axis = (format.group_size, 0) if format.axis == "in" else (format.group_size, 1)
+    integers = codes * 2.0 ** np.repeat(shifts, repeats, axis)
+    return tensor, np.repeat(np.asarray(scales, np.float64), inputs // groups, 0) * integers
+
+
 def permuted(inputs: int, format: UniformFormat) -> tuple[PermutedTensor, np.ndarray]:
     inner, dense = uniform(inputs, format)
     order = np.random.default_rng(1).permutation(inputs)
     expected = np.zeros_like(dense)
     expected[order] = dense
     return PermutedTensor(inner=inner, order=jnp.asarray(order, jnp.int32)[:, None], shape=inner.shape), expected
+
+
+def centered(inputs: int, bits: int) -> tuple[CenteredTensor, np.ndarray]:
+    codes = np.random.default_rng(bits).integers(0, 2**bits, (inputs, OUTPUTS))
+    tensor = quantize_centered(jnp.asarray(codes, jnp.uint8), jnp.float32(0.7), bits)
+    return tensor, np.float64(np.float32(0.7)) * (codes - (2**bits - 1) / 2)
+
+
+def turned(inputs: int, transform: Transform) -> tuple[RotatedTensor, np.ndarray]:
+    """A tensor of 3 bits in rotated bases of 48 = 12 * 4 inputs and 6 = 2 * 3 outputs."""
+    inner, dense = centered(inputs, 3)
+    scales = jnp.asarray(np.random.default_rng(2).uniform(0.5, 2.0, inputs), jnp.float16).at[3].set(0)
+    left, right = quip.rotation(11, *two_factors(inputs), transform), quip.rotation(~11 & quip.MASK, 2, 3, transform)
+    tensor = rotated(inner, scales, jnp.uint32(11), transform)
+    return tensor, np.asarray(scales, np.float64)[:, None] * (left.T @ dense @ right)
 
 
 # 45 inputs: no multiple of 8 / bits, and 3 groups of 15 whose packed zeros end inside a byte.
@@ -97,14 +117,19 @@ CASES = {
     "4 bits, symmetric_full": (uniform, 48, UniformFormat(4, 16, "symmetric_full", "float32")),
     "3 bits, per channel": (uniform, 45, UniformFormat(3, None, scale_dtype="float32")),
     "4 bits, groups of one": (uniform, 48, UniformFormat(4, 1)),
+    **{f"{bits} signs": (binary, 48, BinaryFormat(bits, (None, 16)[bits % 2])) for bits in range(1, 9)},
+    "3 signs, ragged": (binary, 45, BinaryFormat(3, 15, "bfloat16")),
     "razored, inputs": (razored, 45, RazoredFormat(group_size=15)),
     "razored, outputs": (razored, 45, RazoredFormat(group_size=2, axis="out", scale_group_size=9)),
     "razored from 16 bits": (razored, 48, RazoredFormat(16, 5, 8, scale_dtype="float32")),
-    **{f"{bits} signs": (binary, 48, BinaryFormat(bits, (None, 16)[bits % 2])) for bits in range(1, 9)},
-    "3 signs, ragged": (binary, 45, BinaryFormat(3, 15, "bfloat16")),
     "permuted 4 bits": (permuted, 48, UniformFormat(4, 16)),
     "permuted 3 bits, symmetric": (permuted, 45, UniformFormat(3, 15, "symmetric")),
+    **{f"{bits} bits, centered": (centered, 45, bits) for bits in (1, 3, 8)},
+    **{f"rotated, {transform}": (turned, 48, transform) for transform in ("kronecker", "butterfly")},
 }
+
+MIXING = {case for case, row in CASES.items() if row[0] is turned}  # their sums round, and their outputs hang together
+CUTTABLE = {case: row for case, row in CASES.items() if case not in MIXING}
 
 every_case = pytest.mark.parametrize("case", CASES)
 
@@ -115,10 +140,10 @@ def make(case: str) -> tuple[QuantizedTensor, np.ndarray]:
     return build(inputs, format)
 
 
-def for_all[T](function: Callable[[QuantizedTensor], T]) -> dict[str, T]:
+def for_all[T](function: Callable[[QuantizedTensor], T], cases: Iterable[str] = CASES) -> dict[str, T]:
     """Apply a function to every row's tensor in one jit: one compilation for the table instead of one a row."""
     return jax.jit(lambda tensors: {case: function(one) for case, one in tensors.items()})(
-        {case: make(case)[0] for case in CASES}
+        {case: make(case)[0] for case in cases}
     )
 
 
@@ -139,7 +164,13 @@ def vmapped() -> dict[str, jax.Array]:
 
 @pytest.fixture(scope="module")
 def split() -> dict[str, tuple[jax.Array, ...]]:
-    return for_all(lambda tensor: tuple(part.dequantize() for part in split_outputs(tensor, (2, 4))))
+    return for_all(lambda tensor: tuple(part.dequantize() for part in split_outputs(tensor, (2, 4))), CUTTABLE)
+
+
+def assert_agrees(case: str, actual: jax.Array, expected: np.ndarray | jax.Array, rtol: float = 0.0) -> None:
+    """Bits, or `rtol`; a format that sums has rounded some 50 products of the largest weight's size."""
+    atol = 2e-6 * float(np.abs(expected).max()) if case in MIXING else 0.0
+    np.testing.assert_allclose(actual, expected, rtol=rtol, atol=atol)
 
 
 def assert_same(left: QuantizedTensor, right: QuantizedTensor) -> None:
@@ -158,12 +189,12 @@ def test_every_format_has_a_row() -> None:
 def test_dequantize_is_the_definition(case: str, jitted: dict[str, jax.Array]) -> None:
     tensor, expected = make(case)
     assert jitted[case].shape == tensor.shape == expected.shape
-    np.testing.assert_allclose(jitted[case], expected, rtol=1e-7)  # one rounding to float32
+    assert_agrees(case, jitted[case], expected, rtol=1e-7)  # one rounding to float32
 
 
 @every_case
 def test_dequantize_is_the_same_without_jit(case: str, jitted: dict[str, jax.Array]) -> None:
-    np.testing.assert_array_equal(make(case)[0].dequantize(), jitted[case])
+    assert_agrees(case, make(case)[0].dequantize(), jitted[case])
 
 
 def test_dequantize_rounds_once() -> None:
@@ -190,8 +221,12 @@ def test_shape_is_static(case: str) -> None:
 
 @every_case
 def test_vmap_is_a_loop(case: str, jitted: dict[str, jax.Array], vmapped: dict[str, jax.Array]) -> None:
-    np.testing.assert_array_equal(vmapped[case][0], jitted[case])
-    np.testing.assert_array_equal(vmapped[case][1], jitted[case][:, ::-1])
+    assert_agrees(case, vmapped[case][0], jitted[case])
+    if case in MIXING:
+        reversed_outputs = jax.tree.map(lambda leaf: jnp.flip(leaf, -1), make(case)[0]).dequantize()
+        assert_agrees(case, vmapped[case][1], reversed_outputs)
+    else:
+        np.testing.assert_array_equal(vmapped[case][1], jitted[case][:, ::-1])
 
 
 @every_case
@@ -200,13 +235,22 @@ def test_leaves_end_in_outputs_or_groups_of_them_or_one(case: str) -> None:
     assert all(OUTPUTS % leaf.shape[-1] == 0 for leaf in jax.tree.leaves(tensor))
 
 
-@every_case
+@pytest.mark.parametrize("case", CUTTABLE)
 def test_split_outputs_is_the_dense_split(
     case: str, jitted: dict[str, jax.Array], split: dict[str, tuple[jax.Array, ...]]
 ) -> None:
     expected = np.split(np.asarray(jitted[case]), [2], axis=1)
     for part, piece in zip(split[case], expected, strict=True):
         np.testing.assert_array_equal(part, piece)
+
+
+@pytest.mark.parametrize("case", sorted(MIXING))
+def test_what_mixes_outputs_is_not_cut(case: str) -> None:
+    tensor, _ = make(case)
+    assert tensor.mixes_outputs
+    assert split_outputs(tensor, (6,))[0] is tensor
+    with pytest.raises(FormatError, match="cannot cut a RotatedTensor, which mixes outputs"):
+        split_outputs(tensor, (2, 4))
 
 
 def test_split_outputs_checks_and_sets_sizes() -> None:
@@ -232,10 +276,12 @@ def test_bits_per_weight_are_bytes(case: str) -> None:
         ("4 bits, symmetric_full", 4 + 32 / 16),
         ("4 bits, groups of one", 4 + 16 + 4),
         ("permuted 4 bits", 4 + (16 + 16 / 3) / 16 + 32 / 6),  # 3 zeros of 4 bits take 2 bytes; an order for 6 outputs
-        ("razored, inputs", (23 + 2 + 2) * 8 / 45),  # 180 bits, 3 shifts of 3 bits, a scale
-        ("razored, outputs", (23 + 17 / 2 + 5 * 2) * 8 / 45),  # 135 bits of shifts for two outputs
+        ("3 bits, centered", (17 * 6 + 4) * 8 / 270),
+        ("rotated, kronecker", 3 + (2 * 48 + 4 + 4) * 8 / 288),  # scales, a step and a seed
         ("3 signs", 3 + (3 + 1) * 16 / 16),
         ("4 signs", 4 + 4 * 16 / 48),
+        ("razored, inputs", (23 + 2 + 2) * 8 / 45),  # 180 bits, 3 shifts of 3 bits, a scale
+        ("razored, outputs", (23 + 17 / 2 + 5 * 2) * 8 / 45),  # 135 bits of shifts for two outputs
         ("3 bits, per channel", (17 + 4 + 1) * 8 / 45),  # 135 bits take 17 bytes
     ],
 )
@@ -280,6 +326,15 @@ def test_constructor_refuses_grids_of_another_shape() -> None:
         quantize_uniform(codes, row, row, UniformFormat(group_size=24))
     with pytest.raises(FormatError, match="use null"):
         UniformFormat(group_size=4).groups(45)
+
+
+def test_rotated_and_centered_constructors_refuse_what_does_not_fit() -> None:
+    codes = jnp.zeros((32, 2), jnp.uint8)
+    for bits in (0, 9):
+        with pytest.raises(FormatError, match=f"bits={bits} for a centered grid: give 1 to 8"):
+            quantize_centered(codes, jnp.float32(1), bits)
+    with pytest.raises(FormatError, match=r"scales of shape \(2,\) for a tensor of shape \(32, 2\): give one an input"):
+        rotated(quantize_centered(codes, jnp.float32(1), 2), jnp.ones(2), jnp.uint32(0), "kronecker")
 
 
 def test_razored_constructor_refuses_what_does_not_fit() -> None:

@@ -16,6 +16,7 @@ from jquant.quantizers import (
     Diagnostics,
     Gptq,
     GptqRazor,
+    Quip,
     Razor,
     Rtn,
     SecondMoment,
@@ -54,16 +55,21 @@ QUANTIZERS: dict[str, WeightQuantizer] = {
         for symmetry in ("asymmetric", "symmetric")
     },
     "gptq, full grid, per channel": Gptq(UniformFormat(3, None, "symmetric_full", "bfloat16"), order="activation"),
+    "zeroquant, two rows": ZeroQuant(4, OUTPUTS // 2),
+    "zeroquant, quarters of rows": ZeroQuant(8, OUTPUTS * 4),
+    "bcq, 4 signs": Bcq(BinaryFormat(4, 16), rounds=5),
+    "bcq, greedy": Bcq(BinaryFormat(3, None, "bfloat16"), method="greedy"),
     "razor": Razor(RazoredFormat(group_size=16), step="range"),
     "razor, clipped": Razor(RazoredFormat(group_size=8), clip="search"),
     "gptq with razor": GptqRazor(RazoredFormat(axis="out"), order="activation"),
     "gptq with razor, paper, scales in turn": GptqRazor(
         RazoredFormat(group_size=8, axis="out", scale_group_size=16), groups="dynamic", fidelity="paper"
     ),
-    "zeroquant, two rows": ZeroQuant(4, OUTPUTS // 2),
-    "zeroquant, quarters of rows": ZeroQuant(8, OUTPUTS * 4),
-    "bcq, 4 signs": Bcq(BinaryFormat(4, 16), rounds=5),
-    "bcq, greedy": Bcq(BinaryFormat(3, None, "bfloat16"), method="greedy"),
+    "quip": Quip(2),
+    "quip, butterfly": Quip(4, incoherence="butterfly", order="natural", greedy_passes=1),
+    "quip, as its code": Quip(3, order="reversed", greedy_passes=2, scale_dtype="float32", fidelity="reference"),
+    "quip without incoherence": Quip(3, incoherence="none", greedy_passes=2),
+    "quip, stochastic": Quip(4, rounding="stochastic", greedy_passes=0),
     "gptq, clipped": Gptq(UniformFormat(2, 16), groups="dynamic", clip="search"),
 }
 
@@ -146,8 +152,9 @@ def test_solves_lose_less_than_rtn_over_all_outputs(name: str, batched: tuple[Qu
         Gptq(UniformFormat(3, None, "symmetric")),
         Gptq(UniformFormat(4, 64), order="activation", groups="dynamic"),
         GptqRazor(RazoredFormat(group_size=8, axis="out"), order="activation"),
+        Quip(2),
     ],
-    ids=["rtn", "gptq, static", "gptq, per channel", "gptq, dynamic", "gptq with razor"],
+    ids=["rtn", "gptq, static", "gptq, per channel", "gptq, dynamic", "gptq with razor", "quip"],
 )
 def test_the_program_does_not_grow_with_the_width(quantizer: WeightQuantizer) -> None:
     def program(inputs: int) -> str:

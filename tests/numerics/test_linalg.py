@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jquant.numerics import inverse_factor, revive_dead
+from jquant.numerics import inverse_factor, revive_dead, unit_factor
 from tests.oracles import closed_form
 
 
@@ -34,6 +34,26 @@ def test_float32_is_near_float64() -> None:
     assert upper.dtype == jnp.float32
     damped = hessian + 0.01 * np.diag(hessian).mean() * np.eye(64)
     np.testing.assert_allclose(upper @ damped @ upper.T, np.eye(64), atol=1e-4)  # condition number about 10
+
+
+def test_unit_factor_is_the_factorization_behind_the_inverse() -> None:
+    hessian = random_hessian(0, 48, 200)
+    with jax.enable_x64(True):
+        unit, inverse = unit_factor(jnp.asarray(hessian), 0.01), inverse_factor(jnp.asarray(hessian), 0.01)
+        upper, pivots = np.asarray(unit.upper), np.asarray(unit.pivots)
+        np.testing.assert_allclose(inverse.upper, np.linalg.inv(upper * np.sqrt(pivots)), atol=1e-12)
+    np.testing.assert_array_equal(upper, np.triu(upper))
+    np.testing.assert_allclose(np.diag(upper), 1, rtol=1e-15)
+    damped = hessian + 0.01 * np.diag(hessian).mean() * np.eye(48)
+    np.testing.assert_allclose(upper * pivots @ upper.T, damped, atol=1e-13)
+
+
+def test_unit_factor_raises_the_damping_and_shows_what_it_cannot_cure() -> None:
+    risen = unit_factor(jnp.diag(jnp.array([1.0, 1.0, 1.0, -0.034])), 0.01)
+    np.testing.assert_allclose(risen.damping, 0.05, rtol=1e-6)
+    assert jnp.isfinite(risen.upper).all()
+    for hopeless in (jnp.eye(3).at[0, 1].set(jnp.nan), jnp.eye(3).at[2, 2].set(jnp.inf), -jnp.eye(3)):
+        assert not jnp.isfinite(unit_factor(hopeless, 0.01).upper).all()
 
 
 def test_scaling_the_hessian_scales_the_factor() -> None:
@@ -90,8 +110,13 @@ def test_dead_inputs_are_revived() -> None:
     )
     revived, kept = revive_dead(hessian, weight)
     alive = np.array([0, 2, 3, 5])
-    np.testing.assert_array_equal(np.diag(revived)[[1, 4]], 1)
+    np.testing.assert_allclose(np.diag(revived)[[1, 4]], np.diag(hessian)[alive].mean(), rtol=1e-6)
     np.testing.assert_array_equal(kept[jnp.array([1, 4])], 0)
     np.testing.assert_array_equal(revived[np.ix_(alive, alive)], hessian[np.ix_(alive, alive)])
     np.testing.assert_array_equal(kept[alive], weight[alive])
     assert inverse_factor(revived, 0.0).damping == 0
+
+
+def test_where_no_input_is_alive_nothing_can_be_factored() -> None:
+    revived, _ = revive_dead(jnp.zeros((3, 3)), jnp.ones((3, 2)))
+    assert not jnp.isfinite(inverse_factor(revived, 0.01).upper).all()

@@ -121,9 +121,9 @@ def revive_dead(
 ) -> tuple[Float[Array, "n n"], Float[Array, "n out"]]:
     """Neutralize the inputs that were zero on all calibration data: mean(live diag H) in H_jj, zero in row j of W.
 
-    Their weights never mattered, and a zero on the diagonal would make H singular. The mean leaves the damping what it is
-    for the live inputs, whatever the scale of H; the reference code's H_jj = 1 does not. Where no input is alive nothing
-    is known of any weight: H stays zero, and no factorization of it succeeds.
+    Their weights never mattered, and a zero on the diagonal would make H singular. The mean leaves the damping what it
+    is for the live inputs, whatever the scale of H; the reference code's H_jj = 1 does not. Where no input is alive
+    nothing is known of any weight: H stays zero, and no factorization of it succeeds.
 
     Args:
         hessian: `[n, n]`.

@@ -1,7 +1,8 @@
 """The plan of a run: what it will give and cost, from shapes alone, before any work.
 
 Bits and bytes are not estimated: each quantizer is traced on the shapes of the linears that it will solve
-(`jax.eval_shape`), and the bytes of the arrays that it would return are counted. Work and memory follow the formulas of
+(`jax.eval_shape`), and the bytes of the arrays that it would return are counted; of SpQR, whose outliers are known only
+after the solve, the most that it may keep. Work and memory follow the formulas of
 `jquant.costs`; peak memory is source, result, two sets of activations and what calibration needs beside them.
 """
 

@@ -23,7 +23,7 @@ from jquant.blocks import QuantizeWeights
 from jquant.data import PYTHON_DOCS
 from jquant.errors import RecipeError
 from jquant.passes import ModelPass, Sequential
-from jquant.quantizers import Bcq, Gptq, GptqRazor, Quip, Razor, Rtn, ZeroQuant
+from jquant.quantizers import Bcq, Gptq, GptqRazor, Quip, Razor, Rtn, Spqr, ZeroQuant
 from jquant.schema import build, describe, plain, suggest
 
 # What a recipe may choose by name. A new method is one more row.
@@ -37,6 +37,7 @@ PARTS: Final[Mapping[str, type]] = {
     "razor": Razor,
     "gptq_razor": GptqRazor,
     "quip": Quip,
+    "spqr": Spqr,
 }
 _ENDINGS: Final = (".yaml", ".yml")
 _STEP: Final = re.compile(r"([^.\[\]]+)|\[(\d+)\]")

@@ -31,6 +31,9 @@ _NODES: Final[Mapping[str, type]] = {
         formats.RazoredTensor,
         formats.CenteredTensor,
         formats.RotatedTensor,
+        formats.SpqrTensor,
+        formats.QuantizedStatistic,
+        formats.Outliers,
         kv.ExactKv,
     )
 }
@@ -40,6 +43,7 @@ _VALUES: Final[Mapping[str, type]] = {
         models.LlamaConfig,
         models.RopeConfig,
         formats.UniformFormat,
+        formats.SpqrFormat,
         formats.BinaryFormat,
         formats.RazoredFormat,
     )

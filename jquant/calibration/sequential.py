@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 from jquant.blocks import BlockData, BlockPass, summarize
 from jquant.calibration.store import BlockStore
 from jquant.errors import CalibrationError
+from jquant.formats import compact_outliers
 from jquant.models import Block, Llama, LlamaConfig, blocks, embed, get, linear_paths, prompt_block
 from jquant.quantizers import Diagnostics
 from jquant.report import BlockReport, LinearReport, Report
@@ -56,15 +57,16 @@ def quantize_blocks(
         resumed = store.get(index) if store else None
         if resumed is not None:
             layers[index], report = resumed
+            solved = layers[index]
         else:
             data = BlockData(inputs=inputs, config=model.config, index=index)
-            layers[index], rows = _run(passes, layer, data, jax.random.fold_in(key, index))
-            jax.block_until_ready(layers[index])
+            solved, rows = _run(passes, layer, data, jax.random.fold_in(key, index))
+            layers[index] = compact_outliers(jax.block_until_ready(solved))
             report = BlockReport(index=index, linears=rows, seconds=time.monotonic() - started)
             if store:
                 store.put(index, layers[index], report)
         if inputs is not None and index + 1 < len(layers):
-            inputs = advance(layers[index], inputs, model.config)
+            inputs = advance(solved, inputs, model.config)  # not compact: its shapes are those of the block before
         reports.append(report)
         on_block(report)
     return dataclasses.replace(model, layers=tuple(layers)), Report(blocks=tuple(reports))
@@ -126,7 +128,7 @@ def _row(path: str, layer: Block, diagnostics: Diagnostics) -> LinearReport:
             "Its calibration inputs are degenerate: use more or other calibration text, a larger `damping`, or leave "
             "this linear out by a rule with `quantizer: null`. Finished blocks are kept; run again to go on"
         )
-    tensor = get(layer, path.split(".", 2)[2]).kernel
+    tensor = compact_outliers(get(layer, path.split(".", 2)[2]).kernel)
     return LinearReport(
         path=path,
         method=type(tensor).__name__,

@@ -17,6 +17,13 @@ from jquant.formats.razored import quantize_razored as quantize_razored
 from jquant.formats.rotated import RotatedTensor as RotatedTensor
 from jquant.formats.rotated import draw_rotations as draw_rotations
 from jquant.formats.rotated import rotated as rotated
+from jquant.formats.spqr import Outliers as Outliers
+from jquant.formats.spqr import QuantizedStatistic as QuantizedStatistic
+from jquant.formats.spqr import SpqrFormat as SpqrFormat
+from jquant.formats.spqr import SpqrTensor as SpqrTensor
+from jquant.formats.spqr import StatisticCodes as StatisticCodes
+from jquant.formats.spqr import compact_outliers as compact_outliers
+from jquant.formats.spqr import quantize_spqr as quantize_spqr
 from jquant.formats.uniform import ScaleDtype as ScaleDtype
 from jquant.formats.uniform import UniformFormat as UniformFormat
 from jquant.formats.uniform import UniformTensor as UniformTensor

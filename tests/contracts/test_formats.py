@@ -22,11 +22,15 @@ from jquant.formats import (
     RazoredFormat,
     RazoredTensor,
     RotatedTensor,
+    SpqrFormat,
+    SpqrTensor,
+    StatisticCodes,
     UniformFormat,
     UniformTensor,
     quantize_binary,
     quantize_centered,
     quantize_razored,
+    quantize_spqr,
     quantize_uniform,
     rotated,
     split_outputs,
@@ -106,6 +110,33 @@ def turned(inputs: int, transform: Transform) -> tuple[RotatedTensor, np.ndarray
     return tensor, np.asarray(scales, np.float64)[:, None] * (left.T @ dense @ right)
 
 
+def spqr(inputs: int, format: SpqrFormat) -> tuple[SpqrTensor, np.ndarray]:
+    """Statistics of few bits, so that float32 is exact; outliers where no outputs share an entry."""
+    rng = np.random.default_rng(inputs + format.bits)
+    shape, groups, runs = (inputs, OUTPUTS), inputs // format.group_size, OUTPUTS // format.second_group_size
+    codes = rng.integers(0, 2**format.bits, shape)
+
+    def statistic(bits: int | None) -> tuple[StatisticCodes | jax.Array, np.ndarray]:
+        if bits is None:
+            numbers = rng.integers(1, 64, (groups, OUTPUTS)) / 16
+            return jnp.asarray(numbers, jnp.float32), numbers
+        own = rng.integers(0, 2**bits, (groups, OUTPUTS))
+        steps, bases = rng.integers(1, 16, (2, groups, runs)) / 16
+        values = np.repeat(bases, OUTPUTS // runs, 1) + np.repeat(steps, OUTPUTS // runs, 1) * own
+        floats = jnp.asarray(steps, jnp.float32), jnp.asarray(bases, jnp.float32)
+        return StatisticCodes(jnp.asarray(own, jnp.uint8), *floats), values
+
+    (scales, scale), (zeros, zero) = statistic(format.scale_bits), statistic(format.zero_bits)
+    dense = np.repeat(scale, format.group_size, 0) * (codes - np.repeat(zero, format.group_size, 0))
+    if format.second_group_size > 1:
+        return quantize_spqr(jnp.asarray(codes, jnp.uint8), scales, zeros, format), dense
+    mask, values = rng.random(shape) < 0.1, rng.integers(-99, 99, shape) / 8
+    mask[:, 2] = False  # an output without any
+    outliers = jnp.asarray(mask), jnp.asarray(values, jnp.float32), int(mask.sum()) + 3
+    tensor = quantize_spqr(jnp.asarray(codes, jnp.uint8), scales, zeros, format, outliers)
+    return tensor, np.where(mask, values, dense)
+
+
 # 45 inputs: no multiple of 8 / bits, and 3 groups of 15 whose packed zeros end inside a byte.
 CASES = {
     **{f"{bits} bits, 3 ragged groups": (uniform, 45, UniformFormat(bits, 15)) for bits in range(1, 9)},
@@ -126,6 +157,9 @@ CASES = {
     "permuted 3 bits, symmetric": (permuted, 45, UniformFormat(3, 15, "symmetric")),
     **{f"{bits} bits, centered": (centered, 45, bits) for bits in (1, 3, 8)},
     **{f"rotated, {transform}": (turned, 48, transform) for transform in ("kronecker", "butterfly")},
+    "spqr 3 bits": (spqr, 48, SpqrFormat(3, 16, second_group_size=2)),
+    "spqr 2 bits, numbers for scales": (spqr, 45, SpqrFormat(2, 15, None, 5, 2, "float32")),
+    "spqr, outliers": (spqr, 48, SpqrFormat(3, 8, 2, 4, second_group_size=1)),
 }
 
 MIXING = {case for case, row in CASES.items() if row[0] is turned}  # their sums round, and their outputs hang together

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jquant.errors import FormatError
-from jquant.formats import BinaryFormat, QuantizedTensor, RazoredFormat, UniformFormat
+from jquant.formats import BinaryFormat, QuantizedTensor, RazoredFormat, SpqrFormat, UniformFormat
 from jquant.numerics import Symmetry
 from jquant.quantizers import (
     HESSIAN,
@@ -20,6 +20,7 @@ from jquant.quantizers import (
     Razor,
     Rtn,
     SecondMoment,
+    Spqr,
     WeightQuantizer,
     ZeroQuant,
 )
@@ -70,6 +71,8 @@ QUANTIZERS: dict[str, WeightQuantizer] = {
     "quip, as its code": Quip(3, order="reversed", greedy_passes=2, scale_dtype="float32", fidelity="reference"),
     "quip without incoherence": Quip(3, incoherence="none", greedy_passes=2),
     "quip, stochastic": Quip(4, rounding="stochastic", greedy_passes=0),
+    "spqr": Spqr(outlier_limit=0.1),
+    "spqr, natural, no outliers": Spqr(SpqrFormat(4, 8, None, 5, 32, "bfloat16"), None, order="natural"),
     "gptq, clipped": Gptq(UniformFormat(2, 16), groups="dynamic", clip="search"),
 }
 
@@ -152,9 +155,10 @@ def test_solves_lose_less_than_rtn_over_all_outputs(name: str, batched: tuple[Qu
         Gptq(UniformFormat(3, None, "symmetric")),
         Gptq(UniformFormat(4, 64), order="activation", groups="dynamic"),
         GptqRazor(RazoredFormat(group_size=8, axis="out"), order="activation"),
+        Spqr(SpqrFormat(second_group_size=8)),
         Quip(2),
     ],
-    ids=["rtn", "gptq, static", "gptq, per channel", "gptq, dynamic", "gptq with razor", "quip"],
+    ids=["rtn", "gptq, static", "gptq, per channel", "gptq, dynamic", "gptq with razor", "spqr", "quip"],
 )
 def test_the_program_does_not_grow_with_the_width(quantizer: WeightQuantizer) -> None:
     def program(inputs: int) -> str:

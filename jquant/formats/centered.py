@@ -1,7 +1,7 @@
 """Centered grids: w = scale * (codes - (2^bits - 1) / 2), levels in even steps on both sides of zero and none at it.
 
 The grid of QuIP's incoherent matrices, whose weights all have one spread: one scale serves the whole matrix
-(spec_weights.md section 5.2, "qfn b"; arXiv:2307.13304, algorithm 1).
+(spec_weights.md section 5.2, "qfn b"; arXiv:2307.13304).
 """
 
 from typing import final

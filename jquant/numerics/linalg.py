@@ -85,7 +85,7 @@ def unit_factor(hessian: Float[Array, "n n"], damping: float | Float[Array, ""])
         ([[1.0, 2.0], [0.0, 1.0]], [1.0, 1.0])
 
     Reference:
-        Chee et al., QuIP: 2-bit quantization of large language models with guarantees (2023), equation 4.
+        Chee et al., QuIP: 2-bit quantization of large language models with guarantees (2023).
     """
     root, used = _with_damping(_upper_root, hessian, damping)
     diagonal = jnp.diagonal(root)

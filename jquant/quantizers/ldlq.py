@@ -95,7 +95,7 @@ def round_with_feedback(
       >>> round_with_feedback(target, hessian, jax.random.key(0), damping=0.0).codes.ravel().tolist()
       [0.0, 1.0]
 
-    Reference: arXiv:2307.13304, sections 3 and 4, algorithms 3 and 4.
+    Reference: arXiv:2307.13304.
     """
     sequence = order_of(hessian, order)
     hessian = hessian[sequence[:, None], sequence[None, :]]

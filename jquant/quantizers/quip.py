@@ -67,10 +67,10 @@ class Quip(WeightQuantizer):
         suffice.
       scale_dtype: how scales of inputs (or, without incoherence, of outputs) are stored.
       fidelity: "reference" repeats the published code: 0.01 more damping with incoherence; weights clipped to the grid
-        beforehand, so that the error of the clip is lost to the feedback (ten times the loss at 4 bits); and a clip
-        after each greedy pass that the next pass does not know of.
+        beforehand, so that the error of the clip is lost to the feedback; a clip after each greedy pass that the next
+        pass does not know of.
 
-    Reference: arXiv:2307.13304, algorithms 1 to 3.
+    Reference: arXiv:2307.13304.
     """
 
     statistic = HESSIAN
@@ -79,10 +79,10 @@ class Quip(WeightQuantizer):
     bits: int = 2
     rounding: Rounding = "ldlq"
     order: Order = "activation"
-    greedy_passes: int = 10  # arXiv:2307.13304, section 6
+    greedy_passes: int = 10  # arXiv:2307.13304
     incoherence: Transform | Literal["none"] = "kronecker"
-    rho: float = 2.4  # arXiv:2307.13304, section 6
-    damping: float = 0.01  # arXiv:2307.13304, section 6
+    rho: float = 2.4  # arXiv:2307.13304
+    damping: float = 0.01  # arXiv:2307.13304
     scale_dtype: ScaleDtype = "float16"
     fidelity: Fidelity = "paper"
 
@@ -196,7 +196,7 @@ def balance(weight: Float[Array, "in out"], hessian: Float[Array, "in in"]) -> F
     Of all diagonal rescalings it has the least tr(H) |W|^2. Ratios below 1e-8 of the largest count as that; an input
     that was always zero gets 0.
 
-    Reference: arXiv:2307.13304, algorithm 1.
+    Reference: arXiv:2307.13304.
     """
     norms, diagonal = jnp.sum(weight**2, axis=1), jnp.diagonal(hessian)
     most = jnp.max(norms)

@@ -104,7 +104,8 @@ def spqr(
     diagonal = np.diag(hessian)
     sequence = np.argsort(-diagonal, kind="stable") if order == "activation" else np.arange(columns)
     left = np.where(diagonal == 0, 0.0, weight.astype(np.float64))[:, sequence]
-    upper = np.linalg.cholesky(np.linalg.inv(damped(hessian.astype(np.float64), damping)[np.ix_(sequence, sequence)])).T
+    revived = hessian.astype(np.float64) + np.diag((diagonal == 0) * diagonal[diagonal > 0].mean())  # dead: as the mean
+    upper = np.linalg.cholesky(np.linalg.inv(damped(revived, damping)[np.ix_(sequence, sequence)])).T
     alive = diagonal[sequence] > 0
     inverse = alive / np.diag(upper)
     limit = threshold * np.mean(left.var(axis=0, ddof=1) * inverse**2) if threshold < np.inf else np.inf

@@ -14,8 +14,9 @@ class Solution(NamedTuple):
 
 
 def damped(hessian: np.ndarray, damping: float) -> np.ndarray:
-    """H + damping * mean(diag H) * I, inputs that were always zero having been given H_jj = 1."""
-    alive = hessian + np.diag(np.diag(hessian) == 0)
+    """H + damping * mean(diag H) * I, inputs that were always zero given the mean of the others as H_jj."""
+    diagonal = np.diag(hessian)
+    alive = hessian + np.diag((diagonal == 0) * diagonal[diagonal > 0].mean())
     return alive + damping * np.mean(np.diag(alive)) * np.eye(len(alive))
 
 

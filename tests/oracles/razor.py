@@ -75,7 +75,7 @@ def gptq(
     """GPTQ whose columns are razored in groups of `group` neighbouring rows; the dense weight and the sum of e^2."""
     weight, diagonal = weight.astype(np.float64), np.diag(hessian)
     weight = np.where(diagonal == 0, 0.0, weight)
-    alive = hessian + np.diag(diagonal == 0)
+    alive = hessian + np.diag((diagonal == 0) * diagonal[diagonal > 0].mean())
     damped = alive + damping * np.mean(np.diag(alive)) * np.eye(len(alive))
     sequence = np.argsort(-diagonal, kind="stable") if order == "activation" else np.arange(len(alive))
     upper = np.linalg.cholesky(np.linalg.inv(damped[np.ix_(sequence, sequence)])).T

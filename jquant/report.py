@@ -12,7 +12,7 @@ class LinearReport:
 
     Attributes:
       path: the linear's path, such as `layers.0.mlp.up_proj`.
-      method: the quantizer's name.
+      format: the class that holds the packed weight, such as `UniformTensor`.
       bits_per_weight: measured on the packed arrays.
       relative_error: |w - q| / |w|, Frobenius.
       proxy_loss: tr((w - q)^T H (w - q)), H the mean of x x^T; None for methods that use no Hessian.
@@ -21,7 +21,7 @@ class LinearReport:
     """
 
     path: str
-    method: str
+    format: str
     bits_per_weight: float
     relative_error: float
     proxy_loss: float | None = None

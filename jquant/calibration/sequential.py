@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 from jquant.blocks import BlockData, BlockPass, summarize
 from jquant.calibration.store import BlockStore
 from jquant.errors import CalibrationError
-from jquant.formats import compact_outliers
+from jquant.formats import QuantizedTensor, compact_outliers
 from jquant.models import Block, Llama, LlamaConfig, blocks, embed, get, linear_paths, prompt_block
 from jquant.quantizers import Diagnostics
 from jquant.report import BlockReport, LinearReport, Report
@@ -66,10 +66,25 @@ def quantize_blocks(
             if store:
                 store.put(index, layers[index], report)
         if inputs is not None and index + 1 < len(layers):
-            inputs = advance(solved, inputs, model.config)  # not compact: its shapes are those of the block before
+            inputs = advance(dense_kernels(solved), inputs, model.config)
         reports.append(report)
         on_block(report)
     return dataclasses.replace(model, layers=tuple(layers)), Report(blocks=tuple(reports))
+
+
+def dense_kernels(layer: Block) -> Block:
+    """Returns a block with what its packed kernels stand for, in float32.
+
+    Blocks whose packed shapes differ, as SpQR's lists of outliers do with and without their empty room, then share one
+    program: a block from the store gives the next one the same inputs, to the bit, as it gave when it was solved. Not
+    under jit, whose fusions could round differently from shape to shape.
+    """
+
+    def is_packed(node: object) -> bool:
+        return isinstance(node, QuantizedTensor)
+
+    dense: Block = jax.tree.map(lambda node: node.dequantize() if is_packed(node) else node, layer, is_leaf=is_packed)
+    return dense
 
 
 @functools.partial(jax.jit, static_argnums=2)
@@ -131,7 +146,7 @@ def _row(path: str, layer: Block, diagnostics: Diagnostics) -> LinearReport:
     tensor = compact_outliers(get(layer, path.split(".", 2)[2]).kernel)
     return LinearReport(
         path=path,
-        method=type(tensor).__name__,
+        format=type(tensor).__name__,
         bits_per_weight=tensor.bits_per_weight(),
         relative_error=math.sqrt(figures["weight_error"] / figures["weight_norm"]),
         proxy_loss=figures.get("proxy_loss"),

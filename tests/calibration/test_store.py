@@ -15,10 +15,13 @@ import jax
 import numpy as np
 import pytest
 
-from jquant.calibration import BlockStore
+from jquant.blocks import QuantizeWeights, Rule
+from jquant.calibration import BlockStore, quantize_blocks
 from jquant.checkpoint import ARRAYS, digest
 from jquant.errors import CheckpointError
-from jquant.models import Block
+from jquant.formats import SpqrFormat
+from jquant.models import Block, get, random_model, tiny_config
+from jquant.quantizers import Spqr
 from jquant.report import BlockReport, LinearReport, Report
 from tests.calibration import killed_run
 
@@ -152,6 +155,28 @@ def test_a_stopped_run_goes_on_to_the_same_bits(whole: tuple[str, Report], tmp_p
     assert digest(model) == whole[0]
     assert figures(report) == figures(whole[1])
     assert [one.index for one in seen] == list(range(BLOCKS))
+
+
+def test_blocks_whose_lists_of_outliers_were_cut_go_on_to_the_same_bits(tmp_path: Path) -> None:
+    """SpQR's lists lose their empty room when a block is finished: the next block must not notice."""
+    model = random_model(dataclasses.replace(tiny_config(), num_hidden_layers=3), jax.random.key(0))
+    tokens = jax.random.randint(jax.random.key(1), (2, 16), 0, model.config.vocab_size)
+    spqr = QuantizeWeights((Rule(".*down_proj", Spqr(SpqrFormat(bits=3, group_size=16), outlier_threshold=0.25)),))
+
+    def run(store: BlockStore | None, blocks: int = 3) -> str:
+        def interrupt(report: BlockReport) -> None:
+            if report.index + 1 == blocks < 3:
+                raise Stop
+
+        found, _ = quantize_blocks(model, tokens, [spqr], key=jax.random.key(2), store=store, on_block=interrupt)
+        rooms = {get(found, f"layers.{index}.mlp.down_proj").kernel.inner.outliers.rows.shape for index in range(3)}
+        assert len(rooms) > 1  # else nothing would be shown
+        return digest(found)
+
+    with opened(tmp_path) as store, pytest.raises(Stop):
+        run(store, blocks=2)
+    with opened(tmp_path) as store:
+        assert run(store) == run(None)
 
 
 def test_a_finished_store_solves_nothing_again(whole: tuple[str, Report], tmp_path: Path) -> None:

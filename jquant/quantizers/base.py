@@ -48,6 +48,19 @@ class WeightQuantizer(abc.ABC):
         """
 
 
+def hessian_figures(
+    weight: Float[Array, "in out"],
+    tensor: QuantizedTensor,
+    nearest: QuantizedTensor,
+    hessian: Float[Array, "in in"],
+) -> Diagnostics:
+    """Returns `weight_error`, and the proxy losses of a solve and of rounding to nearest, all per output."""
+    return weight_error(weight, tensor) | {
+        "proxy_loss": proxy_loss(weight, tensor, hessian),
+        "rtn_proxy_loss": proxy_loss(weight, nearest, hessian),
+    }
+
+
 def weight_error(weight: Float[Array, "in out"], tensor: QuantizedTensor) -> Diagnostics:
     """Returns the squared error and the squared norm of each output: sum_i (w - q)^2 and sum_i w^2."""
     difference = weight - tensor.dequantize(weight.dtype)

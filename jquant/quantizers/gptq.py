@@ -23,12 +23,12 @@ from jaxtyping import Array, Float, Int
 
 from jquant.formats import PermutedTensor, QuantizedTensor, UniformFormat, quantize_uniform
 from jquant.numerics import Grid, decode, encode, inverse_factor, revive_dead
-from jquant.quantizers.base import Diagnostics, WeightQuantizer, proxy_loss, weight_error
+from jquant.quantizers.base import Diagnostics, WeightQuantizer, hessian_figures
 from jquant.quantizers.rtn import Clip, fit_groups, round_to_nearest
 from jquant.quantizers.statistics import HESSIAN, SecondMoment
 from jquant.types import Key
 
-BLOCK_SIZE: Final = 64  # rows between matrix products; measured faster than 128 on CPU, codes are the same
+BLOCK_SIZE: Final = 64  # rows between matrix products; the paper has 128, the codes are the same
 
 
 class Rounding(NamedTuple):
@@ -105,9 +105,7 @@ class Gptq(WeightQuantizer):
         solution = self.solve(weight, hessian, order)
         tensor = self._pack(solution, order)
         rounded = round_to_nearest(weight, self.format, self.clip)
-        return tensor, weight_error(weight, tensor) | {
-            "proxy_loss": proxy_loss(weight, tensor, hessian),
-            "rtn_proxy_loss": proxy_loss(weight, rounded, hessian),
+        return tensor, hessian_figures(weight, tensor, rounded, hessian) | {
             "solve_loss": jnp.sum(solution.errors**2, axis=0),
             "damping": solution.damping,
         }

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 from jquant.errors import FormatError
 from jquant.formats import PermutedTensor, QuantizedTensor, RazoredFormat, quantize_razored
 from jquant.numerics import Razored, RazorFidelity, razor_integers, unrazor
-from jquant.quantizers.base import Diagnostics, WeightQuantizer, proxy_loss, weight_error
+from jquant.quantizers.base import Diagnostics, WeightQuantizer, hessian_figures
 from jquant.quantizers.gptq import Rounding, processing_order, spread_errors
 from jquant.quantizers.razor import fit_scales, razor_to_nearest, round_to_integers
 from jquant.quantizers.statistics import HESSIAN, SecondMoment
@@ -82,9 +82,7 @@ class GptqRazor(WeightQuantizer):
         )
         tensor = self._pack(solution.codes, solution.grid, order)
         rounded = razor_to_nearest(weight, fit_scales(weight, self.format), self.format, fidelity=self.fidelity)
-        return tensor, weight_error(weight, tensor) | {
-            "proxy_loss": proxy_loss(weight, tensor, hessian),
-            "rtn_proxy_loss": proxy_loss(weight, rounded, hessian),
+        return tensor, hessian_figures(weight, tensor, rounded, hessian) | {
             "solve_loss": jnp.sum(solution.errors**2, axis=0),
             "damping": solution.damping,
         }

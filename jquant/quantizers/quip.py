@@ -30,7 +30,7 @@ from jquant.formats import (
     rotated,
 )
 from jquant.numerics import Transform, revive_dead, rotate
-from jquant.quantizers.base import Diagnostics, WeightQuantizer, proxy_loss, weight_error
+from jquant.quantizers.base import Diagnostics, WeightQuantizer, hessian_figures
 from jquant.quantizers.ldlq import Fidelity, Order, Rounded, Rounding, round_with_feedback
 from jquant.quantizers.rtn import fit_groups, round_to_nearest
 from jquant.quantizers.statistics import HESSIAN, SecondMoment
@@ -119,9 +119,7 @@ class Quip(WeightQuantizer):
         else:
             tensor, solve_loss, damping = self._solve_rotated(weight, hessian, self.incoherence, key)
         nearest = round_to_nearest(weight, per_output, "none")
-        return tensor, weight_error(weight, tensor) | {
-            "proxy_loss": proxy_loss(weight, tensor, hessian),
-            "rtn_proxy_loss": proxy_loss(weight, nearest, hessian),
+        return tensor, hessian_figures(weight, tensor, nearest, hessian) | {
             "solve_loss": solve_loss,
             "damping": damping,
         }

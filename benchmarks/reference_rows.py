@@ -24,9 +24,9 @@ from convert import load_model
 from eval.perplexity import perplexity
 from jquant.blocks import QuantizeWeights, Rule
 from jquant.calibration import quantize_blocks
-from jquant.formats import UniformFormat
+from jquant.formats import BinaryFormat, RazoredFormat, SpqrFormat, UniformFormat
 from jquant.models import Llama, stack_layers
-from jquant.quantizers import Gptq, Rtn, WeightQuantizer
+from jquant.quantizers import Bcq, Gptq, GptqRazor, Quip, Razor, Rtn, Spqr, WeightQuantizer
 
 
 def _format(bits: int, group: int | None, symmetry: str = "asymmetric") -> UniformFormat:
@@ -35,6 +35,11 @@ def _format(bits: int, group: int | None, symmetry: str = "asymmetric") -> Unifo
 
 def _gptq(bits: int, group: int | None, order: str = "activation") -> Gptq:
     return Gptq(_format(bits, group), order=order, groups="dynamic")  # type: ignore[arg-type]
+
+
+def _quip(bits: int, incoherence: str = "kronecker") -> Quip:
+    """Returns QuIP as its published code runs it."""
+    return Quip(bits, order="reversed", greedy_passes=0, incoherence=incoherence, fidelity="reference")  # type: ignore[arg-type]
 
 
 ROWS: Final[Mapping[str, tuple[WeightQuantizer | None, str]]] = {
@@ -50,6 +55,20 @@ ROWS: Final[Mapping[str, tuple[WeightQuantizer | None, str]]] = {
     "gptq-w4-pc-act-trueseq": (_gptq(4, None), "per_site"),
     "gptq-w4-g64-act": (_gptq(4, 64), "per_block"),
     "gptq-w3-pc-act": (_gptq(3, None), "per_block"),
+    "quip-w4-ldlq-incoh": (_quip(4), "per_block"),
+    "quip-w3-ldlq-incoh": (_quip(3), "per_block"),
+    "quip-w2-ldlq-incoh": (_quip(2), "per_block"),
+    "quip-w4-ldlq-noincoh": (_quip(4, "none"), "per_block"),
+    "quip-w4": (Quip(4), "per_block"),
+    "quip-w3": (Quip(3), "per_block"),
+    "quip-w2": (Quip(2), "per_block"),
+    "spqr-4bit": (Spqr(SpqrFormat(bits=3, group_size=16), outlier_threshold=0.25), "per_block"),
+    "spqr-3bit": (Spqr(SpqrFormat(bits=2, group_size=32), outlier_threshold=0.5), "per_block"),
+    "lut-bcq4-g64-r30": (Bcq(BinaryFormat(4, 64), rounds=30), "per_block"),
+    "lut-bcq3-g64-r30": (Bcq(BinaryFormat(3, 64), rounds=30), "per_block"),
+    "qrazor-w4a16-g8": (Razor(RazoredFormat(group_size=8)), "per_block"),
+    "qrazor-w4a16-g64": (Razor(RazoredFormat(group_size=64)), "per_block"),
+    "gptq-qrazor-w4a16-g8": (GptqRazor(RazoredFormat(axis="out", group_size=8), order="activation"), "per_block"),
     "gptq-w4-g64-act-static-trueseq": (Gptq(_format(4, 64), order="activation"), "per_site"),
     "gptq-w4-g64-act-static-trueseq-float16": (Gptq(UniformFormat(4, 64), order="activation"), "per_site"),
 }

@@ -12,7 +12,7 @@ from jquant.models.config import RopeConfig
 from jquant.models.tree import Linear
 from jquant.types import compute_dtype
 
-QUERY_CHUNK: Final = 128  # 2-core CPU, 2048 tokens, 9 heads of 64: 0.22 s against 1.5 s with the scores held whole
+QUERY_CHUNK: Final = 128  # 2-core CPU, 2048 tokens, 9 heads of 64: 0.04 s, 0.07 s by 256, 0.17 s with the scores whole
 
 
 def linear(layer: Linear, x: Float[Array, "*batch in"]) -> tuple[Float[Array, "*batch out"], Float[Array, "*batch in"]]:

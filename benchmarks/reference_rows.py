@@ -9,6 +9,7 @@ model by the same settings, and prints one JSON line a row: ours, theirs, second
 
 import argparse
 import json
+import math
 import re
 import sys
 import time
@@ -25,8 +26,13 @@ from eval.perplexity import perplexity
 from jquant.blocks import QuantizeWeights, Rule
 from jquant.calibration import quantize_blocks
 from jquant.formats import BinaryFormat, RazoredFormat, SpqrFormat, UniformFormat
+from jquant.inspection import inspect_model
 from jquant.models import Llama, stack_layers
-from jquant.quantizers import Bcq, Gptq, GptqRazor, Quip, Razor, Rtn, Spqr, WeightQuantizer
+from jquant.quantizers import Bcq, Gptq, GptqRazor, Quip, Razor, Rtn, Spqr, WeightQuantizer, ZeroQuant
+
+# Outputs of SmolLM2-135M's linears: as many groups make each output one group.
+MLP: Final = {"gate_proj": 1536, "up_proj": 1536, "down_proj": 576}
+ROWS_OF_SMOLLM2: Final = {"q_proj": 576, "k_proj": 192, "v_proj": 192, "o_proj": 576} | MLP
 
 
 def _format(bits: int, group: int | None, symmetry: str = "asymmetric") -> UniformFormat:
@@ -37,12 +43,18 @@ def _gptq(bits: int, group: int | None, order: str = "activation") -> Gptq:
     return Gptq(_format(bits, group), order=order, groups="dynamic")  # type: ignore[arg-type]
 
 
-def _quip(bits: int, incoherence: str = "kronecker") -> Quip:
+def _quip(bits: int, incoherence: str = "butterfly") -> Quip:
     """Returns QuIP as its published code runs it."""
     return Quip(bits, order="reversed", greedy_passes=0, incoherence=incoherence, fidelity="reference")  # type: ignore[arg-type]
 
 
-ROWS: Final[Mapping[str, tuple[WeightQuantizer | None, str]]] = {
+def _zeroquant(groups: Mapping[str, int]) -> Mapping[str, WeightQuantizer]:
+    """Returns ZeroQuant's rules, given a number of groups for some linears: 8 bits in the attention, 4 in the MLP."""
+    linears = {f".*\\.{name}": (4 if name in MLP else 8, count) for name, count in groups.items()}
+    return {match: ZeroQuant(bits, count, "float32") for match, (bits, count) in linears.items()}
+
+
+ROWS: Final[Mapping[str, tuple[WeightQuantizer | Mapping[str, WeightQuantizer] | None, str]]] = {
     "fp32": (None, "per_block"),
     "rtn-w8-pc-asym": (Rtn(_format(8, None)), "per_block"),
     "rtn-w4-pc-asym": (Rtn(_format(4, None)), "per_block"),
@@ -69,6 +81,8 @@ ROWS: Final[Mapping[str, tuple[WeightQuantizer | None, str]]] = {
     "qrazor-w4a16-g8": (Razor(RazoredFormat(group_size=8)), "per_block"),
     "qrazor-w4a16-g64": (Razor(RazoredFormat(group_size=64)), "per_block"),
     "gptq-qrazor-w4a16-g8": (GptqRazor(RazoredFormat(axis="out", group_size=8), order="activation"), "per_block"),
+    "zq-w4ffn8attn-a16": (_zeroquant(ROWS_OF_SMOLLM2), "per_block"),
+    "zq-w4ffn8attn-a16-g4096": (_zeroquant(dict.fromkeys(ROWS_OF_SMOLLM2, 4096)), "per_block"),
     "gptq-w4-g64-act-static-trueseq": (Gptq(_format(4, 64), order="activation"), "per_site"),
     "gptq-w4-g64-act-static-trueseq-float16": (Gptq(UniformFormat(4, 64), order="activation"), "per_site"),
 }
@@ -83,22 +97,32 @@ def main() -> None:
     windows, calibration = np.load(arguments.windows), jnp.asarray(np.load(arguments.calibration))
     print(json.dumps({"device": jax.devices()[0].device_kind, "jax": jax.__version__, "command": sys.argv}), flush=True)
     for name in arguments.rows or ROWS:
-        quantizer, sequence = ROWS[name]
-        started = time.monotonic()
-        quantized = _quantize(model, calibration, quantizer, sequence)
-        solved = time.monotonic()
-        ours = perplexity(stack_layers(quantized), windows)
-        figures = {"ours": ours.value, "reference": theirs.get(name), "quantize_s": solved - started}
-        print(json.dumps({"row": name, **figures, "evaluate_s": time.monotonic() - solved}), flush=True)
+        quantizers, sequence = ROWS[name]
+        for seed in arguments.seeds:
+            started = time.monotonic()
+            quantized = _quantize(model, calibration, quantizers, sequence, seed)
+            bits = inspect_model(quantized).bits_per_weight()
+            solved = time.monotonic()
+            ours = perplexity(stack_layers(quantized), windows)
+            first = math.exp(sum(ours.window_losses[:8]) / 8)
+            figures = {"ours": ours.value, "reference": theirs.get(name), "first_8": first, "bits": bits}
+            times = {"quantize_s": solved - started, "evaluate_s": time.monotonic() - solved}
+            print(json.dumps({"row": name, "seed": seed, **figures, **times}), flush=True)
 
 
-def _quantize(model: Llama, tokens: jax.Array, quantizer: WeightQuantizer | None, sequence: str) -> Llama:
-    if quantizer is None:
+def _quantize(
+    model: Llama,
+    tokens: jax.Array,
+    quantizers: WeightQuantizer | Mapping[str, WeightQuantizer] | None,
+    sequence: str,
+    seed: int,
+) -> Llama:
+    if quantizers is None:
         return model
-    passes = (QuantizeWeights((Rule(".*_proj", quantizer),), sequence),)  # type: ignore[arg-type]
-    quantized, _ = quantize_blocks(model, tokens, passes, key=jax.random.key(0))
-    jax.block_until_ready(quantized)
-    return quantized
+    rules = {".*_proj": quantizers} if isinstance(quantizers, WeightQuantizer) else quantizers
+    passes = (QuantizeWeights(tuple(Rule(*rule) for rule in rules.items()), sequence),)  # type: ignore[arg-type]
+    quantized, _ = quantize_blocks(model, tokens, passes, key=jax.random.key(seed))
+    return jax.block_until_ready(quantized)
 
 
 def _arguments() -> argparse.Namespace:
@@ -107,6 +131,7 @@ def _arguments() -> argparse.Namespace:
     for name in ("windows", "calibration", "reference"):
         parser.add_argument(f"--{name}", type=Path, required=True)
     parser.add_argument("--rows", nargs="*")
+    parser.add_argument("--seeds", nargs="*", type=int, default=[0])
     return parser.parse_args()
 
 

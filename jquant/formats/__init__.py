@@ -22,6 +22,7 @@ from jquant.formats.spqr import QuantizedStatistic as QuantizedStatistic
 from jquant.formats.spqr import SpqrFormat as SpqrFormat
 from jquant.formats.spqr import SpqrTensor as SpqrTensor
 from jquant.formats.spqr import StatisticCodes as StatisticCodes
+from jquant.formats.spqr import align_outliers as align_outliers
 from jquant.formats.spqr import compact_outliers as compact_outliers
 from jquant.formats.spqr import quantize_spqr as quantize_spqr
 from jquant.formats.uniform import ScaleDtype as ScaleDtype

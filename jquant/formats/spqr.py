@@ -10,6 +10,7 @@ weight: list 0.42 to 0.52, slots for the largest count 0.9 to 6.6, (row, column,
 """
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple, final
 
@@ -188,6 +189,13 @@ class SpqrTensor(QuantizedTensor):
         )
         return dataclasses.replace(self, outliers=outliers)
 
+    def with_room(self, room: int) -> "SpqrTensor":
+        """Returns the same weight with a list of `room` outliers, at least as long as the one it has."""
+        listed = self.outliers or _empty_list(self.shape[1], self.format)
+        wider = ((0, room - listed.rows.shape[0]), (0, 0))
+        longer = dataclasses.replace(listed, rows=jnp.pad(listed.rows, wider), values=jnp.pad(listed.values, wider))
+        return dataclasses.replace(self, outliers=longer)
+
 
 class StatisticCodes(NamedTuple):
     """A statistic before packing: codes [groups, out], steps and bases [groups, out / n]."""
@@ -241,14 +249,36 @@ def quantize_spqr(
 def compact_outliers[T](tree: T) -> T:
     """Compacts every `SpqrTensor` of a tree; everything else stays. For concrete arrays, not under jit."""
 
-    def is_spqr(node: object) -> bool:
-        return isinstance(node, SpqrTensor)
-
     def shrink(node: Any) -> Any:
         return node.compact() if isinstance(node, SpqrTensor) else node
 
-    compacted: T = jax.tree.map(shrink, tree, is_leaf=is_spqr)
+    compacted: T = jax.tree.map(shrink, tree, is_leaf=_is_spqr)
     return compacted
+
+
+def align_outliers[T](trees: Sequence[T]) -> list[T]:
+    """Gives the `SpqrTensor`s that stand at the same place in several trees equally long lists of outliers.
+
+    Trees that agree in all else then agree in structure and shapes, so that they can be stacked.
+    """
+    flat = [jax.tree.flatten(tree, is_leaf=_is_spqr) for tree in trees]
+    if len({len(leaves) for leaves, _ in flat}) != 1:
+        return list(trees)
+    columns = [_align(column) for column in zip(*(leaves for leaves, _ in flat), strict=True)]
+    return [
+        jax.tree.unflatten(structure, row) for (_, structure), row in zip(flat, zip(*columns, strict=True), strict=True)
+    ]
+
+
+def _align(nodes: tuple[Any, ...]) -> tuple[Any, ...]:
+    rooms = {node.outliers.rows.shape[0] if node.outliers else 0 for node in nodes if isinstance(node, SpqrTensor)}
+    if len(rooms) < 2 or not all(map(_is_spqr, nodes)):
+        return nodes
+    return tuple(node.with_room(max(rooms)) for node in nodes)
+
+
+def _is_spqr(node: object) -> bool:
+    return isinstance(node, SpqrTensor)
 
 
 def _values_of(statistic: QuantizedStatistic | Leaf, dtype: DType) -> Float[Array, "groups out"]:
@@ -283,9 +313,7 @@ def _list_outliers(
     counts = mask.sum(axis=0, dtype=jnp.int32)
     (flat,) = jnp.nonzero(mask.T.reshape(-1), size=room, fill_value=0)
     listed = jnp.where(counts.sum() <= room, values.T.reshape(-1)[flat], jnp.nan)
-    runs = outputs // format.second_group_size
-    if runs == 1:  # an entry that all outputs share may be cut anywhere (`split_outputs`), a run may not
-        runs = outputs
+    runs = _runs(outputs, format)
     ends = jnp.cumsum(counts.reshape(runs, -1).sum(axis=1))
     return Outliers(
         rows=(flat % inputs).astype(jnp.uint16)[:, None],
@@ -293,3 +321,22 @@ def _list_outliers(
         counts=counts.astype(jnp.uint16)[None, :],
         firsts=jnp.concatenate([jnp.zeros(1, jnp.int32), ends[:-1].astype(jnp.int32)])[None, :],
     )
+
+
+def _empty_list(outputs: int, format: SpqrFormat) -> Outliers:
+    nothing = (0, 1)
+    return Outliers(
+        rows=jnp.zeros(nothing, jnp.uint16),
+        values=jnp.zeros(nothing, format.dtype),
+        counts=jnp.zeros((1, outputs), jnp.uint16),
+        firsts=jnp.zeros((1, _runs(outputs, format)), jnp.int32),
+    )
+
+
+def _runs(outputs: int, format: SpqrFormat) -> int:
+    """Returns how many runs of outputs the list notes the beginnings of.
+
+    An entry that all outputs share may be cut anywhere (`split_outputs`), a run may not: so never a single run.
+    """
+    runs = outputs // format.second_group_size
+    return outputs if runs == 1 else runs

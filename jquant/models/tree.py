@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from jquant.errors import FormatError
+from jquant.formats import align_outliers
 from jquant.kv import ExactKv, KvCodec
 from jquant.models.config import LlamaConfig
 from jquant.types import Leaf
@@ -120,17 +121,19 @@ def abstract_llama(config: LlamaConfig, dtype: jax.typing.DTypeLike = jnp.float3
 def stack_layers(model: Llama) -> Llama:
     """Turns equal layers into one `Stacked` block, which the runtime scans: it compiles once, whatever the depth.
 
+    SpQR's lists of outliers get the length of the longest.
+
     Raises:
       FormatError: the layers differ in structure, shapes or dtypes; the first difference is named.
     """
     if isinstance(model.layers, Stacked):
         return model
-    first = model.layers[0]
-    for index, layer in enumerate(model.layers[1:], start=1):
+    first, *others = layers = align_outliers(model.layers)
+    for index, layer in enumerate(others, start=1):
         difference = _first_difference(first, layer)
         if difference:
             raise FormatError(f"layers 0 and {index} cannot be stacked: {difference}")
-    block = jax.tree.map(lambda *leaves: jnp.stack(leaves), *model.layers)
+    block = jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
     return dataclasses.replace(model, layers=Stacked(block=block, depth=len(model.layers)))
 
 

@@ -45,7 +45,7 @@ def _gptq(bits: int, group: int | None, order: str = "activation") -> Gptq:
 
 def _quip(bits: int, incoherence: str = "butterfly") -> Quip:
     """Returns QuIP as its published code runs it."""
-    return Quip(bits, order="reversed", greedy_passes=0, incoherence=incoherence, fidelity="reference")  # type: ignore[arg-type]
+    return Quip(bits, order="reversed", greedy_passes=0, incoherence=incoherence, rho=2.4, fidelity="reference")  # type: ignore[arg-type]
 
 
 def _zeroquant(groups: Mapping[str, int]) -> Mapping[str, WeightQuantizer]:

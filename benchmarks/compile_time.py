@@ -30,9 +30,9 @@ def main() -> None:
     seconds: collections.Counter[str] = collections.Counter()
     events: collections.Counter[str] = collections.Counter()
 
-    def note(event: str, duration: float, **_: object) -> None:
+    def note(event: str, duration_secs: float, **_: str | int) -> None:
         if event.startswith("/jax/core/compile/"):
-            seconds[event.removeprefix("/jax/core/compile/")] += duration  # type: ignore[assignment]
+            seconds[event.removeprefix("/jax/core/compile/")] += duration_secs  # type: ignore[assignment]
             events[event.removeprefix("/jax/core/compile/")] += 1
 
     jax.monitoring.register_event_duration_secs_listener(note)

@@ -74,10 +74,16 @@ def measure(rules: Mapping[str, Rule], x: jax.Array, weight: BinaryTensor) -> di
             "processor_ms": round(statistics.median(processor[name]), 1),
             "least_ms": round(min(wall[name]), 1),
             "median_ms": round(statistics.median(wall[name]), 1),
-            "temporary_MB": round(rule.memory_analysis().temp_size_in_bytes / 1e6, 1),
+            "temporary_MB": round(temporary_bytes(rule) / 1e6, 1),
         }
         for name, rule in compiled.items()
     }
+
+
+def temporary_bytes(rule: jax.stages.Compiled) -> float:
+    """Returns the memory that a program takes beside its arguments and its result; not a number if it cannot say."""
+    analysis = rule.memory_analysis()
+    return float("nan") if analysis is None else analysis.temp_size_in_bytes
 
 
 def difference(rules: Mapping[str, Rule], x: jax.Array, weight: BinaryTensor) -> float:

@@ -1,10 +1,12 @@
-r"""Perplexity of SmolLM2-135M-Instruct beside the rows that the methods' reference implementations gave.
+"""Perplexity of SmolLM2-135M-Instruct beside the rows that the methods' reference implementations gave.
 
-Reads `reference_ppl.md` (the rows), the calibration windows and WikiText-2 that lie in `../shared`, quantizes the
-model by the same settings, and prints one JSON line a row: ours, theirs, seconds.
+Reads what lies in `../shared` (the rows, the calibration windows, WikiText-2), quantizes the model by the same settings
+and prints one JSON line a row: ours, theirs, over all windows and over the first 8, bits from bytes, seconds.
 
-    python benchmarks/reference_rows.py MODEL.gguf --windows test.npy --calibration calibration.npy \\
-        --reference reference_ppl.md
+    python benchmarks/reference_rows.py [--rows NAME ...] [--seeds 0 1] [--count 8]
+
+All 148 windows need a GPU; `--count 8` fits a CPU and the reference's own column of the first 8. A machine without
+`../shared` is given the files: `--model`, `--windows`, `--calibration`, `--reference`.
 """
 
 import argparse
@@ -21,15 +23,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from convert import load_model
+from convert import default_cache, demo_model, load_model, load_tokenizer
 from eval.perplexity import perplexity
 from jquant.blocks import QuantizeWeights, Rule
 from jquant.calibration import quantize_blocks
+from jquant.data import load_text, token_windows
 from jquant.formats import BinaryFormat, RazoredFormat, SpqrFormat, UniformFormat
 from jquant.inspection import inspect_model
 from jquant.models import Llama, stack_layers
 from jquant.quantizers import Bcq, Gptq, GptqRazor, Quip, Razor, Rtn, Spqr, WeightQuantizer, ZeroQuant
 
+SHARED: Final = Path(__file__).resolve().parents[2] / "shared"
+CALIBRATION: Final = "calib_windows_wikitext2_valtrain_n128_s2048_seed0.npy"
 # Outputs of SmolLM2-135M's linears: as many groups make each output one group.
 MLP: Final = {"gate_proj": 1536, "up_proj": 1536, "down_proj": 576}
 ROWS_OF_SMOLLM2: Final = {"q_proj": 576, "k_proj": 192, "v_proj": 192, "o_proj": 576} | MLP
@@ -92,9 +97,12 @@ def main() -> None:
     """Runs every row that is asked for."""
     arguments = _arguments()
     jax.config.update("jax_default_matmul_precision", "highest")
-    theirs = dict(re.findall(r"^\| (\S+) \| ([\d.e+]+) \|", arguments.reference.read_text(), re.MULTILINE))
-    model = load_model(arguments.model)
-    windows, calibration = np.load(arguments.windows), jnp.asarray(np.load(arguments.calibration))
+    pattern = r"^\| (\S+) \| ([\d.e+]+) \| ([\d.e+]+) \|"
+    theirs = {name: rest for name, *rest in re.findall(pattern, arguments.reference.read_text(), re.MULTILINE)}
+    source = arguments.model or demo_model(default_cache())
+    model, calibration = load_model(source), jnp.asarray(np.load(arguments.calibration).astype(np.int32))
+    windows = np.load(arguments.windows) if arguments.windows else _windows(source)
+    windows = windows[: arguments.count]
     print(json.dumps({"device": jax.devices()[0].device_kind, "jax": jax.__version__, "command": sys.argv}), flush=True)
     for name in arguments.rows or ROWS:
         quantizers, sequence = ROWS[name]
@@ -105,9 +113,10 @@ def main() -> None:
             solved = time.monotonic()
             ours = perplexity(stack_layers(quantized), windows)
             first = math.exp(sum(ours.window_losses[:8]) / 8)
-            figures = {"ours": ours.value, "reference": theirs.get(name), "first_8": first, "bits": bits}
+            figures = {"windows": ours.windows, "ours": ours.value, "ours_first_8": first, "bits": bits}
+            reference = dict(zip(("reference", "reference_first_8"), theirs.get(name, ()), strict=False))
             times = {"quantize_s": solved - started, "evaluate_s": time.monotonic() - solved}
-            print(json.dumps({"row": name, "seed": seed, **figures, **times}), flush=True)
+            print(json.dumps({"row": name, "seed": seed, **figures, **reference, **times}), flush=True)
 
 
 def _quantize(
@@ -125,11 +134,19 @@ def _quantize(
     return jax.block_until_ready(quantized)
 
 
+def _windows(source: Path) -> np.ndarray:
+    text = load_text("wikitext2", "evaluation", folder=SHARED / "data" / "text")
+    return token_windows(text, load_tokenizer(source), length=2048)
+
+
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model", type=Path)
-    for name in ("windows", "calibration", "reference"):
-        parser.add_argument(f"--{name}", type=Path, required=True)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    golden = SHARED / "golden"
+    parser.add_argument("--model", type=Path)
+    parser.add_argument("--windows", type=Path)
+    parser.add_argument("--calibration", type=Path, default=golden / CALIBRATION)
+    parser.add_argument("--reference", type=Path, default=golden / "reference_ppl.md")
+    parser.add_argument("--count", type=int)
     parser.add_argument("--rows", nargs="*")
     parser.add_argument("--seeds", nargs="*", type=int, default=[0])
     return parser.parse_args()

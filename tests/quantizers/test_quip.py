@@ -15,7 +15,7 @@ from jquant.matmul import matmul
 from jquant.numerics import Transform, unpack
 from jquant.quantizers import Diagnostics, Gptq, Quip, SecondMoment
 from jquant.quantizers.ldlq import Rounded, round_with_feedback
-from jquant.quantizers.quip import balance, centered_target, incoherent_basis
+from jquant.quantizers.quip import RHOS, balance, centered_target, incoherent_basis
 from tests.oracles import closed_form
 from tests.oracles import gptq as gptq_oracle
 from tests.oracles import quip as oracle
@@ -437,6 +437,27 @@ def test_zero_and_constant_weights(incoherence: str) -> None:
     tensor, figures = paper(Quip(3, incoherence=incoherence), weight, hessian)
     assert all(np.isfinite(values).all() for values in figures.values())
     np.testing.assert_allclose(tensor.dequantize()[:, 2].mean(), 0.25, atol=0.15)
+
+
+def test_the_range_is_that_of_least_loss() -> None:
+    """An input that is far larger than all others: its row outweighs the rotated matrix, whose tails 2.4 would clip."""
+    weight, hessian = correlated(96, 20, 300)
+    hessian[5] *= 100
+    hessian[:, 5] *= 100
+    seed = jax.random.bits(KEY, (), jnp.uint32)
+    basis = incoherent_basis(
+        jnp.asarray(weight.T, "float32"), jnp.asarray(hessian, "float32"), seed, "kronecker", "float16"
+    )
+
+    def loss(rho: float) -> float:
+        target, step = centered_target(basis.weight, 4, rho)
+        rounded = round_with_feedback(target, basis.hessian, KEY, damping=0.01, order="activation", top=15)
+        return float(rounded.loss.sum() * step**2)
+
+    losses = {rho: loss(rho) for rho in RHOS}
+    _, figures = paper(Quip(4, greedy_passes=0), weight, hessian)
+    np.testing.assert_allclose(figures["solve_loss"].sum(), min(losses.values()), rtol=1e-4)
+    assert min(losses.values()) < 0.9 * losses[2.4]
 
 
 @pytest.mark.parametrize("incoherence", ["none", "kronecker"])

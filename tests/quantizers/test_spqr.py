@@ -21,7 +21,7 @@ from jquant.formats import (
     split_outputs,
 )
 from jquant.matmul import matmul
-from jquant.models import get, random_model, tiny_config
+from jquant.models import get, put, random_model, stack_layers, tiny_config
 from jquant.numerics import unpack
 from jquant.passes import Context, Sequential, run_passes
 from jquant.quantizers import Diagnostics, SecondMoment, Spqr
@@ -321,6 +321,25 @@ def test_a_model_keeps_no_empty_room() -> None:
         kernel = get(quantized, row.path).kernel
         assert kernel.bits_per_weight() == row.bits_per_weight
         assert inner(kernel).outliers.rows.shape[0] == inner(kernel).outliers.counts.sum()
+
+
+def test_layers_with_unequal_lists_stack() -> None:
+    """Each layer's list gets the room of the longest, also one that has none, and stays what it was."""
+    model, path = random_model(tiny_config(), jax.random.key(0)), "mlp.up_proj.kernel"
+    codes, one = jnp.zeros((64, 96), jnp.uint8), jnp.ones((4, 96))
+    format = SpqrFormat(scale_bits=None, zero_bits=None)
+    tensors = [
+        compact_outliers(quantize_spqr(codes, one, one, format, (jnp.abs(weight) > limit, weight, 64 * 96)))
+        for limit, weight in ((0.1, get(model, f"layers.0.{path}")), (9.0, get(model, f"layers.1.{path}")))
+    ]
+    assert tensors[0].outliers is not None
+    assert tensors[1].outliers is None
+    for index, tensor in enumerate(tensors):
+        model = put(model, f"layers.{index}.{path}", tensor)
+    stacked = stack_layers(model).layers.block.mlp.up_proj.kernel
+    for index, tensor in enumerate(tensors):
+        own = jax.tree.map(lambda leaf, index=index: leaf[index], stacked)
+        np.testing.assert_array_equal(own.dequantize(), tensor.dequantize())
 
 
 def test_bad_settings_and_shapes_are_refused() -> None:

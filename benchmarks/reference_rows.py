@@ -3,13 +3,14 @@
 Reads what lies in `../shared` (the rows, the calibration windows, WikiText-2), quantizes the model by the same settings
 and prints one JSON line a row: ours, theirs, over all windows and over the first 8, bits from bytes, seconds.
 
-    python benchmarks/reference_rows.py [--rows NAME ...] [--seeds 0 1] [--count 8]
+    python benchmarks/reference_rows.py [--rows NAME ...] [--seeds 0 1] [--damping 0.01005] [--count 8]
 
 All 148 windows need a GPU; `--count 8` fits a CPU and the reference's own column of the first 8. A machine without
 `../shared` is given the files: `--model`, `--windows`, `--calibration`, `--reference`.
 """
 
 import argparse
+import dataclasses
 import json
 import math
 import re
@@ -106,6 +107,8 @@ def main() -> None:
     print(json.dumps({"device": jax.devices()[0].device_kind, "jax": jax.__version__, "command": sys.argv}), flush=True)
     for name in arguments.rows or ROWS:
         quantizers, sequence = ROWS[name]
+        if arguments.damping is not None:
+            quantizers = dataclasses.replace(quantizers, damping=arguments.damping)  # type: ignore[type-var]
         for seed in arguments.seeds:
             started = time.monotonic()
             quantized = _quantize(model, calibration, quantizers, sequence, seed)
@@ -116,7 +119,8 @@ def main() -> None:
             figures = {"windows": ours.windows, "ours": ours.value, "ours_first_8": first, "bits": bits}
             reference = dict(zip(("reference", "reference_first_8"), theirs.get(name, ()), strict=False))
             times = {"quantize_s": solved - started, "evaluate_s": time.monotonic() - solved}
-            print(json.dumps({"row": name, "seed": seed, **figures, **reference, **times}), flush=True)
+            settings = {"row": name, "seed": seed, "damping": arguments.damping}
+            print(json.dumps({**settings, **figures, **reference, **times}), flush=True)
 
 
 def _quantize(
@@ -146,7 +150,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--windows", type=Path)
     parser.add_argument("--calibration", type=Path, default=golden / CALIBRATION)
     parser.add_argument("--reference", type=Path, default=golden / "reference_ppl.md")
-    parser.add_argument("--count", type=int)
+    parser.add_argument("--count", type=int, help="windows to evaluate; all of them if left out")
+    parser.add_argument("--damping", type=float, help="instead of a row's own, to see what rounding decides")
     parser.add_argument("--rows", nargs="*")
     parser.add_argument("--seeds", nargs="*", type=int, default=[0])
     return parser.parse_args()

@@ -1,6 +1,7 @@
 """Numerical building blocks: arrays in, arrays out. Nothing here knows a format, a node or a model."""
 
-from jquant.numerics.hadamard import base_matrix, base_order, hadamard_matrix, hadamard_transform
+from jquant.numerics.haar import haar_matrix, random_signs
+from jquant.numerics.hadamard import base_matrix, base_order, hadamard_matrix, hadamard_on_host, hadamard_transform
 from jquant.numerics.linalg import (
     DAMPING_LIMIT,
     DAMPING_STEP,
@@ -47,13 +48,16 @@ __all__ = [
     "encode",
     "expand",
     "fit_grid",
+    "haar_matrix",
     "hadamard_matrix",
+    "hadamard_on_host",
     "hadamard_transform",
     "inverse_factor",
     "lookup_product",
     "pack",
     "packed_length",
     "random_rotation",
+    "random_signs",
     "range_of",
     "razor_integers",
     "revive_dead",

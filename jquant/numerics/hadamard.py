@@ -148,18 +148,51 @@ def hadamard_transform(x: Float[Array, "*batch n"]) -> Float[Array, "*batch n"]:
         [0.5, 0.5, 0.5, 0.5]
     """
     n = x.shape[-1]
-    base = base_order(n)
-    matrices = [base_matrix(base), *(sylvester(order) for order in _sylvester_orders(n // base))]
     batch = x.shape[:-1]
     compute = compute_dtype(x.dtype)
     result = x.astype(compute)
     fast = n
-    for matrix in matrices:
+    for matrix in _factors(n):
         fast //= len(matrix)
         factor = jnp.asarray(matrix, dtype=compute)
         view = result.reshape(*batch, -1, len(matrix), fast)
         result = jnp.einsum("ij,...sjf->...sif", factor, view, precision=jax.lax.Precision.HIGHEST)
     return (result.reshape(x.shape) / math.sqrt(n)).astype(x.dtype)
+
+
+def hadamard_on_host(x: Float[np.ndarray, "*batch n"]) -> Float[np.ndarray, "*batch n"]:
+    """Multiply the last axis by M(n) in float64 numpy, factor by factor, to fold rotations into wide weights.
+
+    Args:
+        x: float64 array whose last axis has an order that `base_order` accepts.
+
+    Returns:
+        Array of the same shape, float64.
+
+    Raises:
+        FormatError: if no construction serves n.
+
+    Example:
+        >>> hadamard_on_host(np.array([1.0, 0.0, 0.0, 0.0])).tolist()
+        [0.5, 0.5, 0.5, 0.5]
+    """
+    n = x.shape[-1]
+    result = np.asarray(x, np.float64)
+    fast = n
+    for matrix in _factors(n):
+        fast //= len(matrix)
+        wide = matrix.astype(np.float64)
+        if fast == 1:
+            result = result.reshape(-1, len(matrix)) @ wide.T
+        else:
+            result = wide @ result.reshape(-1, len(matrix), fast)
+    return result.reshape(x.shape) / math.sqrt(n)
+
+
+def _factors(n: int) -> list[Int8[np.ndarray, "order order"]]:
+    """The matrices whose Kronecker product is sqrt(n) M(n), slow axis first."""
+    base = base_order(n)
+    return [base_matrix(base), *(sylvester(order) for order in _sylvester_orders(n // base))]
 
 
 def _sylvester_orders(order: int) -> list[int]:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jquant.errors import FormatError
-from jquant.numerics import base_matrix, base_order, hadamard_matrix, hadamard_transform
+from jquant.numerics import base_matrix, base_order, hadamard_matrix, hadamard_on_host, hadamard_transform
 from tests.oracles import hadamard as oracle
 
 PUBLISHED = (12, 20, 28, 36, 40, 44, 52, 60, 108, 140, 156, 172)
@@ -105,6 +105,13 @@ def test_transform_equals_definition_in_float64(n: int) -> None:
         np.testing.assert_allclose(transformed, x @ hadamard_matrix(n).T, atol=1e-12)
     with jax.enable_x64(True):
         np.testing.assert_allclose(jnp.linalg.norm(transformed, axis=-1), np.linalg.norm(x, axis=-1), rtol=1e-12)
+
+
+@pytest.mark.parametrize("n", [1, 2, 12, 256, 336])
+def test_transform_on_the_host_equals_definition(n: int) -> None:
+    x = np.random.default_rng(n).standard_normal((2, 3, n))
+    expected = oracle.transform(x, base_matrix(base_order(n)).astype(float))
+    np.testing.assert_allclose(hadamard_on_host(x), expected, atol=1e-12)
 
 
 def test_symmetric_transform_is_its_own_inverse() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from jquant.formats import QuantizedTensor, tree_nbytes
-from jquant.models import Llama, Stacked, linears
+from jquant.models import Linear, Llama, Stacked, linears
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,7 @@ class LinearFacts:
       format: its node and the node's settings, or its dtype.
       bits_per_weight: 8 * bytes / (in * out).
       relative_error: |w - q| / |w|, Frobenius, from the report of its run; None where there is none.
+      input: what happens to its input before the product, in words; empty for nothing.
     """
 
     path: str
@@ -29,6 +30,7 @@ class LinearFacts:
     format: str
     bits_per_weight: float
     relative_error: float | None = None
+    input: str = ""
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,7 @@ def inspect_model(model: Llama, report: Mapping[str, Any] | None = None) -> Fact
             format=describe_format(layer.kernel),
             bits_per_weight=8.0 * tree_nbytes(layer.kernel) / math.prod(layer.kernel.shape),
             relative_error=errors.get(path),
+            input=describe_input(layer),
         )
         for path, layer in linears(model)
     )
@@ -93,6 +96,11 @@ def count_structures(model: Llama) -> int:
             for block in model.layers
         }
     )
+
+
+def describe_input(layer: Linear) -> str:
+    """Returns what a linear does to its input, in words and in order; empty for nothing."""
+    return "" if layer.input_rotation is None else layer.input_rotation.describe()
 
 
 def describe_format(kernel: Any) -> str:

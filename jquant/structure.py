@@ -34,6 +34,7 @@ _NODES: Final[Mapping[str, type]] = {
         formats.SpqrTensor,
         formats.QuantizedStatistic,
         formats.Outliers,
+        formats.OnlineRotation,
         kv.ExactKv,
     )
 }

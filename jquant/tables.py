@@ -65,10 +65,11 @@ def plan_linears_table(plan: Plan) -> Table:
 
 def facts_table(facts: Facts, name: str) -> Table:
     """Returns one row for each linear of a model."""
-    table = _table(name, "linear", "in x out", "format", "bits", "relative error")
+    table = _table(name, "linear", "in x out", "input", "format", "bits", "relative error")
     for row in facts.linears:
         error = "-" if row.relative_error is None else f"{row.relative_error:.4f}"
-        table.add_row(row.path, f"{row.shape[0]} x {row.shape[1]}", row.format, f"{row.bits_per_weight:.4f}", error)
+        shape, bits = f"{row.shape[0]} x {row.shape[1]}", f"{row.bits_per_weight:.4f}"
+        table.add_row(row.path, shape, row.input or "-", row.format, bits, error)
     structures = f"{facts.structures} distinct block structure{'s' if facts.structures > 1 else ''}"
     table.caption = f"{facts.bits_per_weight():.4f} bits per weight, {_bytes(facts.nbytes)} in all, {structures}"
     return table

@@ -17,6 +17,10 @@ from jquant.formats.razored import quantize_razored as quantize_razored
 from jquant.formats.rotated import RotatedTensor as RotatedTensor
 from jquant.formats.rotated import draw_rotations as draw_rotations
 from jquant.formats.rotated import rotated as rotated
+from jquant.formats.rotations import OnlineRotation as OnlineRotation
+from jquant.formats.rotations import OrthogonalMatrix as OrthogonalMatrix
+from jquant.formats.rotations import online_rotation as online_rotation
+from jquant.formats.rotations import repeat_rotation as repeat_rotation
 from jquant.formats.spqr import Outliers as Outliers
 from jquant.formats.spqr import QuantizedStatistic as QuantizedStatistic
 from jquant.formats.spqr import SpqrFormat as SpqrFormat

@@ -16,7 +16,9 @@ QUERY_CHUNK: Final = 128  # 2-core CPU, 2048 tokens, 9 heads of 64: 0.04 s, 0.07
 
 
 def linear(layer: Linear, x: Float[Array, "*batch in"]) -> tuple[Float[Array, "*batch out"], Float[Array, "*batch in"]]:
-    """Returns (x @ kernel + bias, tap), the tap being what the kernel multiplies."""
+    """Returns (x @ kernel + bias, tap), the tap being the rotated x that the kernel multiplies."""
+    if layer.input_rotation is not None:
+        x = layer.input_rotation(x)
     y = matmul(x, layer.kernel)
     return (y if layer.bias is None else y + jnp.broadcast_to(layer.bias.astype(y.dtype), y.shape)), x
 

@@ -1,6 +1,5 @@
 """The forward pass: pure functions that read the tree. None is jitted here; the runtime and the drivers do that."""
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -9,7 +8,7 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float, Int
 
-from jquant.kv import LayerCache
+from jquant.kv import LayerCache, Rope
 from jquant.matmul import matmul
 from jquant.models.config import LlamaConfig
 from jquant.models.layers import apply_rope, attention, causal_mask, linear, rms_norm
@@ -126,7 +125,7 @@ def prompt_block(
       The block's output, the filled layer cache (batch first) and the taps.
     """
     codec = layer.self_attn.kv_codec
-    rope = functools.partial(apply_rope, rope=config.rope)
+    rope = _rope(layer.self_attn, config)
     tokens = x.shape[1]
     positions = jnp.arange(tokens)
 
@@ -163,7 +162,7 @@ def step_block(
 ) -> tuple[Float[Array, "batch 1 hidden"], LayerCache]:
     """Runs one block over one token for each row: push, read and attend, settle."""
     codec = layer.self_attn.kv_codec
-    rope = functools.partial(apply_rope, rope=config.rope)
+    rope = _rope(layer.self_attn, config)
 
     def attend(
         queries: Float[Array, "batch tokens heads dim"],
@@ -182,6 +181,18 @@ def step_block(
 
     x, cache, _ = _block(layer, x, attend, config)
     return x, cache
+
+
+def _rope(layer: Attention, config: LlamaConfig) -> Rope:
+    """Returns what turns queries and keys by their positions, and then by the layer's rotation if it has one."""
+
+    def rope(
+        heads: Float[Array, "tokens heads dim"], positions: Int[Array, "tokens"]
+    ) -> Float[Array, "tokens heads dim"]:
+        turned = apply_rope(heads, positions, config.rope)
+        return turned if layer.query_key_rotation is None else layer.query_key_rotation(turned)
+
+    return rope
 
 
 def _block(

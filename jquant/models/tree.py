@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from jquant.errors import FormatError
-from jquant.formats import align_outliers
+from jquant.formats import OnlineRotation, align_outliers
 from jquant.kv import ExactKv, KvCodec
 from jquant.models.config import LlamaConfig
 from jquant.types import Leaf
@@ -22,15 +22,25 @@ type Make = Callable[[str, tuple[int, ...]], Any]  # (path, shape) -> the array 
 
 @struct.dataclass
 class Linear:
-    """y = x @ kernel + bias. `kernel` is [in, out], an array or a `QuantizedTensor`; `bias` is [out] or absent."""
+    """y = x @ kernel + bias, x having gone through `input_rotation` where there is one.
+
+    Attributes:
+      kernel: [in, out], an array or a `QuantizedTensor`.
+      bias: [out] or absent.
+      input_rotation: an orthogonal operator on the input, whose inverse the kernel has absorbed.
+    """
 
     kernel: Leaf
     bias: Leaf | None = None
+    input_rotation: OnlineRotation | None = None
 
 
 @struct.dataclass
 class Attention:
-    """Grouped-query attention; `q_norm` and `k_norm`, [head_dim], are present where the family has them."""
+    """Grouped-query attention; `q_norm` and `k_norm`, [head_dim], are present where the family has them.
+
+    `query_key_rotation` acts on each head of queries and keys after RoPE: scores stay, what a KV cache keeps is spread.
+    """
 
     q_proj: Linear
     k_proj: Linear
@@ -39,6 +49,7 @@ class Attention:
     q_norm: Leaf | None = None
     k_norm: Leaf | None = None
     kv_codec: KvCodec = ExactKv()
+    query_key_rotation: OnlineRotation | None = None
 
 
 @struct.dataclass

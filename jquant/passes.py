@@ -45,6 +45,10 @@ class ModelPass(abc.ABC):
     def check(self, model: Llama) -> None:
         """Raises RecipeError or FormatError for what cannot work on this model; abstract models will do."""
 
+    def outline(self, model: Llama) -> Llama:
+        """Returns the structure of the result for an abstract model; as it is, unless a pass says otherwise."""
+        return model
+
     @abc.abstractmethod
     def __call__(self, model: Llama, context: Context) -> tuple[Llama, Report]:
         """Returns the rewritten model and what there is to report."""
@@ -81,8 +85,10 @@ def run_passes(passes: Sequence[ModelPass], model: Llama, context: Context) -> t
       FormatError: a shape or a format does not fit.
       CalibrationError: a weight is not finite or is all zero, or a solve failed.
     """
+    outline = jax.eval_shape(lambda tree: tree, model)
     for one in passes:
-        one.check(model)
+        one.check(outline)
+        outline = one.outline(outline)
         if one.needs_tokens() and context.tokens is None:
             raise RecipeError(f"{type(one).__name__} needs calibration data; give the recipe a `calibration` section")
     check_weights(model)

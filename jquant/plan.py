@@ -117,6 +117,7 @@ def plan(model: Llama, recipe: Recipe) -> Plan:
     solves: list[Solve] = []
     for one in recipe.passes:
         one.check(result)
+        result = one.outline(result)
         for block_pass in _block_passes(one):
             for index in range(model.config.num_hidden_layers):
                 found = tuple(list_solves(block_pass, index))
@@ -158,7 +159,7 @@ def list_solves(block_pass: QuantizeWeights, index: int) -> Iterator[Solve]:
 
 
 def _block_passes(one: ModelPass) -> tuple[QuantizeWeights, ...]:
-    parts = one.passes if isinstance(one, Sequential) else (one,)
+    parts = one.passes if isinstance(one, Sequential) else ()
     for part in parts:
         if not isinstance(part, QuantizeWeights):
             raise RecipeError(f"{type(part).__name__} cannot be planned: give jquant/plan.py its costs first")

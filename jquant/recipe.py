@@ -22,12 +22,16 @@ import yaml
 from jquant.blocks import QuantizeWeights
 from jquant.data import PYTHON_DOCS
 from jquant.errors import RecipeError
+from jquant.exact_passes import FoldNorms, Rotate, Untie
 from jquant.passes import ModelPass, Sequential
 from jquant.quantizers import Bcq, Gptq, GptqRazor, Quip, Razor, Rtn, Spqr, ZeroQuant
 from jquant.schema import build, describe, plain, suggest
 
 # What a recipe may choose by name. A new method is one more row.
 PARTS: Final[Mapping[str, type]] = {
+    "untie": Untie,
+    "fold_norms": FoldNorms,
+    "rotate": Rotate,
     "sequential": Sequential,
     "quantize_weights": QuantizeWeights,
     "rtn": Rtn,

@@ -1,4 +1,4 @@
-"""What a checkpoint holds, read from its headers: the format and the bits of every linear."""
+"""What a checkpoint holds, read from its headers: format and bits of every linear, and what happens to its input."""
 
 import dataclasses
 import math
@@ -99,8 +99,19 @@ def count_structures(model: Llama) -> int:
 
 
 def describe_input(layer: Linear) -> str:
-    """Returns what a linear does to its input, in words and in order; empty for nothing."""
-    return "" if layer.input_rotation is None else layer.input_rotation.describe()
+    """Returns what a linear does to its input, in words and in order; empty for nothing.
+
+    Example:
+      >>> from jquant.activations import PerToken
+      >>> describe_input(Linear(None, input_quantizer=PerToken(bits=4).fit(None)))
+      'PerToken(bits=4, symmetry=symmetric, clip_ratio=1.0, group_size=None)'
+    """
+    steps = [] if layer.input_rotation is None else [layer.input_rotation.describe()]
+    if layer.input_quantizer is not None:
+        method = layer.input_quantizer.method
+        settings = [f"{one.name}={getattr(method, one.name)}" for one in dataclasses.fields(method)]  # type: ignore[arg-type]
+        steps.append(f"{type(method).__name__}({', '.join(settings)})")
+    return ", ".join(steps)
 
 
 def describe_format(kernel: Any) -> str:

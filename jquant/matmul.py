@@ -1,5 +1,6 @@
 """The one multiplication: a rule table says how an activation meets a weight in its format and layout."""
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, Final
@@ -9,12 +10,27 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jquant.errors import FormatError
-from jquant.formats import BinaryTensor, Layout, PermutedTensor, QuantizedTensor, RotatedTensor, UniformTensor
-from jquant.numerics import CHUNK, lookup_product
+from jquant.formats import (
+    BinaryTensor,
+    CenteredTensor,
+    Layout,
+    PermutedTensor,
+    QuantizedActivation,
+    QuantizedTensor,
+    RazoredActivation,
+    RazoredTensor,
+    RotatedTensor,
+    SplitActivation,
+    SpqrTensor,
+    UniformActivation,
+    UniformTensor,
+)
+from jquant.numerics import CHUNK, affine_product, lookup_product, unpack
 from jquant.types import compute_dtype
 
 type Weight = Float[Array, "in out"] | QuantizedTensor
-type MatmulRule = Callable[[jax.Array, Any], jax.Array]
+type Activation = Float[Array, "*batch in"] | QuantizedActivation
+type MatmulRule = Callable[[Any, Any], jax.Array]
 
 LOOKUP_ROWS: Final = 4  # activations up to which tables beat the dense product on CPU: benchmarks/lookup_matmul.py
 
@@ -24,25 +40,36 @@ def dense(weight: Any, dtype: jax.typing.DTypeLike = jnp.float32) -> Float[Array
     return weight.dequantize(dtype) if isinstance(weight, QuantizedTensor) else weight.astype(dtype)
 
 
-def matmul(x: Float[Array, "*batch in"], weight: Any) -> Float[Array, "*batch out"]:
+def matmul(x: Activation, weight: Any) -> Float[Array, "*batch out"]:
     """Multiplies an activation by a weight; equals `x @ dense(weight)` up to rounding, whichever rule runs.
 
-    Sums are float32 (float64 for float64 activations); the result has the activation's dtype.
+    Of a quantized activation, x is what it dequantizes to. Sums are float32 (float64 for float64 activations), of
+    products of integers int32 with the scales after; the result has the activation's dtype.
 
     Args:
-      x: activations [..., in].
+      x: activations [..., in], as numbers or as a `QuantizedActivation`.
       weight: an array [in, out] or a `QuantizedTensor` of that shape.
 
     Returns:
       The product [..., out], in the dtype of `x`.
 
+    Raises:
+      FormatError: the table of rules has no row for the two.
+
     Example:
       >>> matmul(jnp.ones((1, 2)), jnp.array([[1.0], [2.0]])).tolist()
       [[3.0]]
     """
+    operand = type(x) if isinstance(x, QuantizedActivation) else jax.Array
     kind = type(weight) if isinstance(weight, QuantizedTensor) else jax.Array
     layout = weight.layout if isinstance(weight, UniformTensor) else Layout.PORTABLE  # a jax.Array has another `layout`
-    return _RULES.get((kind, layout), _reference)(x, weight)
+    rule = _RULES.get((operand, kind, layout))
+    if rule is None:
+        raise FormatError(
+            f"no rule multiplies a {operand.__name__} by a {kind.__name__} in layout {layout.value}: give the table of "
+            "jquant/matmul.py a row"
+        )
+    return rule(x, weight)
 
 
 def _reference(x: jax.Array, weight: Any) -> jax.Array:
@@ -91,8 +118,71 @@ def _rotated(x: jax.Array, weight: RotatedTensor) -> jax.Array:
     return weight.rotate_outputs(matmul(weight.rotate_inputs(x), weight.inner))
 
 
-_RULES: Final[Mapping[tuple[type, Layout], MatmulRule]] = {
-    (PermutedTensor, Layout.PORTABLE): _permuted,
-    (RotatedTensor, Layout.PORTABLE): _rotated,
-    (BinaryTensor, Layout.PORTABLE): _binary,
+def _dequantized(x: QuantizedActivation, weight: Any) -> jax.Array:
+    """Multiplies what the activation stands for, in float32 or wider, by the weight's own rule for numbers."""
+    return matmul(x.dequantize(compute_dtype(x.dtype)), weight).astype(x.dtype)
+
+
+def _integer(x: UniformActivation, weight: UniformTensor) -> jax.Array:
+    """Multiplies int8 by int8 with int32 sums, one product for each run of inputs on one grid of both."""
+    (inputs, outputs), bits = weight.shape, weight.format.bits
+    *batch, _ = x.codes.shape
+    half, sums = 2 ** (bits - 1), x.scales.dtype
+    codes = (unpack(weight.codes, bits, inputs).astype(jnp.int16) - half).astype(jnp.int8)
+    zeros = None
+    if weight.zeros is not None:
+        zeros = unpack(weight.zeros, bits, weight.format.groups(inputs)).astype(jnp.int32) - half
+    rows = math.prod(batch)
+    y = affine_product(
+        x.codes.reshape(rows, inputs),
+        x.scales.reshape(rows, -1),
+        None if x.zeros is None else x.zeros.reshape(rows, -1),
+        codes,
+        weight.scales.astype(sums),
+        zeros,
+    )
+    return y.reshape(*batch, outputs).astype(x.dtype)
+
+
+def _permuted_integer(x: UniformActivation, weight: PermutedTensor) -> jax.Array:
+    """Permutes the codes of tokens with one grid each; with groups, whose members would part, takes the numbers."""
+    if x.scales.shape[-1] > 1:
+        return _dequantized(x, weight)
+    return matmul(dataclasses.replace(x, codes=x.codes[..., weight.order[:, 0]]), weight.inner)
+
+
+def _split(x: SplitActivation, weight: Any) -> jax.Array:
+    """Adds the product of the integers and that of the outliers, in float32 or wider."""
+    wide = compute_dtype(x.dtype)
+    inner = dataclasses.replace(x.inner, dtype=str(jnp.dtype(wide)))
+    return (matmul(inner, weight) + matmul(x.outliers.astype(wide), weight)).astype(x.dtype)
+
+
+# Every pair of an activation and a weight. Integers on grids multiply as integers. What `_dequantized` serves has no
+# such rule: razored integers have a scale for every few inputs, binary codes eight signs, rotations no integers at all.
+_PORTABLE: Final = Layout.PORTABLE
+_WEIGHTS: Final = (
+    jax.Array,
+    UniformTensor,
+    PermutedTensor,
+    BinaryTensor,
+    RazoredTensor,
+    CenteredTensor,
+    RotatedTensor,
+    SpqrTensor,
+)
+_RULES: Final[Mapping[tuple[type, type, Layout], MatmulRule]] = {
+    (jax.Array, jax.Array, _PORTABLE): _reference,
+    (jax.Array, UniformTensor, _PORTABLE): _reference,
+    (jax.Array, PermutedTensor, _PORTABLE): _permuted,
+    (jax.Array, BinaryTensor, _PORTABLE): _binary,
+    (jax.Array, RazoredTensor, _PORTABLE): _reference,
+    (jax.Array, CenteredTensor, _PORTABLE): _reference,
+    (jax.Array, RotatedTensor, _PORTABLE): _rotated,
+    (jax.Array, SpqrTensor, _PORTABLE): _reference,
+    **{(UniformActivation, weight, _PORTABLE): _dequantized for weight in _WEIGHTS},
+    (UniformActivation, UniformTensor, _PORTABLE): _integer,
+    (UniformActivation, PermutedTensor, _PORTABLE): _permuted_integer,
+    **{(RazoredActivation, weight, _PORTABLE): _dequantized for weight in _WEIGHTS},
+    **{(SplitActivation, weight, _PORTABLE): _split for weight in _WEIGHTS},
 }

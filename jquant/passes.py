@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from typing import final
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from jquant.blocks import BlockPass
+from jquant.blocks import SITES, ActivationRule, BlockPass, InputQuantizers
 from jquant.calibration import BlockStore, check_weights, quantize_blocks
 from jquant.errors import RecipeError
-from jquant.models import Llama
+from jquant.models import Block, Llama, blocks, get
 from jquant.report import BlockReport, Report
 from jquant.types import Key
 
@@ -75,6 +76,45 @@ class Sequential(ModelPass):
         return quantize_blocks(
             model, context.tokens, self.passes, key=context.key, store=context.store, on_block=context.on_block
         )
+
+
+@final
+@dataclass(frozen=True)
+class QuantizeActivations(ModelPass):
+    """Puts input quantizers on the linears by rules; weights stay as they are.
+
+    Attributes:
+      rules: the rules, first match wins; a linear that none matches keeps its input.
+    """
+
+    rules: tuple[ActivationRule, ...]
+
+    def needs_tokens(self) -> bool:
+        """Tells whether any method is calibrated."""
+        return self.as_block_pass().needs_inputs()
+
+    def check(self, model: Llama) -> None:
+        """Checks the rules on every linear."""
+        self.as_block_pass().check(model)
+
+    def as_block_pass(self) -> InputQuantizers:
+        """Returns the block pass that does the work."""
+        return InputQuantizers(self.rules)
+
+    def outline(self, model: Llama) -> Llama:
+        """Returns the abstract model with its quantizers."""
+
+        def place(layers: tuple[Block, ...]) -> tuple[Block, ...]:
+            largest = {site: jnp.zeros(get(layers[0], names[0]).kernel.shape[0]) for site, names in SITES.items()}
+            return tuple(self.as_block_pass().place(block, index, largest) for index, block in enumerate(layers))
+
+        return dataclasses.replace(model, layers=jax.eval_shape(place, blocks(model)))
+
+    def __call__(self, model: Llama, context: Context) -> tuple[Llama, Report]:
+        """Runs `calibration.quantize_blocks`; there is nothing to report."""
+        store = context.store if self.needs_tokens() else None
+        model, _ = quantize_blocks(model, context.tokens, (self.as_block_pass(),), key=context.key, store=store)
+        return model, Report()
 
 
 def run_passes(passes: Sequence[ModelPass], model: Llama, context: Context) -> tuple[Llama, Report]:

@@ -18,8 +18,8 @@ from jquant.blocks import SITES, QuantizeWeights
 from jquant.costs import Work, forward_operations, hessian_operations, solve_operations, working_nbytes
 from jquant.errors import RecipeError
 from jquant.formats import QuantizedTensor, split_outputs, tree_nbytes
-from jquant.models import Llama, get, linear_paths, put
-from jquant.passes import ModelPass, Sequential
+from jquant.models import Llama, blocks, get, linear_paths, put
+from jquant.passes import ModelPass, QuantizeActivations, Sequential
 from jquant.quantizers import WeightQuantizer
 from jquant.recipe import Calibration, Recipe
 
@@ -117,6 +117,8 @@ def plan(model: Llama, recipe: Recipe) -> Plan:
     solves: list[Solve] = []
     for one in recipe.passes:
         one.check(result)
+        if isinstance(one, QuantizeActivations):
+            work = work.plus(_activation_work(result, one, recipe.calibration))
         result = one.outline(result)
         for block_pass in _block_passes(one):
             for index in range(model.config.num_hidden_layers):
@@ -193,6 +195,15 @@ def _work(
         statistics=sum(hessian_operations(features, samples * length) for features in summed),
         solves=sum(solve_operations(*_shape(model, solve)) for solve in heavy),
     )
+
+
+def _activation_work(model: Llama, one: QuantizeActivations, calibration: Calibration | None) -> Work:
+    """Returns the work of calibrating input quantizers: every block up to its last site, then once whole."""
+    if calibration is None or not one.needs_tokens():
+        return Work()
+    operations = [forward_operations(block, model.config, calibration.length) for block in blocks(model)]
+    forward = sum(reached["mlp_hidden"] for reached in operations) + sum(reached["end"] for reached in operations[:-1])
+    return Work(forward=calibration.samples * forward)
 
 
 def _solved(model: Llama, solve: Solve) -> Llama:

@@ -19,11 +19,12 @@ from typing import Any, Final
 
 import yaml
 
+from jquant.activations import ActivationRazor, OutlierSplit, PerToken, StaticTensor
 from jquant.blocks import QuantizeWeights
 from jquant.data import PYTHON_DOCS
 from jquant.errors import RecipeError
 from jquant.exact_passes import FoldNorms, Rotate, Untie
-from jquant.passes import ModelPass, Sequential
+from jquant.passes import ModelPass, QuantizeActivations, Sequential
 from jquant.quantizers import Bcq, Gptq, GptqRazor, Quip, Razor, Rtn, Spqr, ZeroQuant
 from jquant.schema import build, describe, plain, suggest
 
@@ -34,6 +35,7 @@ PARTS: Final[Mapping[str, type]] = {
     "rotate": Rotate,
     "sequential": Sequential,
     "quantize_weights": QuantizeWeights,
+    "quantize_activations": QuantizeActivations,
     "rtn": Rtn,
     "gptq": Gptq,
     "bcq": Bcq,
@@ -42,6 +44,10 @@ PARTS: Final[Mapping[str, type]] = {
     "gptq_razor": GptqRazor,
     "quip": Quip,
     "spqr": Spqr,
+    "per_token": PerToken,
+    "static_tensor": StaticTensor,
+    "outlier_split": OutlierSplit,
+    "activation_razor": ActivationRazor,
 }
 _ENDINGS: Final = (".yaml", ".yml")
 _STEP: Final = re.compile(r"([^.\[\]]+)|\[(\d+)\]")

@@ -13,7 +13,7 @@ from typing import Any, Final
 import jax
 import jax.numpy as jnp
 
-from jquant import formats, kv, models
+from jquant import activations, formats, kv, models
 from jquant.errors import CheckpointError
 
 _NODES: Final[Mapping[str, type]] = {
@@ -36,6 +36,10 @@ _NODES: Final[Mapping[str, type]] = {
         formats.Outliers,
         formats.OnlineRotation,
         kv.ExactKv,
+        activations.TokenQuantizer,
+        activations.TensorQuantizer,
+        activations.OutlierQuantizer,
+        activations.RazorQuantizer,
     )
 }
 _VALUES: Final[Mapping[str, type]] = {
@@ -47,6 +51,10 @@ _VALUES: Final[Mapping[str, type]] = {
         formats.SpqrFormat,
         formats.BinaryFormat,
         formats.RazoredFormat,
+        activations.PerToken,
+        activations.StaticTensor,
+        activations.OutlierSplit,
+        activations.ActivationRazor,
     )
 }
 _ENUMS: Final[Mapping[str, type[enum.Enum]]] = {formats.Layout.__name__: formats.Layout}

@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 
 from jquant import matmul as module
-from jquant.formats import PermutedTensor, QuantizedTensor, UniformFormat, quantize_uniform
+from jquant.formats import (
+    Layout,
+    PermutedTensor,
+    QuantizedActivation,
+    QuantizedTensor,
+    UniformFormat,
+    quantize_uniform,
+)
 from jquant.matmul import dense, matmul
 
 RNG = np.random.default_rng(0)
@@ -80,6 +87,7 @@ def test_a_permuted_weight_is_gathered_by_input_and_not_unpacked_twice() -> None
     assert "gather" in program
 
 
-def test_rules_are_keyed_by_formats_that_exist() -> None:
-    for kind, _layout in module._RULES:
-        assert kind in QuantizedTensor.__subclasses__()
+def test_every_pair_of_an_activation_and_a_weight_has_a_rule() -> None:
+    weights = {jax.Array, *QuantizedTensor.__subclasses__()}
+    activations = {jax.Array, *QuantizedActivation.__subclasses__()}
+    assert set(module._RULES) == {(x, weight, Layout.PORTABLE) for x in activations for weight in weights}

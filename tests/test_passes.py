@@ -7,12 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jquant.blocks import QuantizeWeights, Rule
+from jquant.activations import StaticTensor
+from jquant.blocks import ActivationRule, QuantizeWeights, Rule
 from jquant.calibration import BlockStore
+from jquant.checkpoint import load_model, save_model
 from jquant.errors import RecipeError
 from jquant.formats import UniformFormat
 from jquant.models import Llama, get, random_model, tiny_config
-from jquant.passes import Context, Sequential, run_passes
+from jquant.passes import Context, QuantizeActivations, Sequential, run_passes
 from jquant.quantizers import Gptq, Rtn
 
 
@@ -52,3 +54,21 @@ def test_calibration_that_is_missing_is_said_before_any_work(model: Llama) -> No
         run_passes([needs], model, Context(key=jax.random.key(1)))
     run_passes([needs], model, Context(key=jax.random.key(1), tokens=jnp.zeros((1, 8), jnp.int32)))
     assert isinstance(get(model, "layers.0.mlp.up_proj").kernel, jax.Array)
+
+
+def test_calibrated_inputs_need_text_and_follow_the_weights(model: Llama, tmp_path: Path) -> None:
+    """Dynamic ones need none. The result is the same from a store, and from a checkpoint."""
+    passes = [only(".*_proj"), QuantizeActivations((ActivationRule(".*_proj", StaticTensor()),))]
+    with pytest.raises(RecipeError, match="QuantizeActivations needs calibration data"):
+        run_passes(passes, model, Context(key=jax.random.key(1)))
+    tokens = jax.random.randint(jax.random.key(3), (2, 8), 0, 128)
+    expected, _ = run_passes(passes, model, Context(key=jax.random.key(1), tokens=tokens))
+    for _ in range(2):
+        store = BlockStore.open(tmp_path / "store", {"run": "one"})
+        with store.lock:
+            found, _ = run_passes(passes, model, Context(key=jax.random.key(1), tokens=tokens, store=store))
+        jax.tree.map(np.testing.assert_array_equal, found, expected)
+    save_model(expected, tmp_path / "model")
+    back = load_model(tmp_path / "model")
+    assert jax.tree.structure(back) == jax.tree.structure(expected)
+    jax.tree.map(np.testing.assert_array_equal, back, expected)

@@ -15,6 +15,15 @@ from jquant.recipe import Recipe, load_recipe, parse_recipe
 WEIGHTS = "passes[0].sequential.passes[0].quantize_weights"
 FORMAT = f"{WEIGHTS}.rules[0].quantizer.gptq.format"
 SMOLLM2 = LlamaConfig(49152, 576, 1536, 30, 9, 3, 64, max_position_embeddings=8192, tie_word_embeddings=True)
+STATIC = """
+name: static
+calibration: {samples: 2, length: 16}
+passes:
+  - sequential:
+      passes:
+        - quantize_weights: {rules: [{match: ".*_proj", quantizer: {rtn: {format: {group_size: 32}}}}]}
+  - quantize_activations: {rules: [{match: ".*", quantizer: {static_tensor: {}}}]}
+"""
 
 
 def gptq(*changes: str) -> Recipe:
@@ -25,8 +34,12 @@ def gptq(*changes: str) -> Recipe:
 
 @pytest.mark.parametrize(
     "recipe",
-    [gptq(f"{FORMAT}.bits=3", f"{WEIGHTS}.rules[0].quantizer.gptq.groups=dynamic"), load_recipe("rtn-w8")],
-    ids=["gptq", "rtn"],
+    [
+        gptq(f"{FORMAT}.bits=3", f"{WEIGHTS}.rules[0].quantizer.gptq.groups=dynamic"),
+        load_recipe("rtn-w8"),
+        parse_recipe(STATIC),
+    ],
+    ids=["gptq", "rtn", "rtn, static activations"],
 )
 def test_bits_and_bytes_are_those_of_the_run(recipe: Recipe) -> None:
     model = random_model(tiny_config(), jax.random.key(0))
@@ -104,3 +117,9 @@ def test_what_cannot_be_run_cannot_be_planned() -> None:
         plan(abstract_llama(tiny_config()), gptq(f"{WEIGHTS}.rules[0].match=model.*"))
     with pytest.raises(FormatError, match=r"layers.0.self_attn.q_proj.*group_size 128 does not divide 64"):
         plan(abstract_llama(tiny_config()), load_recipe("rtn-w4g128"))
+
+
+def test_calibrating_activations_runs_every_block_to_its_last_site_and_once_whole() -> None:
+    figures, config = plan(abstract_llama(tiny_config()), parse_recipe(STATIC)), tiny_config()
+    reached = forward_operations(abstract_llama(config).layers[0], config, 16)
+    assert figures.work == Work(forward=2 * (2 * reached["mlp_hidden"] + reached["end"]))

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jquant.activations import ActivationQuantizer
 from jquant.errors import CheckpointError
 from jquant.formats import Layout, QuantizedTensor, UniformFormat
 from jquant.kv import KvCodec
@@ -38,8 +39,12 @@ def test_stacked_and_packed_models() -> None:
 
 
 def test_every_node_that_a_model_may_hold_is_known() -> None:
-    """A format or codec without a row in the tables could be made and not be saved."""
-    for kind in (*QuantizedTensor.__subclasses__(), *KvCodec.__subclasses__()):
+    """A format, codec or input quantizer without a row in the tables could be made and not be saved."""
+    for kind in (
+        *QuantizedTensor.__subclasses__(),
+        *KvCodec.__subclasses__(),
+        *ActivationQuantizer.__subclasses__(),
+    ):
         with pytest.raises(CheckpointError, match=f"{kind.__name__} has no surprise"):
             decode_structure({"node": kind.__name__, "fields": {"surprise": None}})
 

@@ -1,5 +1,7 @@
 """Block passes: how one decoder block is rewritten. Each file holds one final `BlockPass`."""
 
+from jquant.blocks.activations import ActivationRule as ActivationRule
+from jquant.blocks.activations import InputQuantizers as InputQuantizers
 from jquant.blocks.base import BlockData as BlockData
 from jquant.blocks.base import BlockPass as BlockPass
 from jquant.blocks.base import summarize as summarize

@@ -1,7 +1,6 @@
 """QuantizeWeights: rules choose a quantizer for each linear; linears that share an input share its statistics."""
 
 import functools
-import re
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -12,7 +11,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jquant.blocks.base import BlockData, BlockPass, split_diagnostics
-from jquant.errors import FormatError, RecipeError
+from jquant.blocks.rules import check_pattern, first_match, refuse_unused
+from jquant.errors import FormatError
 from jquant.formats import QuantizedTensor, split_outputs
 from jquant.models import Block, Linear, Llama, LlamaConfig, get, linear_paths, prompt_block, put
 from jquant.quantizers import Diagnostics, Statistic, WeightQuantizer
@@ -42,10 +42,7 @@ class Rule:
 
     def __post_init__(self) -> None:
         """Refuses a pattern that is not a regular expression."""
-        try:
-            re.compile(self.match)
-        except re.error as error:
-            raise RecipeError(f"match {self.match!r} is not a regular expression: {error}") from error
+        check_pattern(self.match)
 
 
 @final
@@ -87,16 +84,11 @@ class QuantizeWeights(BlockPass):
                 rule.quantizer.check(kernel.shape)
             except FormatError as error:
                 raise FormatError(f"{path}, by rule {rule.match!r}: {error}") from error
-        for rule in self.rules:
-            if rule not in used:
-                raise RecipeError(
-                    f"rule {rule.match!r} is unused: no path such as {linear_paths(model)[0]!r} falls to it "
-                    "(rules before it may match first); correct the pattern, move the rule up, or remove it"
-                )
+        refuse_unused(self.rules, used, linear_paths(model)[0])
 
     def rule_for(self, path: str) -> Rule | None:
         """Returns the first rule that matches a path."""
-        return next((rule for rule in self.rules if re.fullmatch(rule.match, path)), None)
+        return first_match(self.rules, path)
 
     def __call__(self, block: Block, data: BlockData, key: Key) -> tuple[Block, dict[str, Diagnostics]]:
         """Quantizes one block; see the class for what the order of sites means."""

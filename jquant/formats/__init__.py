@@ -1,5 +1,9 @@
 """Formats: what quantized data is. Each file holds one final `QuantizedTensor`."""
 
+from jquant.formats.activation import QuantizedActivation as QuantizedActivation
+from jquant.formats.activation import RazoredActivation as RazoredActivation
+from jquant.formats.activation import SplitActivation as SplitActivation
+from jquant.formats.activation import UniformActivation as UniformActivation
 from jquant.formats.base import Layout as Layout
 from jquant.formats.base import QuantizedTensor as QuantizedTensor
 from jquant.formats.base import split_outputs as split_outputs

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from jquant.kv import LayerCache, Rope
 from jquant.matmul import matmul
@@ -16,6 +16,7 @@ from jquant.models.tree import Attention, Block, Llama, Mlp, Stacked
 from jquant.types import Leaf, compute_dtype
 
 type Apply = Callable[[Block, jax.Array, Any], tuple[jax.Array, Any]]
+type Valid = Bool[Array, "batch tokens"] | None  # which tokens are no padding; None: all
 type Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, LayerCache]]
 
 
@@ -128,6 +129,7 @@ def prompt_block(
     rope = _rope(layer.self_attn, config)
     tokens = x.shape[1]
     positions = jnp.arange(tokens)
+    valid = positions[None] < lengths[:, None]
 
     def store(
         keys: Float[Array, "tokens heads dim"], values: Float[Array, "tokens heads dim"], length: Int[Array, ""]
@@ -150,7 +152,7 @@ def prompt_block(
         mask = jnp.broadcast_to(causal_mask(positions, positions, config.sliding_window), (x.shape[0], tokens, tokens))
         return attention(rotate(queries), seen_keys, seen_values, mask), cache
 
-    return _block(layer, x, attend, config)
+    return _block(layer, x, valid, attend, config)
 
 
 def step_block(
@@ -179,7 +181,7 @@ def step_block(
         context = attention(rotated, seen_keys, seen_values, mask)
         return context, jax.vmap(codec.settle)(pushed, positions)
 
-    x, cache, _ = _block(layer, x, attend, config)
+    x, cache, _ = _block(layer, x, None, attend, config)
     return x, cache
 
 
@@ -196,18 +198,18 @@ def _rope(layer: Attention, config: LlamaConfig) -> Rope:
 
 
 def _block(
-    layer: Block, x: Float[Array, "batch tokens hidden"], attend: Attend, config: LlamaConfig
+    layer: Block, x: Float[Array, "batch tokens hidden"], valid: Valid, attend: Attend, config: LlamaConfig
 ) -> tuple[Float[Array, "batch tokens hidden"], LayerCache, Taps]:
     normed = rms_norm(x, layer.input_layernorm, config.rms_norm_eps)
-    update, cache, attention_input, attention_output = _attention(layer.self_attn, normed, attend, config)
+    update, cache, attention_input, attention_output = _attention(layer.self_attn, normed, valid, attend, config)
     x = x + update
     normed = rms_norm(x, layer.post_attention_layernorm, config.rms_norm_eps)
-    update, mlp_input, mlp_hidden = _mlp(layer.mlp, normed)
+    update, mlp_input, mlp_hidden = _mlp(layer.mlp, normed, valid)
     return x + update, cache, Taps(attention_input, attention_output, mlp_input, mlp_hidden)
 
 
 def _attention(
-    layer: Attention, x: Float[Array, "batch tokens hidden"], attend: Attend, config: LlamaConfig
+    layer: Attention, x: Float[Array, "batch tokens hidden"], valid: Valid, attend: Attend, config: LlamaConfig
 ) -> tuple[
     Float[Array, "batch tokens hidden"],
     LayerCache,
@@ -215,26 +217,26 @@ def _attention(
     Float[Array, "batch tokens queries"],
 ]:
     batch, tokens, _ = x.shape
-    queries, tap = linear(layer.q_proj, x)
-    keys, _ = linear(layer.k_proj, x)
-    values, _ = linear(layer.v_proj, x)
+    queries, tap = linear(layer.q_proj, x, valid)
+    keys, _ = linear(layer.k_proj, x, valid)
+    values, _ = linear(layer.v_proj, x, valid)
     queries, keys, values = (y.reshape(batch, tokens, -1, config.head_dim) for y in (queries, keys, values))
     if layer.q_norm is not None and layer.k_norm is not None:
         queries = rms_norm(queries, layer.q_norm, config.rms_norm_eps)
         keys = rms_norm(keys, layer.k_norm, config.rms_norm_eps)
     context, cache = attend(queries, keys, values)
-    y, output_tap = linear(layer.o_proj, context.reshape(batch, tokens, -1))
+    y, output_tap = linear(layer.o_proj, context.reshape(batch, tokens, -1), valid)
     return y, cache, tap, output_tap
 
 
 def _mlp(
-    layer: Mlp, x: Float[Array, "batch tokens hidden"]
+    layer: Mlp, x: Float[Array, "batch tokens hidden"], valid: Valid
 ) -> tuple[
     Float[Array, "batch tokens hidden"], Float[Array, "batch tokens hidden"], Float[Array, "batch tokens inner"]
 ]:
-    gate, tap = linear(layer.gate_proj, x)
-    up, _ = linear(layer.up_proj, x)
-    y, hidden_tap = linear(layer.down_proj, jax.nn.silu(gate) * up)
+    gate, tap = linear(layer.gate_proj, x, valid)
+    up, _ = linear(layer.up_proj, x, valid)
+    y, hidden_tap = linear(layer.down_proj, jax.nn.silu(gate) * up, valid)
     return y, tap, hidden_tap
 
 

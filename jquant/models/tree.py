@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from jquant.activations import ActivationQuantizer
 from jquant.errors import FormatError
 from jquant.formats import OnlineRotation, align_outliers
 from jquant.kv import ExactKv, KvCodec
@@ -22,17 +23,19 @@ type Make = Callable[[str, tuple[int, ...]], Any]  # (path, shape) -> the array 
 
 @struct.dataclass
 class Linear:
-    """y = x @ kernel + bias, x having gone through `input_rotation` where there is one.
+    """y = x @ kernel + bias, x having gone through `input_rotation` and `input_quantizer` where there are such.
 
     Attributes:
       kernel: [in, out], an array or a `QuantizedTensor`.
       bias: [out] or absent.
       input_rotation: an orthogonal operator on the input, whose inverse the kernel has absorbed.
+      input_quantizer: what rounds the rotated input before the product.
     """
 
     kernel: Leaf
     bias: Leaf | None = None
     input_rotation: OnlineRotation | None = None
+    input_quantizer: ActivationQuantizer | None = None
 
 
 @struct.dataclass

@@ -2,6 +2,7 @@
 
 from jquant.numerics.haar import haar_matrix, random_signs
 from jquant.numerics.hadamard import base_matrix, base_order, hadamard_matrix, hadamard_on_host, hadamard_transform
+from jquant.numerics.integer import affine_product, integer_product
 from jquant.numerics.linalg import (
     DAMPING_LIMIT,
     DAMPING_STEP,
@@ -41,6 +42,7 @@ __all__ = [
     "Symmetry",
     "Transform",
     "UnitFactor",
+    "affine_product",
     "base_matrix",
     "base_order",
     "cast_scales",
@@ -52,6 +54,7 @@ __all__ = [
     "hadamard_matrix",
     "hadamard_on_host",
     "hadamard_transform",
+    "integer_product",
     "inverse_factor",
     "lookup_product",
     "pack",

@@ -26,7 +26,8 @@ import numpy as np
 
 from convert import default_cache, demo_model, load_model, load_tokenizer
 from eval.perplexity import perplexity
-from jquant.blocks import QuantizeWeights, Rule
+from jquant.activations import ActivationMethod, ActivationRazor, OutlierSplit, PerToken
+from jquant.blocks import ActivationRule, InputQuantizers, QuantizeWeights, Rule
 from jquant.calibration import quantize_blocks
 from jquant.data import load_text, token_windows
 from jquant.exact_passes import FoldNorms, Rotate, Untie
@@ -56,9 +57,9 @@ def _quip(bits: int, incoherence: str = "butterfly") -> Quip:
     return Quip(bits, order="reversed", greedy_passes=0, incoherence=incoherence, rho=2.4, fidelity="reference")  # type: ignore[arg-type]
 
 
-def _zeroquant(groups: Mapping[str, int]) -> Mapping[str, WeightQuantizer]:
-    """Returns ZeroQuant's rules, given a number of groups for some linears: 8 bits in the attention, 4 in the MLP."""
-    linears = {f".*\\.{name}": (4 if name in MLP else 8, count) for name, count in groups.items()}
+def _zeroquant(groups: Mapping[str, int], attention: int = 8, mlp: int = 4) -> Mapping[str, WeightQuantizer]:
+    """Returns ZeroQuant's rules, given a number of groups for some linears and the bits of both halves of a block."""
+    linears = {f".*\\.{name}": (mlp if name in MLP else attention, count) for name, count in groups.items()}
     return {match: ZeroQuant(bits, count, "float32") for match, (bits, count) in linears.items()}
 
 
@@ -91,6 +92,15 @@ ROWS: Final[Mapping[str, tuple[WeightQuantizer | Mapping[str, WeightQuantizer] |
     "gptq-qrazor-w4a16-g8": (GptqRazor(RazoredFormat(axis="out", group_size=8), order="activation"), "per_block"),
     "zq-w4ffn8attn-a16": (_zeroquant(ROWS_OF_SMOLLM2), "per_block"),
     "zq-w4ffn8attn-a16-g4096": (_zeroquant(dict.fromkeys(ROWS_OF_SMOLLM2, 4096)), "per_block"),
+    "rtn-w8a8-token": (Rtn(_format(8, None)), "per_block"),
+    "rtn-w6a6-token": (Rtn(_format(6, None)), "per_block"),
+    "rtn-w4a4-token": (Rtn(_format(4, None)), "per_block"),
+    "llmint8-t6": (Rtn(_format(8, None, "symmetric")), "per_block"),
+    "zq-w8a8": (_zeroquant(ROWS_OF_SMOLLM2, 8, 8), "per_block"),
+    "zq-w4ffn8attn-a8": (_zeroquant(ROWS_OF_SMOLLM2), "per_block"),
+    "zq-w4a4": (_zeroquant(ROWS_OF_SMOLLM2, 4, 4), "per_block"),
+    "qrazor-w4a4-g8": (Razor(RazoredFormat(group_size=8)), "per_block"),
+    "qrazor-w4a8-g8": (Razor(RazoredFormat(group_size=8)), "per_block"),
     "gptq-w4-g64-act-static-trueseq": (Gptq(_format(4, 64), order="activation"), "per_site"),
     "gptq-w4-g64-act-static-trueseq-float16": (Gptq(UniformFormat(4, 64), order="activation"), "per_site"),
     "quarot-fp": (None, "per_block"),
@@ -109,6 +119,16 @@ ROTATIONS: Final[Mapping[str, Rotate]] = {
     "quarot-w4a16-rtn-keepmean": Rotate(),
     "quarot-w4a16-gptq": Rotate(subtract_embedding_mean=True),
     "quarot-w4a16-gptq-keepmean": Rotate(),
+}
+
+# What rounds the inputs of all linears, in the rows that have it.
+ACTIVATIONS: Final[Mapping[str, ActivationMethod]] = {
+    **{f"rtn-w{bits}a{bits}-token": PerToken(bits, "asymmetric") for bits in (8, 6, 4)},
+    "llmint8-t6": OutlierSplit(),
+    **{f"zq-{name}": PerToken(8, "asymmetric_zeroquant") for name in ("w8a8", "w4ffn8attn-a8")},
+    "zq-w4a4": PerToken(4, "asymmetric_zeroquant"),
+    "qrazor-w4a4-g8": ActivationRazor(bits=4),
+    "qrazor-w4a8-g8": ActivationRazor(bits=8),
 }
 
 
@@ -131,6 +151,9 @@ def main() -> None:
             started = time.monotonic()
             prepared = _rotate(model, ROTATIONS[name], seed) if name in ROTATIONS else model
             quantized = _quantize(prepared, calibration, quantizers, sequence, seed)
+            if name in ACTIVATIONS:
+                inputs = InputQuantizers((ActivationRule(".*_proj", ACTIVATIONS[name]),))
+                quantized, _ = quantize_blocks(quantized, calibration, (inputs,), key=jax.random.key(seed))
             bits = inspect_model(quantized).bits_per_weight()
             solved = time.monotonic()
             ours = perplexity(stack_layers(quantized), windows)

@@ -71,7 +71,8 @@ def generate(
       key: of the random choice; may be left out for a greedy sampler.
 
     Returns:
-      The new tokens of each prompt. Greedy, they do not depend on the other prompts of the batch.
+      The new tokens of each prompt. Greedy, they do not depend on the other prompts of the batch, unless the method is
+      one whose input quantizer looks across tokens: LLM.int8(), and QRazor with one scale for the whole call.
 
     Raises:
       DataError: a prompt is empty, has an id outside the vocabulary, or exceeds the context with `max_tokens` more.

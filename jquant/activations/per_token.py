@@ -2,20 +2,21 @@
 
 For the features of a token, or a group of them, with lo = min(x, 0), hi = max(x, 0) and the clip ratio c
 
-    symmetric          s = c max|x| / (2^(b-1) - 1)      SmoothQuant, QuaRot
-    symmetric_signed   s = c max|x| / 2^(b-1)            ZeroQuant as DeepSpeed has it: +max|x| is clipped
-    symmetric_full     s = 2 c max|x| / (2^b - 1)
-    asymmetric         s = c (hi - lo) / (2^b - 1),      z = rne(-c lo / s)
+    symmetric              s = c max|x| / (2^(b-1) - 1)                        SmoothQuant, QuaRot
+    symmetric_signed       s = c max|x| / 2^(b-1)                              ZeroQuant; +max|x| is clipped
+    symmetric_full         s = 2 c max|x| / (2^b - 1)
+    asymmetric             s = c (hi - lo) / (2^b - 1),    z = rne(-c lo / s)
+    asymmetric_zeroquant   s = c (hi - lo) / 2^b,          z = rne(-c lo / s)  the same with ZeroQuant's divisor
 
-and q = clip(rne(x / s) + z). An asymmetric group (not a whole token) takes lo = min x and hi = max x as they are, as
-QuaRot's code does: a group far from zero keeps its resolution, and its zero may lie outside the codes. A token's result
-depends on no other token.
+and q = clip(rne(x / s) + z). ZeroQuant's asymmetric grids, as DeepSpeed has them, and asymmetric grids of groups (not
+of a whole token), as QuaRot's code has them, take lo = min x and hi = max x as they are: values far from zero keep
+their resolution, and the zero may lie outside the codes. A token's result depends on no other token.
 
 QuaRot, arXiv:2404.00456, section 4; SmoothQuant, arXiv:2211.10438; ZeroQuant, arXiv:2206.01861.
 """
 
 from dataclasses import dataclass
-from typing import Final, final
+from typing import Final, Literal, final
 
 import jax.numpy as jnp
 from flax import struct
@@ -24,10 +25,12 @@ from jaxtyping import Array, Bool, Float
 from jquant.activations.base import ActivationMethod, ActivationQuantizer, check_bits, check_clip, check_groups
 from jquant.errors import FormatError
 from jquant.formats import UniformActivation
-from jquant.numerics import Grid, Symmetry, encode, expand, fit_grid
+from jquant.numerics import Grid, encode, expand, fit_grid, safe_scale
 from jquant.types import compute_dtype
 
-# A group narrower than this share of its magnitude takes zero into its range: its codes would drown in rounding.
+type TokenGrid = Literal["symmetric", "symmetric_signed", "symmetric_full", "asymmetric", "asymmetric_zeroquant"]
+
+# A range narrower than this share of its magnitude takes zero in: its codes would drown in rounding.
 _NARROW: Final = 2.0**-12
 
 
@@ -38,7 +41,7 @@ class PerToken(ActivationMethod):
 
     Attributes:
       bits: bits of one code, 2 to 8.
-      symmetry: which grid; "symmetric_signed" is ZeroQuant's.
+      symmetry: which grid; "symmetric_signed" and "asymmetric_zeroquant" are ZeroQuant's, which divide by powers of 2.
       clip_ratio: share of the range that the grid covers; what lies outside is clipped.
       group_size: neighbouring features that share a grid; None for one grid for the whole token.
 
@@ -49,7 +52,7 @@ class PerToken(ActivationMethod):
     """
 
     bits: int = 8
-    symmetry: Symmetry = "symmetric"
+    symmetry: TokenGrid = "symmetric"
     clip_ratio: float = 1.0
     group_size: int | None = None
 
@@ -90,16 +93,19 @@ class TokenQuantizer(ActivationQuantizer):
         groups = x.astype(compute_dtype(x.dtype)).reshape(*x.shape[:-1], x.shape[-1] // size, size)
         grid = self._fit(groups)
         codes = encode(groups, expand(grid, -1), bits).reshape(x.shape).astype(jnp.int16) - 2 ** (bits - 1)
-        zeros = grid.zeros - 2 ** (bits - 1) if self.method.symmetry == "asymmetric" else None
+        zeros = grid.zeros - 2 ** (bits - 1) if self.method.symmetry.startswith("asymmetric") else None
         return UniformActivation(codes.astype(jnp.int8), grid.scales, zeros, str(x.dtype))
 
     def _fit(self, groups: Float[Array, "*batch groups size"]) -> Grid:
         low, high = jnp.min(groups, axis=-1), jnp.max(groups, axis=-1)
-        if self.method.group_size is None or self.method.symmetry != "asymmetric":
-            low, high = jnp.minimum(low, 0), jnp.maximum(high, 0)
-        else:
-            narrow = high - low < _NARROW * jnp.maximum(jnp.abs(low), jnp.abs(high))
-            low, high = jnp.where(narrow, jnp.minimum(low, 0), low), jnp.where(narrow, jnp.maximum(high, 0), high)
-        return fit_grid(
-            self.method.clip_ratio * low, self.method.clip_ratio * high, self.method.bits, self.method.symmetry
+        bits, symmetry, clip = self.method.bits, self.method.symmetry, self.method.clip_ratio
+        as_it_is = symmetry == "asymmetric_zeroquant" or (
+            symmetry == "asymmetric" and self.method.group_size is not None
         )
+        narrow = high - low < _NARROW * jnp.maximum(jnp.abs(low), jnp.abs(high)) if as_it_is else True
+        low, high = jnp.where(narrow, jnp.minimum(low, 0), low), jnp.where(narrow, jnp.maximum(high, 0), high)
+        if symmetry != "asymmetric_zeroquant":
+            return fit_grid(clip * low, clip * high, bits, symmetry)
+        low, high = safe_scale(clip * low, clip * high, bits)
+        scales = (high - low) / 2**bits
+        return Grid(scales, jnp.round(-low / scales))

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -18,15 +19,19 @@ RNG = np.random.default_rng(0)
 X = RNG.standard_normal((6, 48)).astype(np.float32)
 X[1, 7], X[4, 30], X[2, 7] = 9.0, -6.0, 0.5
 
+run = jax.jit(lambda quantizer, x, valid: quantizer(x, valid))
+multiply = jax.jit(matmul)
+pack = jax.jit(lambda weight: round_to_nearest(weight, FORMAT, "none"))
+
 
 def split(x: np.ndarray, threshold: float = 6.0, valid: list[bool] | None = None) -> SplitActivation:
     mask = None if valid is None else jnp.asarray(valid)
-    return OutlierSplit(threshold).fit(None)(jnp.asarray(x, jnp.float32), mask)
+    return run(OutlierSplit(threshold).fit(None), jnp.asarray(x, jnp.float32), mask)
 
 
 def packed(weight: np.ndarray) -> UniformTensor:
     """Return int8 per output of a weight [out, in]."""
-    return round_to_nearest(jnp.asarray(weight.T, jnp.float32), FORMAT, "none")
+    return pack(jnp.asarray(weight.T, jnp.float32))
 
 
 def test_golden_example() -> None:
@@ -39,7 +44,7 @@ def test_golden_example() -> None:
     np.testing.assert_allclose(127 * found.inner.scales, [[2], [3]], rtol=1e-6)
     np.testing.assert_array_equal(found.outliers, [[0, 0, 7, 0], [0, 0, -0.25, 0]])
     expected = [[5.295307, -1.192138], [5.187055, 1.262974]]  # six decimals are given, of float32 sums
-    np.testing.assert_allclose(matmul(found, weight), expected, rtol=0, atol=2e-6)
+    np.testing.assert_allclose(multiply(found, weight), expected, rtol=0, atol=2e-6)
 
 
 def test_bitsandbytes_tensors(shared: Path) -> None:
@@ -50,7 +55,7 @@ def test_bitsandbytes_tensors(shared: Path) -> None:
     np.testing.assert_array_equal(found.inner.codes, golden["CA"])
     np.testing.assert_allclose(127 * found.inner.scales[:, 0], golden["SCA"], rtol=1e-6)
     np.testing.assert_array_equal(np.flatnonzero(np.any(found.outliers != 0, axis=0)), golden["outlier_cols"])
-    np.testing.assert_allclose(matmul(found, packed(weight)), golden["y"], rtol=0, atol=2e-5)
+    np.testing.assert_allclose(multiply(found, packed(weight)), golden["y"], rtol=0, atol=2e-5)
 
 
 def test_equals_the_oracle() -> None:
@@ -60,7 +65,7 @@ def test_equals_the_oracle() -> None:
     assert columns.tolist() == [7, 30]
     np.testing.assert_array_equal(found.inner.codes, codes)
     np.testing.assert_allclose(127 * found.inner.scales[:, 0], maxima, rtol=1e-6)
-    np.testing.assert_allclose(matmul(found, packed(weight)), product, rtol=0, atol=1e-5 * np.abs(product).max())
+    np.testing.assert_allclose(multiply(found, packed(weight)), product, rtol=0, atol=1e-5 * np.abs(product).max())
 
 
 def test_threshold_is_inclusive_and_small_values_of_outlier_features_count_in_the_scale() -> None:
@@ -86,7 +91,7 @@ def test_masks_equal_gathers() -> None:
     dense = np.asarray(weight.dequantize(), np.float64)
     inner = np.asarray(found.inner.dequantize(), np.float64)
     expected = inner[:, others] @ dense[others] + X[:, columns] @ dense[columns]
-    np.testing.assert_allclose(matmul(found, weight), expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+    np.testing.assert_allclose(multiply(found, weight), expected, rtol=0, atol=1e-5 * np.abs(expected).max())
 
 
 def test_a_token_depends_on_its_neighbours() -> None:
@@ -96,7 +101,7 @@ def test_a_token_depends_on_its_neighbours() -> None:
     assert beside.inner.codes[2, 7] == 0
     np.testing.assert_array_equal(alone.inner.scales[0], beside.inner.scales[2])
     weight = packed(RNG.standard_normal((10, 48)))
-    assert np.abs(matmul(alone, weight)[0] - matmul(beside, weight)[2]).max() > 1e-4
+    assert np.abs(multiply(alone, weight)[0] - multiply(beside, weight)[2]).max() > 1e-4
 
 
 def test_padding_makes_no_outlier_features() -> None:

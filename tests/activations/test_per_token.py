@@ -3,23 +3,26 @@
 from pathlib import Path
 from typing import get_args
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jquant.activations import PerToken
+from jquant.activations.per_token import TokenGrid
 from jquant.errors import FormatError
 from jquant.formats import UniformActivation
-from jquant.numerics import Symmetry
 from tests.oracles import activations as oracle
 
 ROW = [0.1, -0.7, 1.4, 3.2, -2.0, 0.05, 0.9, -1.1]
 RNG = np.random.default_rng(0)
 X = RNG.standard_t(4, (6, 48)).astype(np.float32)
 
+run = jax.jit(lambda quantizer, x: quantizer(x, None))
+
 
 def quantize(method: PerToken, x: np.ndarray | list[float]) -> UniformActivation:
-    return method.fit(None)(jnp.asarray(x, jnp.float32), None)
+    return run(method.fit(None), jnp.asarray(x, jnp.float32))
 
 
 def unsigned(activation: UniformActivation, bits: int) -> np.ndarray:
@@ -78,11 +81,13 @@ def test_zeroquants_tensors(shared: Path, bits: int) -> None:
     golden = np.load(shared / "golden" / "zeroquant.npz")
     found = quantize(PerToken(bits, "symmetric_signed"), golden["W"]).dequantize()
     np.testing.assert_allclose(found, golden[f"sym{bits}_g16"], rtol=0, atol=1e-6)
+    found = quantize(PerToken(bits, "asymmetric_zeroquant"), golden["x"]).dequantize()
+    np.testing.assert_allclose(found, golden[f"asym{bits}_tok"], rtol=0, atol=3e-6)
 
 
-@pytest.mark.parametrize("symmetry", get_args(Symmetry.__value__))
+@pytest.mark.parametrize("symmetry", get_args(TokenGrid.__value__))
 @pytest.mark.parametrize(("bits", "clip", "group"), [(8, 1.0, None), (3, 0.9, None), (4, 0.95, 16)], ids=str)
-def test_equals_the_oracle(symmetry: Symmetry, bits: int, clip: float, group: int | None) -> None:
+def test_equals_the_oracle(symmetry: TokenGrid, bits: int, clip: float, group: int | None) -> None:
     found = quantize(PerToken(bits, symmetry, clip, group), X)
     for t, row in enumerate(X.astype(np.float64)):
         codes, scales, zeros = oracle.rounded(row, bits, symmetry, clip, group=group)
@@ -108,7 +113,7 @@ def test_rounds_half_to_even() -> None:
 
 def test_zero_and_constant_tokens() -> None:
     x = jnp.concatenate([jnp.zeros((1, 32)), jnp.full((1, 32), 3.0)])
-    for symmetry in get_args(Symmetry.__value__):
+    for symmetry in get_args(TokenGrid.__value__):
         for group in (None, 16):
             dense = quantize(PerToken(8, symmetry, group_size=group), x).dequantize()
             np.testing.assert_array_equal(dense[0], 0)

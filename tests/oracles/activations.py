@@ -12,7 +12,7 @@ def rounded(
     codes, scales, zeros = [], [], []
     for part in values.reshape(-1, group or len(values)):
         low, high = part.min(), part.max()
-        if group is None or symmetry != "asymmetric":
+        if symmetry != "asymmetric_zeroquant" and (group is None or symmetry != "asymmetric"):
             low, high = min(low, 0.0), max(high, 0.0)
         if low == high == 0:
             low, high = -1.0, 1.0
@@ -23,8 +23,9 @@ def rounded(
             "symmetric_signed": largest / half,
             "symmetric_full": 2 * largest / (2**bits - 1),
             "asymmetric": (high - low) / (2**bits - 1),
+            "asymmetric_zeroquant": (high - low) / 2**bits,
         }[symmetry]
-        zero = np.rint(-low / scale) if symmetry == "asymmetric" else half
+        zero = np.rint(-low / scale) if symmetry.startswith("asymmetric") else half
         codes.append(np.clip(np.rint(part / scale) + zero, 0, 2**bits - 1))
         scales.append(scale)
         zeros.append(zero)

@@ -129,7 +129,7 @@ def prompt_block(
     rope = _rope(layer.self_attn, config)
     tokens = x.shape[1]
     positions = jnp.arange(tokens)
-    valid = positions[None] < lengths[:, None]
+    valid = positions[None].astype(lengths.dtype) < lengths[:, None]
 
     def store(
         keys: Float[Array, "tokens heads dim"], values: Float[Array, "tokens heads dim"], length: Int[Array, ""]

@@ -19,6 +19,6 @@ def test_input_quantizers_are_shown_with_their_bits() -> None:
     shown = {row.path: row.input for row in facts.linears}
     assert shown["layers.0.self_attn.q_proj"] == "PerToken(bits=4, symmetry=symmetric, clip_ratio=0.9, group_size=None)"
     assert shown["layers.1.mlp.down_proj"] == "OutlierSplit(threshold=6.0, bits=8)"
-    assert shown["layers.1.self_attn.o_proj"] == "-"
+    assert shown["layers.1.self_attn.o_proj"] == ""
     columns = {column.header: list(column.cells) for column in facts_table(facts, "model").columns}
-    assert columns["input"] == [row.input for row in facts.linears]
+    assert columns["input"] == [row.input or "-" for row in facts.linears]

@@ -11,10 +11,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from jquant.blocks import SITES, ActivationRule, BlockPass, InputQuantizers
-from jquant.calibration import BlockStore, check_weights, quantize_blocks
+from jquant.calibration import BlockStore, check_weights, collect_absmax, quantize_blocks
 from jquant.errors import RecipeError
 from jquant.models import Block, Llama, blocks, get
 from jquant.report import BlockReport, Report
+from jquant.transforms import check_alpha, check_smoothing, smooth
 from jquant.types import Key
 
 
@@ -115,6 +116,35 @@ class QuantizeActivations(ModelPass):
         store = context.store if self.needs_tokens() else None
         model, _ = quantize_blocks(model, context.tokens, (self.as_block_pass(),), key=context.key, store=store)
         return model, Report()
+
+
+@final
+@dataclass(frozen=True)
+class Smooth(ModelPass):
+    """SmoothQuant: moves large channels from the inputs of q, k, v, gate and up into their weights (arXiv:2211.10438).
+
+    Attributes:
+      alpha: how much moves, 0 to 1.
+    """
+
+    alpha: float = 0.5
+
+    def __post_init__(self) -> None:
+        """Refuses an alpha outside 0..1."""
+        check_alpha(self.alpha)
+
+    def needs_tokens(self) -> bool:
+        """Tells that the largest activations are measured."""
+        return True
+
+    def check(self, model: Llama) -> None:
+        """Refuses a model that is quantized already."""
+        check_smoothing(model)
+
+    def __call__(self, model: Llama, context: Context) -> tuple[Llama, Report]:
+        """Measures the model as it stands, and smooths it."""
+        assert context.tokens is not None
+        return smooth(model, collect_absmax(model, context.tokens), self.alpha), Report()
 
 
 def run_passes(passes: Sequence[ModelPass], model: Llama, context: Context) -> tuple[Llama, Report]:

@@ -19,7 +19,7 @@ from jquant.costs import Work, forward_operations, hessian_operations, solve_ope
 from jquant.errors import RecipeError
 from jquant.formats import QuantizedTensor, split_outputs, tree_nbytes
 from jquant.models import Llama, blocks, get, linear_paths, put
-from jquant.passes import ModelPass, QuantizeActivations, Sequential
+from jquant.passes import ModelPass, QuantizeActivations, Sequential, Smooth
 from jquant.quantizers import WeightQuantizer
 from jquant.recipe import Calibration, Recipe
 
@@ -119,6 +119,7 @@ def plan(model: Llama, recipe: Recipe) -> Plan:
         one.check(result)
         if isinstance(one, QuantizeActivations):
             work = work.plus(_activation_work(result, one, recipe.calibration))
+        work = work.plus(_measuring(one, model, recipe.calibration))
         result = one.outline(result)
         for block_pass in _block_passes(one):
             for index in range(model.config.num_hidden_layers):
@@ -158,6 +159,14 @@ def list_solves(block_pass: QuantizeWeights, index: int) -> Iterator[Solve]:
             group = tuple(path for path, own in chosen.items() if own == quantizer)
             for part in [group] if quantizer.separable else [(path,) for path in group]:
                 yield Solve(quantizer, site, part)
+
+
+def _measuring(one: ModelPass, model: Llama, calibration: Calibration | None) -> Work:
+    """Returns the work of a pass that measures the activations of the whole model: its blocks over all windows."""
+    if calibration is None or not isinstance(one, Smooth):
+        return Work()
+    block = forward_operations(get(model, "layers.0"), model.config, calibration.length)["end"]
+    return Work(forward=model.config.num_hidden_layers * calibration.samples * block)
 
 
 def _block_passes(one: ModelPass) -> tuple[QuantizeWeights, ...]:

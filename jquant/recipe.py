@@ -24,7 +24,7 @@ from jquant.blocks import QuantizeWeights
 from jquant.data import PYTHON_DOCS
 from jquant.errors import RecipeError
 from jquant.exact_passes import FoldNorms, Rotate, Untie
-from jquant.passes import ModelPass, QuantizeActivations, Sequential
+from jquant.passes import ModelPass, QuantizeActivations, Sequential, Smooth
 from jquant.quantizers import Bcq, Gptq, GptqRazor, Quip, Razor, Rtn, Spqr, ZeroQuant
 from jquant.schema import build, describe, plain, suggest
 
@@ -34,6 +34,7 @@ PARTS: Final[Mapping[str, type]] = {
     "fold_norms": FoldNorms,
     "rotate": Rotate,
     "sequential": Sequential,
+    "smooth": Smooth,
     "quantize_weights": QuantizeWeights,
     "quantize_activations": QuantizeActivations,
     "rtn": Rtn,

@@ -94,6 +94,16 @@ def test_work_of_one_block_by_hand() -> None:
     assert per_block == Work(2 * (2 * mlp_hidden + end), hessians, per_site.solves)
 
 
+def test_smoothing_costs_one_pass_over_the_model() -> None:
+    config = tiny_config()
+    text = "{name: mine, calibration: {samples: 2, length: 16}, passes: [{smooth: {}}]}"
+    model = abstract_llama(config)
+    figures = plan(model, parse_recipe(text))
+    assert figures.work == Work(forward=2 * 2 * forward_operations(model.layers[0], config, 16)["end"])
+    assert {row.method for row in figures.linears} == {UNTOUCHED}
+    assert figures.nbytes == figures.source_nbytes
+
+
 def test_memory_is_the_larger_of_attention_and_solve() -> None:
     config = tiny_config()
     assert working_nbytes(config, 512, [(64, 64)]) == 4 * 3 * 4 * 512 * 512

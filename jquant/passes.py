@@ -64,8 +64,8 @@ class Sequential(ModelPass):
     passes: tuple[BlockPass, ...]
 
     def needs_tokens(self) -> bool:
-        """Tells whether any block pass needs calibration inputs."""
-        return any(one.needs_inputs() for one in self.passes)
+        """Tells whether any block pass needs calibration inputs or a teacher."""
+        return any(one.needs_inputs() or one.needs_teacher() for one in self.passes)
 
     def check(self, model: Llama) -> None:
         """Checks every block pass."""

@@ -31,11 +31,19 @@ class LinearReport:
 
 @dataclass(frozen=True)
 class BlockReport:
-    """One block of a run: its index, its linears, and the seconds it took (0 if it was resumed)."""
+    """One block of a run.
+
+    Attributes:
+      index: its place, from 0.
+      linears: one row for each linear that was solved.
+      seconds: what it took.
+      losses: where the block was trained, the loss of each step before its update.
+    """
 
     index: int
     linears: tuple[LinearReport, ...]
     seconds: float
+    losses: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -67,4 +75,5 @@ class Report:
 def block_report_from_dict(value: dict[str, Any]) -> BlockReport:
     """Reads back one block of `Report.to_json`."""
     rows = tuple(LinearReport(**row) for row in value["linears"])
-    return BlockReport(index=value["index"], linears=rows, seconds=value["seconds"])
+    losses = tuple(value.get("losses", ()))
+    return BlockReport(index=value["index"], linears=rows, seconds=value["seconds"], losses=losses)

@@ -66,6 +66,10 @@ class InputQuantizers(BlockPass):
         """Tells whether any rule's method is calibrated."""
         return any(rule.quantizer is not None and rule.quantizer.needs_absmax() for rule in self.rules)
 
+    def needs_teacher(self) -> bool:
+        """Tells that nothing is compared with the source."""
+        return False
+
     def check(self, model: Llama) -> None:
         """Refuses rules that no linear falls to, inputs that a method cannot take, and inputs already quantized.
 

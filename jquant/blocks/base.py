@@ -13,6 +13,19 @@ from jquant.types import Key, Leaf
 
 
 @struct.dataclass
+class Teacher:
+    """The block as it came, on full-precision activations: what a pass that learns compares with.
+
+    Attributes:
+      inputs: [samples, tokens, hidden], what the blocks before it produced before they were rewritten.
+      outputs: what the block as it came makes of them, with exact keys and values; the same shape.
+    """
+
+    inputs: Leaf
+    outputs: Leaf
+
+
+@struct.dataclass
 class BlockData:
     """What a pass may know of a block's surroundings.
 
@@ -20,11 +33,13 @@ class BlockData:
       inputs: [samples, tokens, hidden], what the blocks before it produce; None if no pass asked for inputs.
       config: the model's sizes.
       index: the block's place, from 0.
+      teacher: the source's own activations around the block; None if no pass asked for a teacher.
     """
 
     inputs: Leaf | None
     config: LlamaConfig = struct.field(pytree_node=False)
     index: int = struct.field(pytree_node=False)
+    teacher: Teacher | None = None
 
 
 class BlockPass(abc.ABC):
@@ -35,12 +50,19 @@ class BlockPass(abc.ABC):
         """Tells whether calibration inputs must be carried through the blocks."""
 
     @abc.abstractmethod
+    def needs_teacher(self) -> bool:
+        """Tells whether the source's own activations must be carried through the blocks as well."""
+
+    @abc.abstractmethod
     def check(self, model: Llama) -> None:
         """Raises RecipeError or FormatError for what cannot work on this model; called before any work."""
 
     @abc.abstractmethod
     def __call__(self, block: Block, data: BlockData, key: Key) -> tuple[Block, dict[str, Diagnostics]]:
-        """Returns the new block, and diagnostics by the path of each linear that was solved."""
+        """Returns the new block, and diagnostics by the path of each linear that was solved.
+
+        A pass that learns adds an entry by the block's own path, `layers.3`, whose "losses" are one for each step.
+        """
 
 
 def summarize(diagnostics: Diagnostics) -> dict[str, Float[Array, ""]]:

@@ -64,6 +64,10 @@ class QuantizeWeights(BlockPass):
         """Tells whether any rule's quantizer needs statistics."""
         return any(rule.quantizer is not None and rule.quantizer.statistic is not None for rule in self.rules)
 
+    def needs_teacher(self) -> bool:
+        """Tells that nothing is compared with the source."""
+        return False
+
     def check(self, model: Llama) -> None:
         """Refuses rules that no linear falls to, and shapes or weights that a rule's quantizer cannot take.
 

@@ -14,11 +14,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from jquant.blocks import BlockData, BlockPass, summarize
+from jquant.blocks import BlockData, BlockPass, Teacher, summarize
 from jquant.calibration.store import BlockStore
 from jquant.errors import CalibrationError
 from jquant.formats import QuantizedTensor, compact_outliers
-from jquant.models import Block, Llama, LlamaConfig, blocks, embed, get, linear_paths, prompt_block
+from jquant.kv import ExactKv
+from jquant.models import Block, Llama, LlamaConfig, blocks, embed, get, linear_paths, prompt_block, put
 from jquant.quantizers import Diagnostics
 from jquant.report import BlockReport, LinearReport, Report
 from jquant.types import Key
@@ -37,7 +38,7 @@ def quantize_blocks(
 
     Args:
       model: the model, its layers a tuple.
-      tokens: calibration windows; None if no pass needs inputs.
+      tokens: calibration windows; None if no pass needs inputs or a teacher.
       passes: what is done to each block, in order.
       key: random key of the run.
       store: keeps each finished block on disk; blocks that it already holds are taken from it.
@@ -50,23 +51,27 @@ def quantize_blocks(
       CalibrationError: a solve gave something that is not finite; the linear is named, finished blocks are kept.
     """
     carried = any(one.needs_inputs() for one in passes)
+    taught = any(one.needs_teacher() for one in passes)
     inputs = embed(model, tokens) if carried and tokens is not None else None
+    source_inputs = embed(model, tokens) if taught and tokens is not None else None
     layers, reports = list(blocks(model)), []
     for index, layer in enumerate(layers):
         started = time.monotonic()
+        teacher = None if source_inputs is None else _teach(layer, source_inputs, model.config)
         resumed = store.get(index) if store else None
         if resumed is not None:
             layers[index], report = resumed
             solved = layers[index]
         else:
-            data = BlockData(inputs=inputs, config=model.config, index=index)
-            solved, rows = _run(passes, layer, data, jax.random.fold_in(key, index))
+            data = BlockData(inputs=inputs, config=model.config, index=index, teacher=teacher)
+            solved, rows, losses = _run(passes, layer, data, jax.random.fold_in(key, index))
             layers[index] = compact_outliers(jax.block_until_ready(solved))
-            report = BlockReport(index=index, linears=rows, seconds=time.monotonic() - started)
+            report = BlockReport(index=index, linears=rows, seconds=time.monotonic() - started, losses=losses)
             if store:
                 store.put(index, layers[index], report)
         if inputs is not None and index + 1 < len(layers):
             inputs = advance(dense_kernels(solved), inputs, model.config)
+        source_inputs = None if teacher is None else teacher.outputs
         reports.append(report)
         on_block(report)
     return dataclasses.replace(model, layers=tuple(layers)), Report(blocks=tuple(reports))
@@ -94,6 +99,12 @@ def advance(
     """Returns what a block makes of all samples, one sample at a time."""
     lengths = jnp.full(1, inputs.shape[1], jnp.int32)
     return jax.lax.map(lambda x: prompt_block(layer, x[None], lengths, x.shape[0], config)[0][0], inputs)
+
+
+def _teach(layer: Block, inputs: Float[Array, "samples tokens hidden"], config: LlamaConfig) -> Teacher:
+    """Runs a block as it came, but with exact keys and values, on what the source's blocks before it gave."""
+    exact = put(layer, "self_attn.kv_codec", ExactKv())
+    return Teacher(inputs=inputs, outputs=advance(dense_kernels(exact), inputs, config))
 
 
 def check_weights(model: Llama) -> None:
@@ -125,13 +136,28 @@ def _look_at(leaf: Shaped[Array, "*shape"]) -> tuple[Bool[Array, ""], Bool[Array
 
 def _run(
     passes: Sequence[BlockPass], layer: Block, data: BlockData, key: Key
-) -> tuple[Block, tuple[LinearReport, ...]]:
+) -> tuple[Block, tuple[LinearReport, ...], tuple[float, ...]]:
     rows: list[LinearReport] = []
+    losses: tuple[float, ...] = ()
     for number, one in enumerate(passes):
         layer, solved = one(layer, data, jax.random.fold_in(key, number))
         for path, diagnostics in solved.items():
-            rows.append(_row(path, layer, diagnostics))
-    return layer, tuple(rows)
+            if path == f"layers.{data.index}":
+                losses += _curve(path, diagnostics["losses"])
+            else:
+                rows.append(_row(path, layer, diagnostics))
+    return layer, tuple(rows), losses
+
+
+def _curve(path: str, losses: Float[Array, "steps"]) -> tuple[float, ...]:
+    curve = tuple(losses.tolist())
+    bad = next((step for step, loss in enumerate(curve) if not math.isfinite(loss)), None)
+    if bad is not None:
+        raise CalibrationError(
+            f"{path}: the training's loss is not finite at step {bad}; set a smaller learning_rate or load the model "
+            "in a wider dtype. Finished blocks are kept; run again to go on"
+        )
+    return curve
 
 
 def _row(path: str, layer: Block, diagnostics: Diagnostics) -> LinearReport:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from jquant.blocks import SITES, QuantizeWeights
+from jquant.blocks import SITES, Distill, QuantizeWeights
 from jquant.costs import Work, forward_operations, hessian_operations, solve_operations, working_nbytes
 from jquant.errors import RecipeError
 from jquant.formats import QuantizedTensor, split_outputs, tree_nbytes
@@ -123,8 +123,8 @@ def plan(model: Llama, recipe: Recipe) -> Plan:
         result = one.outline(result)
         for block_pass in _block_passes(one):
             for index in range(model.config.num_hidden_layers):
-                found = tuple(list_solves(block_pass, index))
-                work = work.plus(_work(result, block_pass, index, found, recipe.calibration))
+                found = tuple(list_solves(_packing(block_pass), index))
+                work = work.plus(_block_work(result, block_pass, index, found, recipe.calibration))
                 result = functools.reduce(_solved, found, result)
                 solves += found
     methods = {path: type(solve.quantizer).__name__ for solve in solves for path in solve.paths}
@@ -169,12 +169,36 @@ def _measuring(one: ModelPass, model: Llama, calibration: Calibration | None) ->
     return Work(forward=model.config.num_hidden_layers * calibration.samples * block)
 
 
-def _block_passes(one: ModelPass) -> tuple[QuantizeWeights, ...]:
+def _block_passes(one: ModelPass) -> tuple[QuantizeWeights | Distill, ...]:
     parts = one.passes if isinstance(one, Sequential) else ()
     for part in parts:
-        if not isinstance(part, QuantizeWeights):
+        if not isinstance(part, QuantizeWeights | Distill):
             raise RecipeError(f"{type(part).__name__} cannot be planned: give jquant/plan.py its costs first")
-    return tuple(part for part in parts if isinstance(part, QuantizeWeights))
+    return tuple(part for part in parts if isinstance(part, QuantizeWeights | Distill))
+
+
+def _packing(block_pass: QuantizeWeights | Distill) -> QuantizeWeights:
+    return block_pass.packing() if isinstance(block_pass, Distill) else block_pass
+
+
+def _block_work(
+    model: Llama,
+    block_pass: QuantizeWeights | Distill,
+    index: int,
+    solves: tuple[Solve, ...],
+    calibration: Calibration | None,
+) -> Work:
+    """Returns the work of one block; training counts three forward passes a step and window, for its two backward."""
+    if isinstance(block_pass, QuantizeWeights):
+        return _work(model, block_pass, index, solves, calibration)
+    if calibration is None:
+        return Work()
+    last = index + 1 == model.config.num_hidden_layers
+    windows = calibration.samples * (1 + (block_pass.needs_inputs() and not last))
+    if solves and (last or block_pass.layers == "all"):
+        windows += 3 * block_pass.training.steps * block_pass.training.batch_size
+    block = get(model, f"layers.{index}")
+    return Work(forward=windows * forward_operations(block, model.config, calibration.length)["end"])
 
 
 def _shape(model: Llama, solve: Solve) -> tuple[int, int]:

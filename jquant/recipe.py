@@ -20,7 +20,7 @@ from typing import Any, Final
 import yaml
 
 from jquant.activations import ActivationRazor, OutlierSplit, PerToken, StaticTensor
-from jquant.blocks import QuantizeWeights
+from jquant.blocks import Distill, QuantizeWeights
 from jquant.data import PYTHON_DOCS
 from jquant.errors import RecipeError
 from jquant.exact_passes import FoldNorms, Rotate, Untie
@@ -37,6 +37,7 @@ PARTS: Final[Mapping[str, type]] = {
     "smooth": Smooth,
     "quantize_weights": QuantizeWeights,
     "quantize_activations": QuantizeActivations,
+    "distill": Distill,
     "rtn": Rtn,
     "gptq": Gptq,
     "bcq": Bcq,

@@ -10,7 +10,7 @@ from jquant.inspection import inspect_model
 from jquant.models import LlamaConfig, abstract_llama, random_model, tiny_config
 from jquant.passes import Context, run_passes
 from jquant.plan import UNTOUCHED, plan
-from jquant.recipe import Recipe, load_recipe, parse_recipe
+from jquant.recipe import Recipe, load_recipe, override, parse_recipe
 
 WEIGHTS = "passes[0].sequential.passes[0].quantize_weights"
 FORMAT = f"{WEIGHTS}.rules[0].quantizer.gptq.format"
@@ -102,6 +102,19 @@ def test_smoothing_costs_one_pass_over_the_model() -> None:
     assert figures.work == Work(forward=2 * 2 * forward_operations(model.layers[0], config, 16)["end"])
     assert {row.method for row in figures.linears} == {UNTOUCHED}
     assert figures.nbytes == figures.source_nbytes
+
+
+def test_distillation_costs_the_teachers_pass_and_the_steps() -> None:
+    text = """{name: mine, calibration: {samples: 4, length: 16}, passes: [{sequential: {passes: [{distill: {
+        training: {steps: 5, batch_size: 2},
+        rules: [{match: .*_proj, quantizer: {rtn: {format: {group_size: 32}}}}]}}]}}]}"""
+    model = abstract_llama(tiny_config())
+    block = forward_operations(model.layers[0], model.config, 16)["end"]
+    path = "passes[0].sequential.passes[0].distill"
+    for change, windows in ((), 2 * (4 + 30)), (("layers=last",), 2 * 4 + 30), (("inputs=student",), 2 * (4 + 30) + 4):
+        figures = plan(model, override(parse_recipe(text), [f"{path}.{one}" for one in change]))
+        assert figures.work == Work(forward=windows * block)
+        assert {row.method for row in figures.linears} == {"Rtn"}
 
 
 def test_memory_is_the_larger_of_attention_and_solve() -> None:

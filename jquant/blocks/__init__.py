@@ -6,6 +6,8 @@ from jquant.blocks.base import BlockData as BlockData
 from jquant.blocks.base import BlockPass as BlockPass
 from jquant.blocks.base import Teacher as Teacher
 from jquant.blocks.base import summarize as summarize
+from jquant.blocks.distill import Distill as Distill
+from jquant.blocks.distill import Training as Training
 from jquant.blocks.weights import SITES as SITES
 from jquant.blocks.weights import QuantizeWeights as QuantizeWeights
 from jquant.blocks.weights import Rule as Rule

@@ -15,7 +15,7 @@ instead, against the same outputs, so that it also learns to undo their errors.
 The paper goes through all blocks; qllm-infer's runs train the last alone (`layers="last"`), and without a causal mask,
 which no model ever sees and which is not offered.
 
-Yao et al. 2022, arXiv:2206.01861, section 4.3.
+Yao et al. 2022, arXiv:2206.01861.
 """
 
 import functools
@@ -26,13 +26,16 @@ from typing import Any, Final, Literal, final
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float
+from flax import struct
+from jaxtyping import Array, Bool, Float
 
+from jquant.activations import ActivationMethod, ActivationQuantizer
 from jquant.blocks.base import BlockData, BlockPass
 from jquant.blocks.weights import QuantizeWeights, Rule
 from jquant.errors import CalibrationError, RecipeError
 from jquant.formats import QuantizedTensor
 from jquant.models import BLOCK_LINEARS, Block, Llama, LlamaConfig, get, prompt_block, put
+from jquant.numerics import straight_through
 from jquant.quantizers import Diagnostics, WeightQuantizer
 from jquant.types import Key, compute_dtype
 
@@ -116,7 +119,7 @@ class Distill(BlockPass):
         self.packing().check(model)
 
     def __call__(self, block: Block, data: BlockData, key: Key) -> tuple[Block, dict[str, Diagnostics]]:
-        """Trains and quantizes one block; its loss curve is the entry `layers.3`."""
+        """Trains and quantizes one block, its inputs rounded as they stand; its loss curve is the entry `layers.3`."""
         quantizers = self._quantizers(data.index)
         is_last = data.index == data.config.num_hidden_layers - 1
         if not quantizers or not self.training.steps or (self.layers == "last" and not is_last):
@@ -136,6 +139,18 @@ class Distill(BlockPass):
     def _quantizers(self, index: int) -> tuple[tuple[str, WeightQuantizer], ...]:
         rules = {name: self.packing().rule_for(f"layers.{index}.{name}") for name in BLOCK_LINEARS}
         return tuple((name, rule.quantizer) for name, rule in rules.items() if rule is not None and rule.quantizer)
+
+
+@final
+@struct.dataclass
+class _StraightThrough(ActivationQuantizer):
+    """Stands for an input quantizer in training: gives its numbers, with the gradient of what it rounds."""
+
+    method: ActivationMethod = struct.field(pytree_node=False)
+    quantizer: ActivationQuantizer
+
+    def __call__(self, x: Float[Array, "*batch in"], valid: Bool[Array, "*batch"] | None) -> Any:
+        return straight_through(x, self.quantizer(x, valid).dequantize(x.dtype))
 
 
 @functools.partial(jax.jit, static_argnums=(3, 4, 5))
@@ -163,11 +178,12 @@ def train_block(
     """
     optimizer = optax.adamw(training.learning_rate, weight_decay=training.weight_decay)
     lengths = jnp.full(1, inputs.shape[1], jnp.int32)
+    learner = _pass_gradients(block)
     order = (jnp.arange(training.steps * training.batch_size) % inputs.shape[0]).reshape(training.steps, -1)
 
     def loss_of(parameters: Parameters, sample: Array) -> Float[Array, ""]:
         given, expected = inputs[sample], outputs[sample]
-        student = _replace(block, parameters)
+        student = _replace(learner, parameters)
         answer = prompt_block(student, given[None], lengths, given.shape[0], config)[0][0]
         wide = compute_dtype(answer.dtype)
         return jnp.mean(jnp.square(answer.astype(wide) - expected.astype(wide)))
@@ -189,6 +205,15 @@ def train_block(
     parameters = _parameters(block)
     (parameters, _), losses = jax.lax.scan(step, (parameters, optimizer.init(parameters)), order)
     return parameters, losses
+
+
+def _pass_gradients(block: Block) -> Block:
+    """Lets gradients through the rounding of the linears' inputs."""
+    for name in BLOCK_LINEARS:
+        quantizer = get(block, name).input_quantizer
+        if quantizer is not None:
+            block = put(block, f"{name}.input_quantizer", _StraightThrough(quantizer.method, quantizer))
+    return block
 
 
 def _parameters(block: Block) -> Parameters:

@@ -19,7 +19,7 @@ from jquant.calibration.store import BlockStore
 from jquant.errors import CalibrationError
 from jquant.formats import QuantizedTensor, compact_outliers
 from jquant.kv import ExactKv
-from jquant.models import Block, Llama, LlamaConfig, blocks, embed, get, linear_paths, prompt_block, put
+from jquant.models import BLOCK_LINEARS, Block, Llama, LlamaConfig, blocks, embed, get, linear_paths, prompt_block, put
 from jquant.quantizers import Diagnostics
 from jquant.report import BlockReport, LinearReport, Report
 from jquant.types import Key
@@ -102,8 +102,10 @@ def advance(
 
 
 def _teach(layer: Block, inputs: Float[Array, "samples tokens hidden"], config: LlamaConfig) -> Teacher:
-    """Runs a block as it came, but with exact keys and values, on what the source's blocks before it gave."""
+    """Runs a block as it came, but with exact activations and cache, on what the source's blocks before it gave."""
     exact = put(layer, "self_attn.kv_codec", ExactKv())
+    for name in BLOCK_LINEARS:
+        exact = put(exact, f"{name}.input_quantizer", None)
     return Teacher(inputs=inputs, outputs=advance(dense_kernels(exact), inputs, config))
 
 

@@ -10,13 +10,26 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jquant.activations import PerToken
 from jquant.blocks import BlockData, Distill, QuantizeWeights, Rule, Teacher, Training
 from jquant.blocks.distill import train_block
 from jquant.calibration import BlockStore, quantize_blocks
 from jquant.calibration.sequential import advance, dense_kernels
 from jquant.errors import CalibrationError, FormatError, RecipeError
 from jquant.formats import UniformFormat
-from jquant.models import BLOCK_LINEARS, Block, Llama, embed, get, put, random_model, tiny_config, tiny_hf_config
+from jquant.models import (
+    BLOCK_LINEARS,
+    Block,
+    Linear,
+    Llama,
+    embed,
+    get,
+    map_linears,
+    put,
+    random_model,
+    tiny_config,
+    tiny_hf_config,
+)
 from jquant.quantizers import Gptq, Rtn
 from jquant.recipe import parse_recipe, to_yaml
 from jquant.report import BlockReport, Report, block_report_from_dict
@@ -186,6 +199,23 @@ def test_a_run_resumes_to_the_same_bits(model: Llama, run: tuple[Llama, Report],
         found, report = quantize_blocks(model, TOKENS, passes, key=KEY, store=store)
     assert_equal(found, run[0])
     assert [block.losses for block in report.blocks] == [block.losses for block in run[1].blocks]
+
+
+def test_activations_are_rounded_as_they_will_be(model: Llama, teachers: tuple[Teacher, ...]) -> None:
+    """The first loss is that of the block as packed without training; the teacher's activations stay as they are."""
+
+    def quantized(path: str, layer: Linear) -> Linear:
+        return layer.replace(input_quantizer=PerToken(4).fit(None))
+
+    rounded = map_linears(model, quantized)
+    passes = (Distill(RULES, dataclasses.replace(TRAINING, batch_size=3)),)
+    found, report = quantize_blocks(rounded, TOKENS, passes, key=KEY)
+    plain, _ = quantize_blocks(rounded, TOKENS, (QuantizeWeights(RULES, "per_block"),), key=KEY)
+    for index, teacher in enumerate(teachers):
+        before, after = (error(one.layers[index], teacher) for one in (plain, found))
+        np.testing.assert_allclose(report.blocks[index].losses[0], before, rtol=1e-3)
+        assert after < 0.7 * before
+        assert get(found, f"layers.{index}.mlp.up_proj").input_quantizer == PerToken(4).fit(None)
 
 
 def test_losses_are_in_the_report(run: tuple[Llama, Report]) -> None:

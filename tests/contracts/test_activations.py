@@ -99,8 +99,10 @@ def products() -> dict[tuple[str, str], jax.Array]:
 
 
 def test_every_method_and_node_has_a_row() -> None:
+    """Those of jquant.activations; what training puts in their place gives no codes."""
+    nodes = {one for one in ActivationQuantizer.__subclasses__() if one.__module__.startswith("jquant.activations.")}
     assert {type(method) for method in METHODS.values()} == set(ActivationMethod.__subclasses__())
-    assert {type(node(name)) for name in METHODS} == set(ActivationQuantizer.__subclasses__())
+    assert {type(node(name)) for name in METHODS} == nodes
     assert {type(one) for one in quantized().values()} == set(QuantizedActivation.__subclasses__())
 
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from jquant.blocks import SITES, ActivationRule, BlockPass, InputQuantizers
-from jquant.calibration import BlockStore, check_weights, collect_absmax, quantize_blocks
+from jquant.calibration import AlphaSearch, BlockStore, check_weights, collect_absmax, quantize_blocks, search_alpha
 from jquant.errors import RecipeError
 from jquant.models import Block, Llama, blocks, get
 from jquant.report import BlockReport, Report
@@ -124,14 +124,15 @@ class Smooth(ModelPass):
     """SmoothQuant: moves large channels from the inputs of q, k, v, gate and up into their weights (arXiv:2211.10438).
 
     Attributes:
-      alpha: how much moves, 0 to 1.
+      alpha: how much moves, 0 to 1; or a search, whose candidate of least error is taken and whose table is reported.
     """
 
-    alpha: float = 0.5
+    alpha: float | AlphaSearch = 0.5
 
     def __post_init__(self) -> None:
         """Refuses an alpha outside 0..1."""
-        check_alpha(self.alpha)
+        if isinstance(self.alpha, float):
+            check_alpha(self.alpha)
 
     def needs_tokens(self) -> bool:
         """Tells that the largest activations are measured."""
@@ -144,7 +145,12 @@ class Smooth(ModelPass):
     def __call__(self, model: Llama, context: Context) -> tuple[Llama, Report]:
         """Measures the model as it stands, and smooths it."""
         assert context.tokens is not None
-        return smooth(model, collect_absmax(model, context.tokens), self.alpha), Report()
+        if isinstance(self.alpha, float):
+            return smooth(model, collect_absmax(model, context.tokens), self.alpha), Report()
+        absmax, errors = search_alpha(model, context.tokens, self.alpha)
+        best = min(errors, key=lambda one: one.error)
+        table = {"alpha": best.alpha, "errors": [dataclasses.asdict(one) for one in errors]}
+        return smooth(model, absmax, best.alpha), Report(details=(("smoothing", table),))
 
 
 def run_passes(passes: Sequence[ModelPass], model: Llama, context: Context) -> tuple[Llama, Report]:

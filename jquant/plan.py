@@ -162,11 +162,12 @@ def list_solves(block_pass: QuantizeWeights, index: int) -> Iterator[Solve]:
 
 
 def _measuring(one: ModelPass, model: Llama, calibration: Calibration | None) -> Work:
-    """Returns the work of a pass that measures the activations of the whole model: its blocks over all windows."""
+    """Returns the work of a pass that measures the whole model: once, and once more for each candidate of a search."""
     if calibration is None or not isinstance(one, Smooth):
         return Work()
     block = forward_operations(get(model, "layers.0"), model.config, calibration.length)["end"]
-    return Work(forward=model.config.num_hidden_layers * calibration.samples * block)
+    runs = 1 if isinstance(one.alpha, float) else 1 + len(one.alpha.candidates)
+    return Work(forward=runs * model.config.num_hidden_layers * calibration.samples * block)
 
 
 def _block_passes(one: ModelPass) -> tuple[QuantizeWeights | Distill, ...]:

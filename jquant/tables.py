@@ -36,6 +36,26 @@ def report_table(report: Report) -> Table:
     return table
 
 
+def finding_tables(report: Report) -> tuple[Table, ...]:
+    """Returns a table for each thing that passes found out: errors of SmoothQuant's alphas, losses of training."""
+    tables = []
+    smoothing = dict(report.details).get("smoothing")
+    if smoothing is not None:
+        table = _table("smoothing", "alpha", "error of rounded blocks", "")
+        for row in smoothing["errors"]:
+            chosen = "chosen" if row["alpha"] == smoothing["alpha"] else ""
+            table.add_row(f"{row['alpha']:g}", f"{row['error']:.3e}", chosen)
+        tables.append(table)
+    trained = [block for block in report.blocks if block.losses]
+    if trained:
+        table = _table("training", "block", "steps", "first loss", "last loss")
+        for block in trained:
+            first, last = f"{block.losses[0]:.3e}", f"{block.losses[-1]:.3e}"
+            table.add_row(str(block.index), str(len(block.losses)), first, last)
+        tables.append(table)
+    return tuple(tables)
+
+
 def plan_table(plan: Plan, name: str) -> Table:
     """Returns what a run will give and cost."""
     work = plan.work

@@ -94,7 +94,7 @@ def test_work_of_one_block_by_hand() -> None:
     assert per_block == Work(2 * (2 * mlp_hidden + end), hessians, per_site.solves)
 
 
-def test_smoothing_costs_one_pass_over_the_model() -> None:
+def test_smoothing_costs_one_pass_over_the_model_and_one_for_each_candidate() -> None:
     config = tiny_config()
     text = "{name: mine, calibration: {samples: 2, length: 16}, passes: [{smooth: {}}]}"
     model = abstract_llama(config)
@@ -102,6 +102,8 @@ def test_smoothing_costs_one_pass_over_the_model() -> None:
     assert figures.work == Work(forward=2 * 2 * forward_operations(model.layers[0], config, 16)["end"])
     assert {row.method for row in figures.linears} == {UNTOUCHED}
     assert figures.nbytes == figures.source_nbytes
+    searched = plan(model, parse_recipe(text.replace("smooth: {}", "smooth: {alpha: {candidates: [0.4, 0.5]}}")))
+    assert searched.work.forward == 3 * figures.work.forward
 
 
 def test_distillation_costs_the_teachers_pass_and_the_steps() -> None:

@@ -4,4 +4,7 @@ from jquant.calibration.absmax import collect_absmax as collect_absmax
 from jquant.calibration.sequential import check_weights as check_weights
 from jquant.calibration.sequential import dense_kernels as dense_kernels
 from jquant.calibration.sequential import quantize_blocks as quantize_blocks
+from jquant.calibration.smoothing import AlphaError as AlphaError
+from jquant.calibration.smoothing import AlphaSearch as AlphaSearch
+from jquant.calibration.smoothing import search_alpha as search_alpha
 from jquant.calibration.store import BlockStore as BlockStore

@@ -39,13 +39,18 @@ def collect_absmax(model: Llama, tokens: Int[Array, "samples length"]) -> tuple[
     inputs, found = embed(model, tokens), []
     for index, layer in enumerate(blocks(model)):
         inputs, largest, finite = measure_absmax(layer, inputs, model.config)
-        if not bool(finite):
-            raise CalibrationError(
-                f"layers.{index} gives NaN or infinite activations on the calibration text; load the model in a wider "
-                "dtype (--dtype float32)"
-            )
+        refuse_infinite(index, finite)
         found.append(largest)
     return tuple(found)
+
+
+def refuse_infinite(index: int, finite: Bool[Array, ""]) -> None:
+    """Raises CalibrationError, naming the block, unless its activations are finite."""
+    if not bool(finite):
+        raise CalibrationError(
+            f"layers.{index} gives NaN or infinite activations on the calibration text; load the model in a wider "
+            "dtype (--dtype float32)"
+        )
 
 
 @functools.partial(jax.jit, static_argnums=2)

@@ -10,7 +10,7 @@ from convert.huggingface import StoredDtype
 from jquant.commands.display import show_progress, stdout
 from jquant.pipeline import quantize
 from jquant.recipe import load_recipe
-from jquant.tables import report_table
+from jquant.tables import finding_tables, report_table
 
 
 def run(
@@ -40,5 +40,6 @@ def run(
     chosen = load_recipe(recipe, set_)
     with show_progress() as on_progress:
         report = quantize(source, out, chosen, folder=data, dtype=dtype, resume=resume, on_progress=on_progress)
-    stdout().print(report_table(report))
+    for table in (report_table(report), *finding_tables(report)):
+        stdout().print(table)
     stdout().print(f"saved in {out}; {out / 'report.json'} has every linear", markup=False, highlight=False)

@@ -16,7 +16,7 @@ large); a channel whose weights are all zero counts as w_j = 1e-5.
 Only inputs that come from a norm are smoothed: those of q, k, v and of gate, up. The inputs of o_proj and down_proj
 come from products with other tokens or channels, and stay.
 
-Xiao et al. 2023, arXiv:2211.10438, equation 4 and section 4.
+Xiao et al. 2023, arXiv:2211.10438, equation 4.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ from jaxtyping import Array, Float
 
 from jquant.errors import FormatError
 from jquant.formats import QuantizedTensor
-from jquant.models import Block, Llama, blocks, get, put
+from jquant.models import Block, Linear, Llama, blocks, get, put
 from jquant.types import compute_dtype
 
 SMALLEST: Final = 1e-5  # floor of weights' maxima and of factors: the published code
@@ -96,18 +96,19 @@ def check_alpha(alpha: float) -> None:
 
 
 def check_smoothing(model: Llama) -> None:
-    """Refuses a model whose smoothed kernels are packed; abstract models will do.
+    """Refuses a model whose smoothed linears are quantized; abstract models will do.
 
     Raises:
-      FormatError: a kernel of q, k, v, gate or up is quantized, or the layers are stacked.
+      FormatError: a kernel of q, k, v, gate or up is packed or its input rounded, or the layers are stacked.
     """
     for index, layer in enumerate(blocks(model)):
         for pair in SMOOTHED:
             for name in pair.linears:
-                kernel = get(layer, name).kernel
-                if isinstance(kernel, QuantizedTensor):
+                one: Linear = get(layer, name)
+                found = one.kernel if isinstance(one.kernel, QuantizedTensor) else one.input_quantizer
+                if found is not None:
                     raise FormatError(
-                        f"layers.{index}.{name} is already quantized ({type(kernel).__name__}): smooth the source "
+                        f"layers.{index}.{name} is already quantized ({type(found).__name__}): smooth the source "
                         "model, and quantize after it"
                     )
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jquant.activations import PerToken
 from jquant.calibration import collect_absmax
 from jquant.calibration.absmax import measure_absmax
 from jquant.errors import CalibrationError, FormatError, RecipeError
@@ -190,6 +191,9 @@ def test_bad_input_is_refused(model: Llama, absmax: tuple[Mapping[str, jax.Array
         FormatError, match=r"layers\.1\.self_attn\.k_proj is already quantized \(UniformTensor\): smooth"
     ):
         run_passes([Smooth()], quantized, Context(KEY, TOKENS))
+    rounded = put(model, "layers.0.mlp.up_proj.input_quantizer", PerToken(8).fit(None))
+    with pytest.raises(FormatError, match=r"layers\.0\.mlp\.up_proj is already quantized \(TokenQuantizer\): smooth"):
+        smooth(rounded, absmax, 0.5)
 
 
 def test_what_a_dtype_cannot_hold_is_refused() -> None:

@@ -16,12 +16,17 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Final, NamedTuple
 
+import jax
+
 from jquant.blocks import SITES
 from jquant.models import Block, LlamaConfig, get
 
 _FLOAT32: Final = 4  # bytes
 _SCORES: Final = 3  # copies of one window's attention scores alive at once; memory_analysis of `advance` on CPU
 _SOLVE_SQUARES: Final = 8  # arrays [n, n] alive at once in a GPTQ solve; memory_analysis at n, m = 576 to 3072 on CPU
+_TRAINED: Final = 6  # arrays of a trained block's size alive at once; memory_analysis of `train_block` on CPU
+_KEPT_HIDDEN: Final = 16  # arrays [tokens, hidden] that one window's gradient keeps, likewise
+_KEPT_INNER: Final = 8  # arrays [tokens, inner], likewise
 _SOLVE_WEIGHTS: Final = 4  # arrays [n, m], likewise
 
 
@@ -81,3 +86,17 @@ def working_nbytes(config: LlamaConfig, length: int, solves: Iterable[tuple[int,
     scores = _SCORES * config.num_attention_heads * length * length
     largest = max((_SOLVE_SQUARES * n * n + _SOLVE_WEIGHTS * n * m for n, m in solves), default=0)
     return _FLOAT32 * max(scores, largest)
+
+
+def training_nbytes(block: Block, config: LlamaConfig, length: int) -> int:
+    """Returns the bytes that training a block needs beside models and activations: weights, moments, one window.
+
+    Args:
+      block: the block; abstract will do.
+      config: the model's sizes.
+      length: tokens of a window.
+    """
+    weights = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(block))
+    scores = _SCORES * config.num_attention_heads * length * length
+    kept = length * (_KEPT_HIDDEN * config.hidden_size + _KEPT_INNER * config.intermediate_size)
+    return _FLOAT32 * (_TRAINED * weights + scores + kept)

@@ -3,7 +3,8 @@
 Bits and bytes are not estimated: each quantizer is traced on the shapes of the linears that it will solve
 (`jax.eval_shape`), and the bytes of the arrays that it would return are counted; of SpQR, whose outliers are known only
 after the solve, the most that it may keep. Work and memory follow the formulas of
-`jquant.costs`; peak memory is source, result, two sets of activations and what calibration needs beside them.
+`jquant.costs`; peak memory is source, result, two sets of activations (four where blocks learn from a teacher on inputs
+of their own) and what calibration needs beside them.
 """
 
 import functools
@@ -15,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from jquant.blocks import SITES, Distill, QuantizeWeights
-from jquant.costs import Work, forward_operations, hessian_operations, solve_operations, working_nbytes
+from jquant.costs import Work, forward_operations, hessian_operations, solve_operations, training_nbytes, working_nbytes
 from jquant.errors import RecipeError
 from jquant.formats import QuantizedTensor, split_outputs, tree_nbytes
 from jquant.models import Llama, blocks, get, linear_paths, put
@@ -132,8 +133,12 @@ def plan(model: Llama, recipe: Recipe) -> Plan:
     length = recipe.calibration.length if recipe.calibration else 0
     samples = recipe.calibration.samples if recipe.calibration else 0
     heavy = {_shape(model, solve) for solve in solves if solve.quantizer.statistic is not None}
-    activations = 2 * samples * length * model.config.hidden_size * jnp.dtype(model.embed_tokens.dtype).itemsize
+    learning = [part for one in recipe.passes for part in _block_passes(one) if isinstance(part, Distill)]
+    sets = 2 + 2 * any(part.needs_inputs() for part in learning)
+    activations = sets * samples * length * model.config.hidden_size * jnp.dtype(model.embed_tokens.dtype).itemsize
     working = working_nbytes(model.config, length, heavy)
+    if learning:
+        working = max(working, training_nbytes(get(model, "layers.0"), model.config, length))
     return Plan(
         linears=tuple(
             LinearPlan(path, kernel.shape, methods.get(path, UNTOUCHED), tree_nbytes(kernel))

@@ -3,7 +3,7 @@
 import jax
 import pytest
 
-from jquant.costs import Work, forward_operations, working_nbytes
+from jquant.costs import Work, forward_operations, training_nbytes, working_nbytes
 from jquant.errors import FormatError, RecipeError
 from jquant.formats import tree_nbytes
 from jquant.inspection import inspect_model
@@ -117,6 +117,10 @@ def test_distillation_costs_the_teachers_pass_and_the_steps() -> None:
         figures = plan(model, override(parse_recipe(text), [f"{path}.{one}" for one in change]))
         assert figures.work == Work(forward=windows * block)
         assert {row.method for row in figures.linears} == {"Rtn"}
+        sets = 4 if change == ("inputs=student",) else 2
+        held = figures.source_nbytes + figures.store_nbytes
+        learning = training_nbytes(model.layers[0], model.config, 16)
+        assert figures.peak_nbytes == held + sets * 4 * 16 * 64 * 4 + learning
 
 
 def test_memory_is_the_larger_of_attention_and_solve() -> None:

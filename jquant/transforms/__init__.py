@@ -12,10 +12,10 @@ from jquant.transforms.rotate import residual_rotation as residual_rotation
 from jquant.transforms.rotate import rotate as rotate
 from jquant.transforms.rotate import rotate_linear as rotate_linear
 from jquant.transforms.rotate import subtract_embedding_mean as subtract_embedding_mean
-from jquant.transforms.untie import untie as untie
 from jquant.transforms.smooth import SMOOTHED as SMOOTHED
 from jquant.transforms.smooth import check_alpha as check_alpha
 from jquant.transforms.smooth import check_smoothing as check_smoothing
 from jquant.transforms.smooth import smooth as smooth
 from jquant.transforms.smooth import smooth_block as smooth_block
 from jquant.transforms.smooth import smoothing_scales as smoothing_scales
+from jquant.transforms.untie import untie as untie

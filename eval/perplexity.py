@@ -33,7 +33,8 @@ class Perplexity:
       windows: how many windows.
       window_length: tokens in a window.
       tokens: how many tokens were predicted, windows * (window_length - 1).
-      kv_prompt: what a window's own queries saw: "exact" keys and values, or those "stored" by the KV codec.
+      kv_prompt: what a window's own queries saw: "exact" keys and values, those "stored" by the KV codec, or
+        "streamed", those that decoding would show; several, where layers differ, are joined by "+".
     """
 
     value: float

@@ -9,6 +9,7 @@ from flax import struct
 from jaxtyping import Array, Float, Int
 
 type Rope = Callable[[Float[Array, "tokens heads dim"], Int[Array, "tokens"]], Float[Array, "tokens heads dim"]]
+type Prompt = Literal["exact", "stored", "streamed"]
 type LayerCache = Any  # a struct node of one layer's arrays; its class belongs to the codec
 
 
@@ -21,9 +22,14 @@ class KvCodec(abc.ABC):
 
     Invariants, checked for every subclass by `tests/contracts/test_codecs.py`: prompt and decode equal decode
     alone; nothing written at or after a position is read before it.
+
+    Attributes:
+      prompt: what a prompt's own queries see. "exact": keys and values as they come, as servers do that code the
+        cache afterwards. "stored": all of them as the cache holds them when the prompt ends. "streamed": each query
+        sees what decoding alone would show it. Where every token is coded as it comes, the last two are the same.
     """
 
-    prompt: Literal["exact", "stored"] = struct.field(pytree_node=False)  # what a prompt's own queries see
+    prompt: Prompt = struct.field(pytree_node=False)
 
     @abc.abstractmethod
     def init(self, capacity: int, heads: int, dim: int, dtype: jax.typing.DTypeLike) -> LayerCache:
@@ -55,8 +61,18 @@ class KvCodec(abc.ABC):
     def read(
         self, cache: LayerCache, position: Int[Array, ""], rope: Rope
     ) -> tuple[Float[Array, "capacity heads dim"], Float[Array, "capacity heads dim"]]:
-        """Returns the dense keys (after RoPE) and values that the token at `position` attends to."""
+        """Returns the dense keys (after RoPE) and values that the token at `position` attends to.
+
+        It is pushed, or yet to be pushed: at the position after a prompt, this is how the prompt is stored.
+        """
 
     @abc.abstractmethod
     def settle(self, cache: LayerCache, position: Int[Array, ""]) -> LayerCache:
         """Codes what left the exact window after the step at `position`; the identity for most codecs."""
+
+    @abc.abstractmethod
+    def exact_from(self, position: Int[Array, "*shape"]) -> tuple[Int[Array, "*shape"], Int[Array, "*shape"]]:
+        """Returns from which position on keys, and values, are still exact for the token at `position`.
+
+        `position + 1` says that none are. Values are exact at least as long as keys.
+        """

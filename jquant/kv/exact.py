@@ -1,13 +1,13 @@
 """The exact cache: rotated keys and values as they come."""
 
-from typing import Literal, final
+from typing import final
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float, Int
 
-from jquant.kv.base import KvCodec, Rope
+from jquant.kv.base import KvCodec, Prompt, Rope
 from jquant.types import Leaf
 
 
@@ -34,7 +34,7 @@ class ExactKv(KvCodec):
       (8, 2, 4)
     """
 
-    prompt: Literal["exact", "stored"] = struct.field(pytree_node=False, default="exact")
+    prompt: Prompt = struct.field(pytree_node=False, default="exact")
 
     def init(self, capacity: int, heads: int, dim: int, dtype: jax.typing.DTypeLike) -> ExactCache:
         """Returns a cache of zeros, [capacity, heads, dim] twice."""
@@ -85,3 +85,7 @@ class ExactKv(KvCodec):
         """Returns the cache unchanged."""
         del position
         return cache
+
+    def exact_from(self, position: Int[Array, "*shape"]) -> tuple[Int[Array, "*shape"], Int[Array, "*shape"]]:
+        """Returns zeros: everything is exact."""
+        return jnp.zeros_like(position), jnp.zeros_like(position)

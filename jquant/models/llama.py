@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
-from jquant.kv import LayerCache, Rope
+from jquant.errors import DataError
+from jquant.kv import LayerCache, Rope, view_prompt
 from jquant.matmul import matmul
 from jquant.models.config import LlamaConfig
 from jquant.models.layers import apply_rope, attention, causal_mask, linear, rms_norm
@@ -37,10 +38,12 @@ class Cache:
       layers: a tuple of layer caches, or one with a leading layer axis where the model's layers are stacked;
         every leaf's next axis is the batch.
       positions: int32 [batch], the position that each row's next token takes.
+      capacity: tokens that each row can hold, static.
     """
 
     layers: Any
     positions: Leaf
+    capacity: int = struct.field(pytree_node=False)
 
 
 def embed(model: Llama, tokens: Int[Array, "batch tokens"]) -> Float[Array, "batch tokens hidden"]:
@@ -88,7 +91,15 @@ def prefill(
 
     Returns:
       The logits after each row's last real token, and the cache.
+
+    Raises:
+      DataError: the prompts, padding counted, are longer than the capacity.
     """
+    if tokens.shape[1] > capacity:
+        raise DataError(
+            f"prompts of {tokens.shape[1]} tokens, padding counted, for a cache of {capacity}: give capacity="
+            f"{tokens.shape[1]} at least, and one more for each token to come"
+        )
 
     def apply(
         layer: Block, x: Float[Array, "batch tokens hidden"], _: None
@@ -98,11 +109,14 @@ def prefill(
 
     x, layers = _through_layers(model, embed(model, tokens), None, apply)
     last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)[:, 0]
-    return head(model, last), Cache(layers=layers, positions=lengths.astype(jnp.int32))
+    return head(model, last), Cache(layers=layers, positions=lengths.astype(jnp.int32), capacity=capacity)
 
 
 def decode(model: Llama, tokens: Int[Array, "batch"], cache: Cache) -> tuple[Float[Array, "batch vocab"], Cache]:
-    """Reads one token for each row; returns the logits after it and the cache one position on."""
+    """Reads one token for each row; returns the logits after it and the cache one position on.
+
+    A row whose cache is full has logits of NaN: its token could not be kept.
+    """
 
     def apply(
         layer: Block, x: Float[Array, "batch 1 hidden"], layer_cache: LayerCache
@@ -110,7 +124,10 @@ def decode(model: Llama, tokens: Int[Array, "batch"], cache: Cache) -> tuple[Flo
         return step_block(layer, x, layer_cache, cache.positions, model.config)
 
     x, layers = _through_layers(model, embed(model, tokens[:, None]), cache.layers, apply)
-    return head(model, x[:, 0]), Cache(layers=layers, positions=cache.positions + 1)
+    logits = head(model, x[:, 0])
+    room = (cache.positions < cache.capacity)[:, None]
+    kept = Cache(layers=layers, positions=cache.positions + 1, capacity=cache.capacity)
+    return jnp.where(room, logits, jnp.full_like(logits, jnp.nan)), kept
 
 
 def prompt_block(
@@ -144,13 +161,13 @@ def prompt_block(
     ) -> tuple[Float[Array, "batch tokens heads dim"], LayerCache]:
         cache = jax.vmap(store)(keys, values, lengths)
         rotate = jax.vmap(lambda heads: rope(heads, positions))
-        if codec.prompt == "exact":
-            seen_keys, seen_values = rotate(keys), values
-        else:
-            read = jax.vmap(lambda one, length: codec.read(one, length - 1, rope))(cache, lengths)
-            seen_keys, seen_values = (array[:, :tokens] for array in read)
-        mask = jnp.broadcast_to(causal_mask(positions, positions, config.sliding_window), (x.shape[0], tokens, tokens))
-        return attention(rotate(queries), seen_keys, seen_values, mask), cache
+        rotated = rotate(keys)
+        view = jax.vmap(lambda one, key, value, length: view_prompt(codec, one, (key, value), length, rope))(
+            cache, rotated, values, lengths
+        )
+        causal = causal_mask(positions, positions, config.sliding_window)
+        mask = view.mask & jnp.tile(causal, (1, view.mask.shape[-1] // tokens))[None]
+        return attention(rotate(queries), view.keys, view.values, mask), cache
 
     return _block(layer, x, valid, attend, config)
 

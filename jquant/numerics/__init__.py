@@ -13,6 +13,7 @@ from jquant.numerics.linalg import (
     unit_factor,
 )
 from jquant.numerics.lookup import CHUNK, lookup_product, sign_tables
+from jquant.numerics.offset import OffsetGrid, decode_offset, encode_offset, fit_offset_grid
 from jquant.numerics.packing import pack, packed_length, unpack
 from jquant.numerics.razor import Razored, RazorFidelity, razor_integers, shift_bits, unrazor
 from jquant.numerics.rotation import Rotation, Transform, random_rotation, rotate, rotate_back, two_factors
@@ -36,6 +37,7 @@ __all__ = [
     "DAMPING_STEP",
     "Grid",
     "InverseFactor",
+    "OffsetGrid",
     "RazorFidelity",
     "Razored",
     "Rotation",
@@ -47,9 +49,12 @@ __all__ = [
     "base_order",
     "cast_scales",
     "decode",
+    "decode_offset",
     "encode",
+    "encode_offset",
     "expand",
     "fit_grid",
+    "fit_offset_grid",
     "haar_matrix",
     "hadamard_matrix",
     "hadamard_on_host",

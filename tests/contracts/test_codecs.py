@@ -2,17 +2,28 @@
 
 import dataclasses
 import functools
+import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jquant.kv import ExactKv, KvCodec
+from jquant.kv import DynamicRazorKv, ExactKv, Kivi, KvCodec, PerTokenKv, RazorKv
 from jquant.models import Cache, Llama, RopeConfig, decode, forward, prefill, random_model, set_kv_codec, tiny_config
 from jquant.models.layers import apply_rope
+from jquant.structure import decode_structure, encode_structure
 
-CODECS: dict[str, KvCodec] = {"exact": ExactKv()}
+# All show a prompt's queries what decoding would, but one.
+CODECS: dict[str, KvCodec] = {
+    "exact": ExactKv(),
+    "per_token": PerTokenKv(bits=4, group_size=8),
+    "kivi": Kivi(key_bits=2, value_bits=2, group_size=2, residual_length=4),
+    "razor": RazorKv(jnp.float32(0.05), jnp.float32(0.05)),
+    "dynamic_razor": DynamicRazorKv(),
+}
+ACAUSAL = ("dynamic_razor",)  # a later token of the prompt changes what an earlier one sees
+SHARING = (*ACAUSAL, "kivi")  # a token's code depends on others
 
 TOKENS = 12  # longer than the sliding window of the tiny Mistral, 8
 LENGTHS = tuple(range(1, 10))
@@ -48,14 +59,22 @@ def test_filled_then_pushed_reads_as_pushed_alone(name: str) -> None:
 
     lengths = jnp.arange(TOKENS)  # length 0: decode alone
     read_keys, read_values = jax.jit(jax.vmap(read_after))(lengths, 100.0 + lengths.astype(jnp.float32))
+    assert read_keys.shape == read_values.shape == (TOKENS, TOKENS, 2, dim)
     np.testing.assert_allclose(read_keys, np.broadcast_to(read_keys[:1], read_keys.shape), atol=1e-6, rtol=0)
     np.testing.assert_array_equal(read_values, np.broadcast_to(read_values[:1], read_values.shape))
+
+
+@every_codec
+def test_a_saved_model_keeps_its_codec(name: str) -> None:
+    described = json.loads(json.dumps(encode_structure(CODECS[name])))
+    assert decode_structure(described) == jax.eval_shape(lambda: CODECS[name])
 
 
 class Session:
     """The prompts and steps of a model of one block, jitted once, counting the traces of a step."""
 
     def __init__(self, family: str, name: str) -> None:
+        self.name = name
         config = dataclasses.replace(tiny_config(family), num_hidden_layers=1)
         self.model = set_kv_codec(random_model(config, jax.random.key(1)), CODECS[name])
         self.tokens = jax.random.randint(jax.random.key(2), (TOKENS,), 0, 128)
@@ -85,28 +104,32 @@ class Session:
         return result
 
 
-@pytest.fixture(scope="module", params=[(family, name) for family in ("qwen3", "mistral") for name in CODECS], ids=str)
+@pytest.fixture(scope="module", params=[("qwen3", "exact"), *(("mistral", name) for name in CODECS)], ids=str)
 def session(request: pytest.FixtureRequest) -> Session:
     return Session(*request.param)
 
 
 def test_prompt_and_decode_equal_decode_alone(session: Session) -> None:
     """One ragged batch: row r's prompt has r + 1 tokens, so row 0 is decode alone."""
+    if session.name in ACAUSAL:
+        pytest.skip(f"{session.name} shows a prompt's queries what later tokens decide")
     ragged = session.logits(jnp.asarray(LENGTHS), junk=7)
     alone = ragged[0]
     assert np.isfinite(alone).all()
     for row, length in zip(ragged, LENGTHS, strict=True):
         assert np.isnan(row[: length - 1]).all()
         np.testing.assert_allclose(row[length - 1 :], alone[length - 1 :], **ROUNDING)
-    if session.model.layers[0].self_attn.kv_codec.prompt == "exact":
-        np.testing.assert_allclose(alone, session.whole[0], **ROUNDING)
+    np.testing.assert_allclose(alone, session.whole[0], **ROUNDING)
 
 
 def test_a_row_of_a_ragged_batch_equals_the_row_alone(session: Session) -> None:
     ragged, other = (session.logits(jnp.asarray(LENGTHS), junk) for junk in (7, 99))
     np.testing.assert_array_equal(ragged, other)  # padding is never seen
-    single = session.logits(jnp.asarray([5]), junk=0)
-    np.testing.assert_allclose(ragged[4, 4:], single[0, 4:], **ROUNDING)
+    even = session.logits(jnp.full(len(LENGTHS), 5), junk=0)
+    np.testing.assert_array_equal(ragged[4, 4:], even[0, 4:])
+    if session.name == "exact":  # a batch of one is a shape, and so a program, of its own
+        single = session.logits(jnp.asarray([5]), junk=0)
+        np.testing.assert_allclose(ragged[4, 4:], single[0, 4:], **ROUNDING)
 
 
 def test_one_trace_serves_every_step_and_length(session: Session) -> None:
@@ -116,6 +139,8 @@ def test_one_trace_serves_every_step_and_length(session: Session) -> None:
 
 
 def test_the_window_hides_what_is_older(session: Session) -> None:
+    if session.name in SHARING:
+        pytest.skip(f"{session.name} codes tokens together: one that is hidden can change what is seen of another")
     window = session.model.config.sliding_window or TOKENS
     moved = np.abs(session.whole[0] - session.whole[1]).max(axis=-1) > 1e-6
     assert moved[:window].all()

@@ -1,15 +1,18 @@
-"""What a checkpoint holds, read from its headers: format and bits of every linear, and what happens to its input."""
+"""What a checkpoint holds, read from its headers: each linear's format, bits and what happens to its input; caches."""
 
 import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import jax
 
 from jquant.formats import QuantizedTensor, tree_nbytes
-from jquant.models import Linear, Llama, Stacked, linears
+from jquant.kv import KvCodec
+from jquant.models import Linear, Llama, Stacked, blocks, linears
+
+CACHE_LENGTH: Final = 4096  # tokens at which caches are measured; KIVI's exact window weighs little there
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,23 @@ class LinearFacts:
 
 
 @dataclass(frozen=True)
+class CacheFacts:
+    """The KV caches of a model, from the arrays of empty ones.
+
+    Attributes:
+      codec: its name and settings; several are joined by " + ".
+      length: tokens of one sequence that the cache is made for.
+      nbytes_per_token: bytes of all layers, divided by the length.
+      bits_per_value: bits of all layers, divided by the numbers that keys and values are.
+    """
+
+    codec: str
+    length: int
+    nbytes_per_token: float
+    bits_per_value: float
+
+
+@dataclass(frozen=True)
 class Facts:
     """A model as it is stored.
 
@@ -41,11 +61,13 @@ class Facts:
       linears: the linears of all blocks, in order.
       structures: how many different structures the blocks have; each is compiled on its own.
       nbytes: bytes of all arrays.
+      cache: what keys and values take.
     """
 
     linears: tuple[LinearFacts, ...]
     structures: int
     nbytes: int
+    cache: CacheFacts
 
     def bits_per_weight(self) -> float:
         """Returns the bits per weight of all linears of the blocks taken together."""
@@ -70,8 +92,8 @@ def inspect_model(model: Llama, report: Mapping[str, Any] | None = None) -> Fact
       >>> facts.linears[0].format, facts.bits_per_weight(), facts.structures
       ('bfloat16', 16.0, 1)
     """
-    blocks = (report or {}).get("blocks", ())
-    errors = {row["path"]: row["relative_error"] for block in blocks for row in block["linears"]}
+    solved = (report or {}).get("blocks", ())
+    errors = {row["path"]: row["relative_error"] for block in solved for row in block["linears"]}
     rows = tuple(
         LinearFacts(
             path=path,
@@ -83,7 +105,42 @@ def inspect_model(model: Llama, report: Mapping[str, Any] | None = None) -> Fact
         )
         for path, layer in linears(model)
     )
-    return Facts(rows, count_structures(model), tree_nbytes(model))
+    return Facts(rows, count_structures(model), tree_nbytes(model), measure_cache(model))
+
+
+def measure_cache(model: Llama) -> CacheFacts:
+    """Measures the caches that a model would make for one sequence, without making them.
+
+    Args:
+      model: the model, or an abstract one; its layers are a tuple.
+
+    Returns:
+      The facts at 4096 tokens, or at the model's context if that is shorter.
+
+    Example:
+      >>> from jquant.models import abstract_llama, tiny_config
+      >>> facts = measure_cache(abstract_llama(tiny_config(), "bfloat16"))
+      >>> facts.codec, facts.length, facts.bits_per_value
+      ('ExactKv(prompt=exact)', 256, 16.0)
+    """
+    config, dtype = model.config, model.embed_tokens.dtype
+    heads, dim = config.num_key_value_heads, config.head_dim
+    length = min(CACHE_LENGTH, config.max_position_embeddings)
+    codecs = [block.self_attn.kv_codec for block in blocks(model)]
+    caches = [jax.eval_shape(lambda codec=codec: codec.init(length, heads, dim, dtype)) for codec in codecs]
+    values = 2 * length * heads * dim * len(caches)
+    return CacheFacts(
+        codec=" + ".join(dict.fromkeys(describe_codec(codec) for codec in codecs)),
+        length=length,
+        nbytes_per_token=tree_nbytes(caches) / length,
+        bits_per_value=8.0 * tree_nbytes(caches) / values,
+    )
+
+
+def describe_codec(codec: KvCodec) -> str:
+    """Returns a codec's node with its static settings in words."""
+    static = [field.name for field in dataclasses.fields(codec) if not field.metadata.get("pytree_node", True)]  # type: ignore[arg-type]
+    return f"{type(codec).__name__}({', '.join(f'{name}={getattr(codec, name)}' for name in static)})"
 
 
 def count_structures(model: Llama) -> int:

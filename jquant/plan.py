@@ -19,6 +19,7 @@ from jquant.blocks import SITES, Distill, QuantizeWeights
 from jquant.costs import Work, forward_operations, hessian_operations, solve_operations, training_nbytes, working_nbytes
 from jquant.errors import RecipeError
 from jquant.formats import QuantizedTensor, split_outputs, tree_nbytes
+from jquant.inspection import CacheFacts, measure_cache
 from jquant.models import Llama, blocks, get, linear_paths, put
 from jquant.passes import ModelPass, QuantizeActivations, Sequential, Smooth
 from jquant.quantizers import WeightQuantizer
@@ -61,6 +62,7 @@ class Plan:
       tokens: calibration tokens, 0 if none are read.
       work: floating-point operations.
       solve_shapes: distinct (in, out) of the solves; each is compiled once.
+      cache: what keys and values will take.
     """
 
     linears: tuple[LinearPlan, ...]
@@ -71,6 +73,7 @@ class Plan:
     tokens: int
     work: Work
     solve_shapes: tuple[tuple[int, int], ...]
+    cache: CacheFacts
 
     def bits_per_weight(self) -> float:
         """Returns the bits per weight of all quantized linears taken together, 0 if there is none."""
@@ -151,6 +154,7 @@ def plan(model: Llama, recipe: Recipe) -> Plan:
         tokens=samples * length,
         work=work,
         solve_shapes=tuple(dict.fromkeys(_shape(model, solve) for solve in solves)),
+        cache=measure_cache(result),
     )
 
 

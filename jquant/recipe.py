@@ -24,6 +24,8 @@ from jquant.blocks import Distill, QuantizeWeights
 from jquant.data import PYTHON_DOCS
 from jquant.errors import RecipeError
 from jquant.exact_passes import FoldNorms, Rotate, Untie
+from jquant.kv import DynamicRazorKv, ExactKv, Kivi, PerTokenKv
+from jquant.kv_passes import CalibrateRazorKv, SetKvCodec
 from jquant.passes import ModelPass, QuantizeActivations, Sequential, Smooth
 from jquant.quantizers import Bcq, Gptq, GptqRazor, Quip, Razor, Rtn, Spqr, ZeroQuant
 from jquant.schema import build, describe, plain, suggest
@@ -50,6 +52,12 @@ PARTS: Final[Mapping[str, type]] = {
     "static_tensor": StaticTensor,
     "outlier_split": OutlierSplit,
     "activation_razor": ActivationRazor,
+    "set_kv_codec": SetKvCodec,
+    "exact_kv": ExactKv,
+    "per_token_kv": PerTokenKv,
+    "kivi": Kivi,
+    "dynamic_razor_kv": DynamicRazorKv,
+    "calibrate_razor_kv": CalibrateRazorKv,
 }
 _ENDINGS: Final = (".yaml", ".yml")
 _STEP: Final = re.compile(r"([^.\[\]]+)|\[(\d+)\]")

@@ -7,7 +7,7 @@ from typing import Final
 
 from rich.table import Table
 
-from jquant.inspection import Facts
+from jquant.inspection import CacheFacts, Facts
 from jquant.measure import Measurement, ModelFigures
 from jquant.plan import Plan
 from jquant.report import LinearReport, Report
@@ -70,6 +70,8 @@ def plan_table(plan: Plan, name: str) -> Table:
     table.add_row("Hessians", f"{_scaled(work.statistics)}FLOP")
     table.add_row("solves", f"{_scaled(work.solves)}FLOP")
     shapes = ", ".join(f"{inputs} x {outputs}" for inputs, outputs in plan.solve_shapes)
+    table.add_row("KV cache", _cache_size(plan.cache))
+    table.add_row("its codec", plan.cache.codec)
     table.add_row("distinct solves, each compiled once", f"{len(plan.solve_shapes)} ({shapes})")
     return table
 
@@ -91,13 +93,16 @@ def facts_table(facts: Facts, name: str) -> Table:
         shape, bits = f"{row.shape[0]} x {row.shape[1]}", f"{row.bits_per_weight:.4f}"
         table.add_row(row.path, shape, row.input or "-", row.format, bits, error)
     structures = f"{facts.structures} distinct block structure{'s' if facts.structures > 1 else ''}"
-    table.caption = f"{facts.bits_per_weight():.4f} bits per weight, {_bytes(facts.nbytes)} in all, {structures}"
+    sizes = f"{facts.bits_per_weight():.4f} bits per weight, {_bytes(facts.nbytes)} in all, {structures}"
+    table.caption = f"{sizes}\nKV cache: {_cache_size(facts.cache)}, {facts.cache.codec}"
     return table
 
 
 def measurement_table(rows: Mapping[str, tuple[Measurement, Facts]]) -> Table:
     """Returns one row for each measured model: perplexity, windows, bits, size, seconds."""
-    table = _table("perplexity", "model", "text", "perplexity", "windows", "bits per weight", "size", "seconds")
+    table = _table(
+        "perplexity", "model", "text", "perplexity", "windows", "prompt KV", "bits per weight", "size", "seconds"
+    )
     for name, (measured, facts) in rows.items():
         figure = measured.perplexity
         table.add_row(
@@ -105,6 +110,7 @@ def measurement_table(rows: Mapping[str, tuple[Measurement, Facts]]) -> Table:
             measured.dataset,
             f"{figure.value:.4f}",
             f"{figure.windows} x {figure.window_length}",
+            figure.kv_prompt,
             f"{facts.bits_per_weight():.3f}",
             _bytes(facts.nbytes),
             f"{measured.seconds:.1f}",
@@ -132,6 +138,12 @@ def _table(title: str, *columns: str) -> Table:
 def _kind(path: str) -> str:
     """Returns a linear's place inside its block: `layers.3.mlp.up_proj` is `mlp.up_proj`."""
     return path.split(".", 2)[2]
+
+
+def _cache_size(cache: CacheFacts) -> str:
+    """Returns what keys and values take."""
+    size = f"{cache.nbytes_per_token:,.0f} bytes per token, {cache.bits_per_value:.3f} bits per value"
+    return f"{size} at {cache.length} tokens"
 
 
 def _loss_ratio(rows: Sequence[LinearReport]) -> str:

@@ -24,7 +24,7 @@ FLOORS: Final = (
     ("jquant.transforms", "jquant.blocks", "jquant.runtime", "jquant.checkpoint", "jquant.sharding"),
     ("convert", "jquant.calibration", "jquant.costs", "jquant.inspection", "eval"),
     ("jquant.passes", "jquant.folders", "jquant.progress"),
-    ("jquant.exact_passes",),
+    ("jquant.exact_passes", "jquant.kv_passes"),
     ("jquant.recipe",),
     ("jquant.plan",),
     ("jquant.pipeline", "jquant.measure"),

@@ -1,0 +1,104 @@
+"""Model passes that choose how keys and values are kept; weights are left as they are."""
+
+import dataclasses
+import re
+from dataclasses import dataclass
+from typing import final
+
+import jax
+import jax.numpy as jnp
+
+from jquant.calibration import calibrate_razor_kv, put_codecs
+from jquant.errors import RecipeError
+from jquant.kv import KvCodec, Prompt, RazorKv
+from jquant.models import Llama, blocks
+from jquant.passes import Context, ModelPass
+from jquant.report import Report
+
+
+@final
+@dataclass(frozen=True)
+class SetKvCodec(ModelPass):
+    r"""Puts a codec that needs no calibration into layers.
+
+    Attributes:
+      codec: the codec.
+      match: a regular expression for the whole path of a layer, such as `layers\.[0-3]`; all layers if not given.
+        Later passes win over earlier ones, so that several of them are rules.
+    """
+
+    codec: KvCodec
+    match: str = r"layers\.\d+"
+
+    def needs_tokens(self) -> bool:
+        """Tells that no text is read."""
+        return False
+
+    def check(self, model: Llama) -> None:
+        """Refuses a pattern that matches no layer, and settings that the model's heads do not take."""
+        try:
+            pattern = re.compile(self.match)
+        except re.error as error:
+            raise RecipeError(f"match {self.match!r} is no regular expression: {error}") from error
+        count = len(blocks(model))
+        if not any(pattern.fullmatch(f"layers.{index}") for index in range(count)):
+            raise RecipeError(f"match {self.match!r} is unused: the model has layers.0 to layers.{count - 1}")
+        _check_codec(self.codec, model)
+
+    def outline(self, model: Llama) -> Llama:
+        """Returns what the pass makes of an abstract model."""
+        paths = [f"layers.{index}" for index in range(len(blocks(model)))]
+        own = [block.self_attn.kv_codec for block in blocks(model)]
+        chosen = [self.codec if re.fullmatch(self.match, path) else old for path, old in zip(paths, own, strict=True)]
+        return put_codecs(model, chosen)
+
+    def __call__(self, model: Llama, context: Context) -> tuple[Llama, Report]:
+        """Puts the codec."""
+        del context
+        return self.outline(model), Report()
+
+
+@final
+@dataclass(frozen=True)
+class CalibrateRazorKv(ModelPass):
+    """QRazor's cache in every layer, on scales measured over the calibration text with the weights as they are then.
+
+    Attributes:
+      base_bits: bits of the integers, sign included, 2 to 16.
+      bits: bits that are kept, sign included, 2 to 8.
+      group_size: neighbours of a head that drop the same bits.
+      prompt: what a prompt's own queries see.
+    """
+
+    base_bits: int = 8
+    bits: int = 4
+    group_size: int = 8
+    prompt: Prompt = "stored"
+
+    def needs_tokens(self) -> bool:
+        """Tells that the largest keys and values are measured."""
+        return True
+
+    def check(self, model: Llama) -> None:
+        """Refuses settings that the model's heads do not take."""
+        _check_codec(self._abstract(), model)
+
+    def outline(self, model: Llama) -> Llama:
+        """Returns what the pass makes of an abstract model."""
+        return put_codecs(model, [self._abstract()] * len(blocks(model)))
+
+    def __call__(self, model: Llama, context: Context) -> tuple[Llama, Report]:
+        """Measures and puts the codecs."""
+        assert context.tokens is not None
+        return calibrate_razor_kv(model, context.tokens, **dataclasses.asdict(self)), Report()
+
+    def _abstract(self) -> RazorKv:
+        settings = dataclasses.asdict(self)
+        codec: RazorKv = jax.eval_shape(lambda: RazorKv(jnp.float32(1), jnp.float32(1), **settings))
+        return codec
+
+
+def _check_codec(codec: KvCodec, model: Llama) -> None:
+    """Refuses a codec whose empty cache cannot be made for the model."""
+    config = model.config
+    jax.eval_shape(lambda: codec.init(1, config.num_key_value_heads, config.head_dim, model.embed_tokens.dtype))

@@ -1,0 +1,134 @@
+"""Codecs chosen by recipes: saved, stacked, measured, generating; calibrated ones take what the text showed."""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from eval import perplexity
+from jquant import runtime
+from jquant.calibration import kv_ranges
+from jquant.checkpoint import load_model, save_model
+from jquant.errors import DataError, FormatError, RecipeError
+from jquant.inspection import inspect_model
+from jquant.kv import Kivi, PerTokenKv, RazorKv
+from jquant.models import Llama, decode, prefill, random_model, set_kv_codec, stack_layers, tiny_config
+from jquant.passes import Context, run_passes
+from jquant.plan import plan
+from jquant.recipe import parse_recipe
+from jquant.runtime import generate, stream
+
+SMALL = dataclasses.replace(tiny_config(), num_hidden_layers=2)
+TOKENS = jax.random.randint(jax.random.key(3), (3, 12), 0, SMALL.vocab_size)
+KIVI = Kivi(2, 2, group_size=4, residual_length=8)
+RECIPES = {
+    "kivi": "{set_kv_codec: {codec: {kivi: {key_bits: 2, value_bits: 4, group_size: 8, residual_length: 16}}}}",
+    "per_token": "{set_kv_codec: {codec: {per_token_kv: {bits: 4}}}}",
+    "first": '{set_kv_codec: {codec: {dynamic_razor_kv: {}}, match: "layers.0"}}',
+    "razor": "{calibrate_razor_kv: {}}",
+}
+
+
+def model_of(name: str) -> tuple[Llama, object]:
+    calibration = "calibration: {samples: 3, length: 12}" if name == "razor" else ""
+    recipe = parse_recipe(f"name: test\n{calibration}\npasses:\n  - {RECIPES[name]}")
+    source = random_model(SMALL, jax.random.key(0))
+    figures = plan(jax.eval_shape(lambda: source), recipe)
+    model, _ = run_passes(recipe.passes, source, Context(jax.random.key(1), TOKENS))
+    jax.tree.map(np.testing.assert_array_equal, model.layers[0].mlp, source.layers[0].mlp)
+    return model, figures.cache
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_codec_is_planned_put_saved_and_inspected(name: str, tmp_path: Path) -> None:
+    model, planned = model_of(name)
+    save_model(model, tmp_path / name)
+    loaded = load_model(tmp_path / name)
+    assert jax.tree.structure(loaded) == jax.tree.structure(model)
+    jax.tree.map(np.testing.assert_array_equal, loaded, model)
+    assert inspect_model(loaded).cache == planned
+
+
+def test_the_sizes_that_are_shown() -> None:
+    _, cache = model_of("per_token")
+    assert cache.bits_per_value == 4 + 32 / 16  # two float16 for each head of 16  # type: ignore[attr-defined]
+    assert cache.nbytes_per_token == 2 * 2 * 2 * 16 * 6 / 8  # layers, keys and values, heads, dim  # type: ignore[attr-defined]
+    assert cache.length == SMALL.max_position_embeddings  # type: ignore[attr-defined]
+    _, mixed = model_of("first")
+    assert mixed.codec.startswith("DynamicRazorKv(")  # type: ignore[attr-defined]
+    assert "ExactKv" in mixed.codec  # type: ignore[attr-defined]
+
+
+def test_razor_scales_are_the_largest_of_the_text() -> None:
+    model, _ = model_of("razor")
+    for layer, found in zip(model.layers, kv_ranges(random_model(SMALL, jax.random.key(0)), TOKENS), strict=True):
+        codec = layer.self_attn.kv_codec
+        assert isinstance(codec, RazorKv)
+        assert float(codec.key_scale) == pytest.approx(float(found.keys) / 127)
+        assert float(codec.value_scale) == pytest.approx(float(found.values) / 127)
+    source = random_model(SMALL, jax.random.key(0))
+    _, cache = jax.jit(prefill, static_argnums=3)(source, TOKENS, jnp.full(3, 12), 12)
+    expected = [float(jnp.max(jnp.abs(layer.keys))) for layer in cache.layers]
+    assert [float(found.keys) for found in kv_ranges(source, TOKENS)] == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("codec", [KIVI, PerTokenKv(4)], ids=["kivi", "per_token"])
+def test_generation_is_one_program_and_ragged_rows_are_alone(codec: Kivi | PerTokenKv) -> None:
+    model = stack_layers(set_kv_codec(random_model(SMALL, jax.random.key(0)), codec))
+    prompts = [[5, 9, 100, 3], [7], [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11]]
+    before = runtime._generate._cache_size(), runtime.decode._cache_size()
+    together = generate(model, prompts, max_tokens=20)
+    shorter = generate(model, [prompts[1], prompts[2], prompts[0]], max_tokens=9)
+    assert runtime._generate._cache_size() == before[0] + 1
+    assert shorter.tokens == tuple(together.tokens[row][:9] for row in (1, 2, 0))
+    assert tuple(stream(model, prompts[2], max_tokens=20)) == together.tokens[2]
+    assert runtime.decode._cache_size() == before[1] + 1
+
+
+def test_perplexity_says_what_prompts_saw_and_streamed_is_decoding() -> None:
+    source, windows = random_model(SMALL, jax.random.key(0)), np.asarray(TOKENS)
+    modes = {}
+    for prompt in ("exact", "stored", "streamed"):
+        model = set_kv_codec(source, dataclasses.replace(KIVI, prompt=prompt))  # type: ignore[arg-type]
+        modes[prompt] = perplexity(model, windows)
+        assert modes[prompt].kv_prompt == prompt
+    assert modes["exact"].window_losses == perplexity(source, windows).window_losses
+    model = set_kv_codec(source, KIVI)
+    step = jax.jit(decode)
+    logits, cache = jax.jit(prefill, static_argnums=3)(model, TOKENS[:, :1], jnp.ones(3, jnp.int32), 12)
+    losses = []
+    for position in range(1, 12):
+        chosen = jnp.take_along_axis(jax.nn.log_softmax(logits), TOKENS[:, position][:, None], axis=1)
+        losses.append(-chosen[:, 0])
+        logits, cache = step(model, TOKENS[:, position], cache)
+    np.testing.assert_allclose(np.mean(losses, axis=0), modes["streamed"].window_losses, rtol=1e-5)
+
+
+def test_a_full_cache_is_said() -> None:
+    model = random_model(SMALL, jax.random.key(0))
+    with pytest.raises(DataError, match=r"prompts of 12 tokens, padding counted, for a cache of 8: give capacity=12"):
+        prefill(model, TOKENS, jnp.full(3, 4), 8)
+    _, cache = jax.jit(prefill, static_argnums=3)(model, TOKENS, jnp.asarray([12, 3, 1]), 12)
+    logits, _ = jax.jit(decode)(model, TOKENS[:, 0], cache)
+    np.testing.assert_array_equal(np.isnan(logits).all(axis=1), [True, False, False])
+    assert not np.isnan(logits[1:]).any()
+
+
+@pytest.mark.parametrize(
+    ("text", "error", "message"),
+    [
+        ('{set_kv_codec: {codec: {kivi: {}}, match: "layers.9"}}', RecipeError, "is unused: the model has layers.0 to"),
+        ('{set_kv_codec: {codec: {kivi: {}}, match: "("}}', RecipeError, "no regular expression"),
+        ("{set_kv_codec: {codec: {kivi: {}}}}", FormatError, "group_size 32 does not divide 16"),
+        ("{set_kv_codec: {codec: {kivi: {bits: 2}}}}", RecipeError, "unknown key 'bits'"),
+        ("{set_kv_codec: {codec: {per_token_kv: {prompt: half}}}}", RecipeError, "unknown 'half'"),
+        ("{set_kv_codec: {}}", RecipeError, "missing key 'codec'"),
+        ("{calibrate_razor_kv: {}}", RecipeError, "CalibrateRazorKv needs calibration text"),
+    ],
+)
+def test_bad_recipes(text: str, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        plan(random_model(SMALL, jax.random.key(0)), parse_recipe(f"name: test\npasses:\n  - {text}"))

@@ -18,7 +18,7 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import jax
 import jax.numpy as jnp
@@ -28,12 +28,13 @@ from convert import default_cache, demo_model, load_model, load_tokenizer
 from eval.perplexity import perplexity
 from jquant.activations import ActivationMethod, ActivationRazor, OutlierSplit, PerToken
 from jquant.blocks import ActivationRule, InputQuantizers, QuantizeWeights, Rule
-from jquant.calibration import quantize_blocks
+from jquant.calibration import calibrate_razor_kv, quantize_blocks
 from jquant.data import load_text, token_windows
 from jquant.exact_passes import FoldNorms, Rotate, Untie
 from jquant.formats import BinaryFormat, RazoredFormat, SpqrFormat, UniformFormat
 from jquant.inspection import inspect_model
-from jquant.models import Llama, stack_layers
+from jquant.kv import DynamicRazorKv, Kivi, KvCodec, PerTokenKv
+from jquant.models import Llama, set_kv_codec, stack_layers
 from jquant.passes import Context, run_passes
 from jquant.quantizers import Bcq, Gptq, GptqRazor, Quip, Razor, Rtn, Spqr, WeightQuantizer, ZeroQuant
 
@@ -103,6 +104,8 @@ ROWS: Final[Mapping[str, tuple[WeightQuantizer | Mapping[str, WeightQuantizer] |
     "qrazor-w4a8-g8": (Razor(RazoredFormat(group_size=8)), "per_block"),
     "gptq-w4-g64-act-static-trueseq": (Gptq(_format(4, 64), order="activation"), "per_site"),
     "gptq-w4-g64-act-static-trueseq-float16": (Gptq(UniformFormat(4, 64), order="activation"), "per_site"),
+    "qrazor-w4kv4-g8": (Razor(RazoredFormat(group_size=8)), "per_block"),
+    "qrazor-w4kv4-g8-static": (Razor(RazoredFormat(group_size=8)), "per_block"),
     "quarot-fp": (None, "per_block"),
     "quarot-fp-keepmean": (None, "per_block"),
     "quarot-w4a16-rtn": (Rtn(_format(4, None, "symmetric"), "search"), "per_block"),
@@ -113,6 +116,8 @@ ROWS: Final[Mapping[str, tuple[WeightQuantizer | Mapping[str, WeightQuantizer] |
 # What is done before quantizing. QuaRot's code subtracts the means of the embedding's rows, which is not exact, and
 # leaves 9 heads unmixed; `keepmean` rows are jquant's presets.
 ROTATIONS: Final[Mapping[str, Rotate]] = {
+    "quarot-kv4": Rotate(subtract_embedding_mean=True),
+    "quarot-kv4-keepmean": Rotate(),
     "quarot-fp": Rotate(subtract_embedding_mean=True),
     "quarot-fp-keepmean": Rotate(),
     "quarot-w4a16-rtn": Rotate(subtract_embedding_mean=True),
@@ -120,6 +125,22 @@ ROTATIONS: Final[Mapping[str, Rotate]] = {
     "quarot-w4a16-gptq": Rotate(subtract_embedding_mean=True),
     "quarot-w4a16-gptq-keepmean": Rotate(),
 }
+# KV caches by row; those of no row above leave the weights as they are. Unless "stream" is in its name, a reference row
+# shows every query the cache as the whole window is stored.
+CACHES: Final[Mapping[str, KvCodec]] = {
+    "kv4-token-asym": PerTokenKv(4, grid="asymmetric", scale_dtype="float32"),
+    "kv4-token-float-zero": PerTokenKv(4),
+    "quarot-kv4": PerTokenKv(4, grid="asymmetric", clip=0.95, scale_dtype="float32"),
+    "quarot-kv4-keepmean": PerTokenKv(4, grid="asymmetric", clip=0.95, scale_dtype="float32"),
+    "kivi-4": Kivi(4, 4, scale_dtype="float32", prompt="stored"),
+    "kivi-2": Kivi(2, 2, scale_dtype="float32", prompt="stored"),
+    "kivi-2-float16": Kivi(2, 2, prompt="stored"),
+    "kivi-4-stream": Kivi(4, 4, scale_dtype="float32"),
+    "kivi-2-stream": Kivi(2, 2, scale_dtype="float32"),
+    "kivi-2-stream-float16": Kivi(2, 2),
+    "qrazor-w4kv4-g8": DynamicRazorKv(),
+}
+CALIBRATED_CACHES: Final = ("qrazor-w4kv4-g8-static",)
 
 # What rounds the inputs of all linears, in the rows that have it.
 ACTIVATIONS: Final[Mapping[str, ActivationMethod]] = {
@@ -143,8 +164,8 @@ def main() -> None:
     windows = np.load(arguments.windows) if arguments.windows else _windows(source)
     windows = windows[: arguments.count]
     print(json.dumps({"device": jax.devices()[0].device_kind, "jax": jax.__version__, "command": sys.argv}), flush=True)
-    for name in arguments.rows or ROWS:
-        quantizers, sequence = ROWS[name]
+    for name in arguments.rows or (*ROWS, *(row for row in CACHES if row not in ROWS)):
+        quantizers, sequence = ROWS[name] if name in ROWS or name not in CACHES else (None, "per_block")
         if arguments.damping is not None:
             quantizers = dataclasses.replace(quantizers, damping=arguments.damping)  # type: ignore[type-var]
         for seed in arguments.seeds:
@@ -154,11 +175,17 @@ def main() -> None:
             if name in ACTIVATIONS:
                 inputs = InputQuantizers((ActivationRule(".*_proj", ACTIVATIONS[name]),))
                 quantized, _ = quantize_blocks(quantized, calibration, (inputs,), key=jax.random.key(seed))
-            bits = inspect_model(quantized).bits_per_weight()
+            if name in CACHES:
+                quantized = set_kv_codec(quantized, CACHES[name])
+            if name in CALIBRATED_CACHES:
+                quantized = calibrate_razor_kv(quantized, calibration)
+            facts = inspect_model(quantized)
+            bits, cache_bits = facts.bits_per_weight(), facts.cache.bits_per_value
             solved = time.monotonic()
             ours = perplexity(stack_layers(quantized), windows)
             first = math.exp(sum(ours.window_losses[:8]) / 8)
-            figures = {"windows": ours.windows, "ours": ours.value, "ours_first_8": first, "bits": bits}
+            figures: dict[str, Any] = {"windows": ours.windows, "ours": ours.value, "ours_first_8": first, "bits": bits}
+            figures |= {"cache_bits_per_value": cache_bits, "prompt": ours.kv_prompt}
             reference = dict(zip(("reference", "reference_first_8"), theirs.get(name, ()), strict=False))
             times = {"quantize_s": solved - started, "evaluate_s": time.monotonic() - solved}
             settings = {"row": name, "seed": seed, "damping": arguments.damping}

@@ -115,9 +115,10 @@ ROWS: Final[Mapping[str, tuple[WeightQuantizer | Mapping[str, WeightQuantizer] |
 }
 # What is done before quantizing. QuaRot's code subtracts the means of the embedding's rows, which is not exact, and
 # leaves 9 heads unmixed; `keepmean` rows are jquant's presets.
+EVERY_PART: Final = ("residual", "values", "keys", "mlp")
 ROTATIONS: Final[Mapping[str, Rotate]] = {
-    "quarot-kv4": Rotate(subtract_embedding_mean=True),
-    "quarot-kv4-keepmean": Rotate(),
+    "quarot-kv4": Rotate(parts=EVERY_PART, subtract_embedding_mean=True),
+    "quarot-kv4-keepmean": Rotate(parts=EVERY_PART),
     "quarot-fp": Rotate(subtract_embedding_mean=True),
     "quarot-fp-keepmean": Rotate(),
     "quarot-w4a16-rtn": Rotate(subtract_embedding_mean=True),

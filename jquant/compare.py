@@ -5,8 +5,10 @@ calibration windows, evaluation, versions and device. The same call goes on afte
 after its last block; other recipes or another evaluation add rows. Products are float32 throughout, so that rows differ
 by method and not by device.
 
-Each Hessian is the one of its own run. A block's inputs come from the quantized blocks before it, so no two recipes
-have the same.
+By default each Hessian is the one of its own run: a block's inputs come from the quantized blocks before it, so no two
+recipes have the same. With `share_hessians` every method solves on the inputs that the source model gives, whose
+Hessians are computed once for each site and kept on disk until the table is finished: faster, and the solves
+alone are compared. Published figures are those of the default.
 """
 
 import contextlib
@@ -26,6 +28,7 @@ from typing import Final
 import jax
 
 from convert.huggingface import StoredDtype
+from jquant.blocks import BlockPass, QuantizeWeights
 from jquant.checkpoint import digest as model_digest
 from jquant.checkpoint import is_checkpoint, recorded_digest
 from jquant.data import PYTHON_DOCS
@@ -33,6 +36,7 @@ from jquant.errors import CheckpointError, DataError, JquantError, RecipeError
 from jquant.folders import open_abstract, open_model, read_report, write_text
 from jquant.inspection import inspect_model
 from jquant.measure import ModelFigures, measure
+from jquant.passes import Sequential
 from jquant.pipeline import WINDOWS, quantize
 from jquant.plan import plan
 from jquant.progress import OnProgress, Progress, ignore
@@ -41,6 +45,7 @@ from jquant.recipe import Calibration, Recipe, digest
 BASELINE: Final = "full precision"
 _ROWS: Final = "rows"
 _WORK: Final = "work"
+_STATISTICS: Final = "statistics"
 _KEY_LENGTH: Final = 12  # hexadecimal digits of a digest in a file's name
 _VERSIONS: Final = ("jquant", "jax", "jaxlib")
 _TITLES: Final = ("recipe", "bits per weight", "bytes", "perplexity", "quantize seconds")
@@ -74,6 +79,7 @@ def compare(
     *,
     folder: Path | None = None,
     dtype: StoredDtype = "auto",
+    share_hessians: bool = False,
     on_progress: OnProgress = ignore,
 ) -> tuple[ModelFigures, ...]:
     """Quantizes a model by each recipe and measures all results and the model itself.
@@ -85,6 +91,7 @@ def compare(
       evaluation: what perplexity is measured on.
       folder: where the files of named data sets lie; None to get them from the hub.
       dtype: of a foreign checkpoint's arrays.
+      share_hessians: whether all recipes solve on the source model's own activations (`on_source_inputs`).
       on_progress: called at each stage.
 
     Returns:
@@ -96,6 +103,7 @@ def compare(
       JquantError: a quantization or a measurement failed; the recipe is named, finished rows are kept.
     """
     _check_names(recipes)
+    recipes = [on_source_inputs(one) for one in recipes] if share_hessians else recipes
     abstract = open_abstract(source, dtype=dtype)
     for one in recipes:
         with _named(one.name):
@@ -117,7 +125,28 @@ def compare(
                 shutil.rmtree(checkpoint, ignore_errors=True)
             rows.append(_read(known))
         _write_tables(out, rows, evaluation, source)
+    shutil.rmtree(out / _STATISTICS, ignore_errors=True)
     return tuple(rows)
+
+
+def on_source_inputs(recipe: Recipe) -> Recipe:
+    """Returns a recipe whose statistics are those of the source model's own activations, for all sites at once.
+
+    Example:
+      >>> from jquant.recipe import load_recipe
+      >>> on_source_inputs(load_recipe("gptq-w4")).passes[0].passes[0].inputs
+      'source'
+    """
+
+    def change(one: BlockPass) -> BlockPass:
+        if not isinstance(one, QuantizeWeights) or not one.wanted():
+            return one
+        return dataclasses.replace(one, sequence="per_block", inputs="source")
+
+    passes = (
+        Sequential(tuple(map(change, one.passes))) if isinstance(one, Sequential) else one for one in recipe.passes
+    )
+    return dataclasses.replace(recipe, passes=tuple(passes))
 
 
 def share_calibration(
@@ -175,7 +204,8 @@ def _run(
     """Makes one row: quantizes if there is a recipe and no result of it yet, and measures what was saved."""
     where: str | Path = source if recipe is None else checkpoint
     if recipe is not None and not is_checkpoint(checkpoint):
-        quantize(source, checkpoint, recipe, folder=folder, dtype=dtype, on_progress=on_progress)
+        statistics = checkpoint.parent.parent / _STATISTICS
+        quantize(source, checkpoint, recipe, folder=folder, dtype=dtype, statistics=statistics, on_progress=on_progress)
     measured = measure(
         where,
         evaluation.dataset,

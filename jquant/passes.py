@@ -2,16 +2,28 @@
 
 import abc
 import dataclasses
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import final
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Int
 
 from jquant.blocks import SITES, ActivationRule, BlockPass, InputQuantizers
-from jquant.calibration import AlphaSearch, BlockStore, check_weights, collect_absmax, quantize_blocks, search_alpha
+from jquant.calibration import (
+    AlphaSearch,
+    BlockStore,
+    SharedStatistics,
+    check_weights,
+    collect_absmax,
+    quantize_blocks,
+    search_alpha,
+)
+from jquant.checkpoint import digest
 from jquant.errors import RecipeError
 from jquant.models import Block, Llama, blocks, get
 from jquant.report import BlockReport, Report
@@ -27,12 +39,14 @@ class Context:
       key: random key of the run.
       tokens: calibration windows [samples, length], or None if no pass needs them.
       store: where finished blocks are kept, or None to keep them in memory alone.
+      statistics: folder for statistics of the source's own activations, which other runs share; None to keep none.
       on_block: called after each block, for progress.
     """
 
     key: Key
     tokens: Int[Array, "samples length"] | None = None
     store: BlockStore | None = None
+    statistics: Path | None = None
     on_block: Callable[[BlockReport], None] = lambda report: None
 
 
@@ -75,8 +89,27 @@ class Sequential(ModelPass):
     def __call__(self, model: Llama, context: Context) -> tuple[Llama, Report]:
         """Runs `calibration.quantize_blocks`."""
         return quantize_blocks(
-            model, context.tokens, self.passes, key=context.key, store=context.store, on_block=context.on_block
+            model,
+            context.tokens,
+            self.passes,
+            key=context.key,
+            store=context.store,
+            statistics=_shared(model, context),
+            on_block=context.on_block,
         )
+
+
+def _shared(model: Llama, context: Context) -> SharedStatistics | None:
+    """Returns where statistics of this model on these windows are kept."""
+    if context.statistics is None or context.tokens is None:
+        return None
+    origin = {
+        "model": digest(model),
+        "windows": hashlib.sha256(np.ascontiguousarray(np.asarray(context.tokens)).tobytes()).hexdigest(),
+        "device": jax.devices()[0].device_kind,
+        "jax": jax.__version__,
+    }
+    return SharedStatistics.of(context.statistics, model.config.num_hidden_layers, origin)
 
 
 @final

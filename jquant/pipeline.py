@@ -76,6 +76,7 @@ def quantize(
     folder: Path | None = None,
     dtype: StoredDtype = "auto",
     resume: bool = False,
+    statistics: Path | None = None,
     on_progress: OnProgress = ignore,
 ) -> Report:
     """Quantizes a checkpoint by a recipe and saves the result with recipe, report and tokenizer.
@@ -87,6 +88,7 @@ def quantize(
       folder: where the files of a named calibration data set lie; None to get it from the hub.
       dtype: of a foreign checkpoint's arrays, and so of the activations.
       resume: whether a run must be there to go on with; without, one is gone on with if there is one.
+      statistics: folder for what is collected on the source's own activations, to share it with other runs.
       on_progress: called at each stage and after each block.
 
     Returns:
@@ -118,6 +120,7 @@ def quantize(
             key=jax.random.key(recipe.seed),
             tokens=None if tokens is None else jnp.asarray(tokens),
             store=store,
+            statistics=statistics,
             on_block=_count_blocks(model.config.num_hidden_layers, on_progress),
         )
         quantized, report = run_passes(recipe.passes, model, context)

@@ -220,7 +220,7 @@ def _work(
     model: Llama, block_pass: QuantizeWeights, index: int, solves: tuple[Solve, ...], calibration: Calibration | None
 ) -> Work:
     """Returns the work of one block."""
-    if calibration is None or not block_pass.needs_inputs():
+    if calibration is None or not block_pass.wanted():
         return Work()
     samples, length, block = calibration.samples, calibration.length, get(model, f"layers.{index}")
     reached = forward_operations(block, model.config, length)

@@ -1,13 +1,14 @@
 """Comparisons: rows and tables, what is kept and used again, shared calibration windows, and what is refused."""
 
 import csv
+import dataclasses
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from jquant.compare import BASELINE, Evaluation, compare, share_calibration
+from jquant.compare import BASELINE, Evaluation, compare, on_source_inputs, share_calibration
 from jquant.errors import CheckpointError, DataError, FormatError, RecipeError
 from jquant.progress import Progress
 from jquant.recipe import Recipe, load_recipe
@@ -72,6 +73,17 @@ def test_rows_tables_and_what_is_used_again(source: Path, windows: Path, tmp_pat
     seen.clear()
     compare(source, out, [gptq(windows)], EVALUATION, on_progress=seen.append)
     assert stages(seen) == ["gptq-w4g64 (2 of 2)"]
+
+
+def test_recipes_can_share_what_is_collected_on_the_source(source: Path, windows: Path, tmp_path: Path) -> None:
+    """Rows of both kinds are kept apart; a recipe without Hessians stays what it was."""
+    recipes = [gptq(windows), dataclasses.replace(gptq(windows), name="other", seed=1)]
+    shared = compare(source, tmp_path / "out", recipes, EVALUATION, share_hessians=True)
+    assert shared[1].perplexity == shared[2].perplexity
+    assert not (tmp_path / "out" / "statistics").exists()
+    own = compare(source, tmp_path / "out", recipes[:1], EVALUATION)
+    assert own[1].perplexity != shared[1].perplexity
+    assert on_source_inputs(rtn()) == rtn()
 
 
 def test_failure_names_the_recipe_and_keeps_finished_rows(source: Path, windows: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from jquant.blocks.activations import ActivationRule as ActivationRule
 from jquant.blocks.activations import InputQuantizers as InputQuantizers
 from jquant.blocks.base import BlockData as BlockData
 from jquant.blocks.base import BlockPass as BlockPass
+from jquant.blocks.base import StatisticStore as StatisticStore
 from jquant.blocks.base import Teacher as Teacher
 from jquant.blocks.base import summarize as summarize
 from jquant.blocks.distill import Distill as Distill

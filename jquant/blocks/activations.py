@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jquant.activations import ActivationMethod, ActivationQuantizer
-from jquant.blocks.base import BlockData, BlockPass
+from jquant.blocks.base import BlockData, BlockPass, StatisticStore
 from jquant.blocks.rules import check_pattern, first_match, refuse_unused
 from jquant.blocks.weights import SITES, collect
 from jquant.errors import CalibrationError, FormatError
@@ -66,8 +66,9 @@ class InputQuantizers(BlockPass):
         """Tells whether any rule's method is calibrated."""
         return any(rule.quantizer is not None and rule.quantizer.needs_absmax() for rule in self.rules)
 
-    def needs_teacher(self) -> bool:
+    def needs_teacher(self, kept: StatisticStore | None = None) -> bool:
         """Tells that nothing is compared with the source."""
+        del kept
         return False
 
     def check(self, model: Llama) -> None:

@@ -1,6 +1,7 @@
 """The contract of a block pass: it rewrites one decoder block, given the inputs that the block will see."""
 
 import abc
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +26,28 @@ class Teacher:
     outputs: Leaf
 
 
+class StatisticStore(abc.ABC):
+    """Keeps statistics of the source's own activations, so that several runs use what was collected once."""
+
+    @abc.abstractmethod
+    def complete(self, name: str) -> bool:
+        """Tells whether a statistic is kept for every block."""
+
+    @abc.abstractmethod
+    def get(self, index: int, name: str, empty: Any) -> Any | None:
+        """Returns a statistic of one block, or None if it has not been collected.
+
+        Args:
+          index: the block's place, from 0.
+          name: the statistic's.
+          empty: a tree of its structure.
+        """
+
+    @abc.abstractmethod
+    def put(self, index: int, name: str, statistic: Any) -> None:
+        """Keeps a statistic of one block."""
+
+
 @struct.dataclass
 class BlockData:
     """What a pass may know of a block's surroundings.
@@ -34,12 +57,14 @@ class BlockData:
       config: the model's sizes.
       index: the block's place, from 0.
       teacher: the source's own activations around the block; None if no pass asked for a teacher.
+      statistics: where statistics of those activations are kept; None to keep none.
     """
 
     inputs: Leaf | None
     config: LlamaConfig = struct.field(pytree_node=False)
     index: int = struct.field(pytree_node=False)
     teacher: Teacher | None = None
+    statistics: StatisticStore | None = struct.field(pytree_node=False, default=None)
 
 
 class BlockPass(abc.ABC):
@@ -50,8 +75,8 @@ class BlockPass(abc.ABC):
         """Tells whether calibration inputs must be carried through the blocks."""
 
     @abc.abstractmethod
-    def needs_teacher(self) -> bool:
-        """Tells whether the source's own activations must be carried through the blocks as well."""
+    def needs_teacher(self, kept: StatisticStore | None = None) -> bool:
+        """Tells whether the source's own activations must be carried through the blocks as well, given what is kept."""
 
     @abc.abstractmethod
     def check(self, model: Llama) -> None:

@@ -30,7 +30,7 @@ from flax import struct
 from jaxtyping import Array, Bool, Float
 
 from jquant.activations import ActivationMethod, ActivationQuantizer
-from jquant.blocks.base import BlockData, BlockPass
+from jquant.blocks.base import BlockData, BlockPass, StatisticStore
 from jquant.blocks.weights import QuantizeWeights, Rule
 from jquant.errors import CalibrationError, RecipeError
 from jquant.formats import QuantizedTensor
@@ -95,8 +95,9 @@ class Distill(BlockPass):
         """Tells whether the student sees what the rewritten blocks before it produce."""
         return self.inputs == "student"
 
-    def needs_teacher(self) -> bool:
+    def needs_teacher(self, kept: StatisticStore | None = None) -> bool:
         """Tells that the source's own activations are what is learnt."""
+        del kept
         return True
 
     def packing(self) -> QuantizeWeights:

@@ -1,5 +1,6 @@
 """QuantizeWeights: rules choose a quantizer for each linear; linears that share an input share its statistics."""
 
+import dataclasses
 import functools
 import zlib
 from collections.abc import Iterator, Mapping
@@ -10,9 +11,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jquant.blocks.base import BlockData, BlockPass, split_diagnostics
+from jquant.blocks.base import BlockData, BlockPass, StatisticStore, split_diagnostics
 from jquant.blocks.rules import check_pattern, first_match, refuse_unused
-from jquant.errors import FormatError
+from jquant.errors import CalibrationError, FormatError, RecipeError
 from jquant.formats import QuantizedTensor, split_outputs
 from jquant.models import Block, Linear, Llama, LlamaConfig, get, linear_paths, prompt_block, put
 from jquant.quantizers import Diagnostics, Statistic, WeightQuantizer
@@ -52,6 +53,9 @@ class QuantizeWeights(BlockPass):
 
     Attributes:
       rules: the rules, first match wins; a linear that none matches stays as it is.
+      inputs: "quantized" collects statistics of what the rewritten blocks before produce, as published methods do;
+        "source" of what the source's own blocks produce, with sequence "per_block": then recipes that differ in their
+        quantizers alone share one set of statistics (`jquant compare --share-hessians`).
       sequence: "per_site" solves the sites in the order of the forward pass, each on inputs that the block
         produces with the sites before it already quantized (GPTQ's true_sequential); "per_block" collects all
         four statistics from the block as it came.
@@ -59,14 +63,28 @@ class QuantizeWeights(BlockPass):
 
     rules: tuple[Rule, ...]
     sequence: Literal["per_site", "per_block"] = "per_site"
+    inputs: Literal["quantized", "source"] = "quantized"
+
+    def __post_init__(self) -> None:
+        """Refuses sites in turn on inputs that their turn does not change."""
+        if self.inputs == "source" and self.sequence != "per_block":
+            raise RecipeError(
+                'sequence "per_site" collects statistics after each solved site, inputs "source" before any: '
+                "set sequence: per_block"
+            )
 
     def needs_inputs(self) -> bool:
-        """Tells whether any rule's quantizer needs statistics."""
-        return any(rule.quantizer is not None and rule.quantizer.statistic is not None for rule in self.rules)
+        """Tells whether any rule's quantizer needs statistics of the rewritten blocks' outputs."""
+        return self.inputs == "quantized" and bool(self.wanted())
 
-    def needs_teacher(self) -> bool:
-        """Tells that nothing is compared with the source."""
-        return False
+    def needs_teacher(self, kept: StatisticStore | None = None) -> bool:
+        """Tells whether statistics of the source's activations are needed that are not kept yet."""
+        missing = [one for one in self.wanted() if kept is None or not kept.complete(one.name)]
+        return self.inputs == "source" and bool(missing)
+
+    def wanted(self) -> set[Statistic]:
+        """Returns what the rules' quantizers need to know of the inputs."""
+        return {rule.quantizer.statistic for rule in self.rules if rule.quantizer and rule.quantizer.statistic}
 
     def check(self, model: Llama) -> None:
         """Refuses rules that no linear falls to, and shapes or weights that a rule's quantizer cannot take.
@@ -99,8 +117,8 @@ class QuantizeWeights(BlockPass):
         report: dict[str, Diagnostics] = {}
         whole: dict[str, dict[str, Any]] = {}  # per_block: statistic's name -> sums of all sites of the source block
         if self.sequence == "per_block":
-            wanted = {rule.quantizer.statistic for rule in self.rules if rule.quantizer and rule.quantizer.statistic}
-            whole = {one.name: collect(block, data.inputs, tuple(SITES), one, data.config) for one in wanted}
+            of = self._of_source if self.inputs == "source" else _of_inputs
+            whole = {one.name: of(block, data, one) for one in self.wanted()}
         for site, names in SITES.items():
             for quantizer, group in self._groups(names, data.index):
                 statistics = self._statistics(quantizer.statistic, block, data, site, whole)
@@ -110,6 +128,21 @@ class QuantizeWeights(BlockPass):
                         block = put(block, f"{name}.kernel", kernel)
                         report[f"layers.{data.index}.{name}"] = diagnostics
         return block, report
+
+    def _of_source(self, block: Block, data: BlockData, statistic: Statistic) -> dict[str, Any]:
+        """Returns a statistic of all sites on the source's activations: the one that is kept, or a new one, kept."""
+        if data.statistics is not None:
+            features = {site: get(block, names[0]).kernel.shape[0] for site, names in SITES.items()}
+            empty = jax.eval_shape(lambda: {site: statistic.init(count) for site, count in features.items()})
+            known: dict[str, Any] | None = data.statistics.get(data.index, statistic.name, empty)
+            if known is not None:
+                return known
+        if data.teacher is None:
+            raise CalibrationError(f"layers.{data.index} has no source activations; was a kept statistic deleted?")
+        sums = _of_inputs(block, dataclasses.replace(data, inputs=data.teacher.inputs), statistic)
+        if data.statistics is not None:
+            data.statistics.put(data.index, statistic.name, sums)
+        return sums
 
     def _groups(self, names: tuple[str, ...], index: int) -> Iterator[tuple[WeightQuantizer, tuple[str, ...]]]:
         rules = {name: self.rule_for(f"layers.{index}.{name}") for name in names}
@@ -125,6 +158,10 @@ class QuantizeWeights(BlockPass):
         if self.sequence == "per_block":
             return whole[statistic.name][site]
         return collect(block, data.inputs, (site,), statistic, data.config)[site]
+
+
+def _of_inputs(block: Block, data: BlockData, statistic: Statistic) -> dict[str, Any]:
+    return collect(block, data.inputs, tuple(SITES), statistic, data.config)
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3, 4))

@@ -8,6 +8,7 @@ from jquant.calibration.kv import put_codecs as put_codecs
 from jquant.calibration.sequential import check_weights as check_weights
 from jquant.calibration.sequential import dense_kernels as dense_kernels
 from jquant.calibration.sequential import quantize_blocks as quantize_blocks
+from jquant.calibration.shared import SharedStatistics as SharedStatistics
 from jquant.calibration.smoothing import AlphaError as AlphaError
 from jquant.calibration.smoothing import AlphaSearch as AlphaSearch
 from jquant.calibration.smoothing import search_alpha as search_alpha

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from jquant.blocks import BlockData, BlockPass, Teacher, summarize
+from jquant.blocks import BlockData, BlockPass, StatisticStore, Teacher, summarize
 from jquant.calibration.store import BlockStore
 from jquant.errors import CalibrationError
 from jquant.formats import QuantizedTensor, compact_outliers
@@ -32,6 +32,7 @@ def quantize_blocks(
     *,
     key: Key,
     store: BlockStore | None = None,
+    statistics: StatisticStore | None = None,
     on_block: Callable[[BlockReport], None] = lambda report: None,
 ) -> tuple[Llama, Report]:
     """Rewrites the blocks in order.
@@ -42,6 +43,7 @@ def quantize_blocks(
       passes: what is done to each block, in order.
       key: random key of the run.
       store: keeps each finished block on disk; blocks that it already holds are taken from it.
+      statistics: keeps what is collected on the source's own activations, for other runs.
       on_block: called with each block's report, also for blocks from the store.
 
     Returns:
@@ -51,7 +53,7 @@ def quantize_blocks(
       CalibrationError: a solve gave something that is not finite; the linear is named, finished blocks are kept.
     """
     carried = any(one.needs_inputs() for one in passes)
-    taught = any(one.needs_teacher() for one in passes)
+    taught = any(one.needs_teacher(statistics) for one in passes)
     inputs = embed(model, tokens) if carried and tokens is not None else None
     source_inputs = embed(model, tokens) if taught and tokens is not None else None
     layers, reports = list(blocks(model)), []
@@ -63,7 +65,7 @@ def quantize_blocks(
             layers[index], report = resumed
             solved = layers[index]
         else:
-            data = BlockData(inputs=inputs, config=model.config, index=index, teacher=teacher)
+            data = BlockData(inputs=inputs, config=model.config, index=index, teacher=teacher, statistics=statistics)
             solved, rows, losses = _run(passes, layer, data, jax.random.fold_in(key, index))
             layers[index] = compact_outliers(jax.block_until_ready(solved))
             report = BlockReport(index=index, linears=rows, seconds=time.monotonic() - started, losses=losses)

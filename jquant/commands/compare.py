@@ -28,6 +28,7 @@ def run(
     length: int = 2048,
     data: Path | None = None,
     dtype: StoredDtype = "auto",
+    share_hessians: bool = False,
 ) -> None:
     """Quantize a model by several recipes, measure each result on the same windows, and print one table.
 
@@ -45,6 +46,7 @@ def run(
       length: tokens in a measured window.
       data: the folder where the files of named data sets lie, instead of the hub.
       dtype: of the model's arrays; auto keeps what is stored.
+      share_hessians: solve every recipe on the source model's own activations, whose Hessians are computed once.
     """
     chosen = [
         share_calibration(load_recipe(name), file=calibration_file, samples=samples, length=sample_length)
@@ -52,7 +54,16 @@ def run(
     ]
     evaluation = Evaluation(perplexity, windows, length)
     with show_progress() as on_progress:
-        rows = compare(source, out, chosen, evaluation, folder=data, dtype=dtype, on_progress=on_progress)
+        rows = compare(
+            source,
+            out,
+            chosen,
+            evaluation,
+            folder=data,
+            dtype=dtype,
+            share_hessians=share_hessians,
+            on_progress=on_progress,
+        )
     console = stdout()
     console.print(figures_table(rows, source, evaluation.describe()))
     console.print(f"saved in {out}: table.md, table.csv and table.json", markup=False, highlight=False)

@@ -12,8 +12,9 @@ Steps 1 and 2 leave tr((W - Q)^T H (W - Q)) as it is. Without incoherence, one a
 their place. The paper's W is our W^T, its D our 1 / s.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Final, Literal, NamedTuple, final
+from typing import Any, Final, Literal, NamedTuple, final
 
 import jax
 import jax.numpy as jnp
@@ -35,13 +36,14 @@ from jquant.quantizers.base import Diagnostics, WeightQuantizer, hessian_figures
 from jquant.quantizers.ldlq import Fidelity, Order, Rounded, Rounding, round_with_feedback
 from jquant.quantizers.rtn import fit_groups, round_to_nearest
 from jquant.quantizers.statistics import HESSIAN, SecondMoment
-from jquant.types import Key
+from jquant.types import DType, Key
 
 # Half widths of the grid to choose from. Rotated weights are nearly Gaussian, for which 2.4 is about right, but not
 # those of an input that is thousands of times larger than others, as down_proj's are where a model keeps its massive
 # activations: its rescaled row outweighs the matrix, and stays a product of two Gaussians. Measured at 4 bits over all
 # blocks of SmolLM2-135M (16 x 512 tokens): with 2.4 the loss of down_proj is 40 times GPTQ's, of all others half of it.
 RHOS: Final = (1.6, 2.0, 2.4, 2.8, 3.4, 4.0, 5.6, 8.0, 12.0)
+_PUBLISHED_RHO: Final = 2.4  # arXiv:2307.13304
 _FLOOR = 1e-8  # least H_ii / max|H| and |W_i|^2 / max|W|^2 in the rescaling; reference code
 _SMALLEST = 1e-16  # added to the range, so that a matrix of zeros has one; reference code
 _PROJECTION_DAMPING = 0.01  # added by the reference code as it projects, beside the damping that was asked for
@@ -69,7 +71,8 @@ class Quip(WeightQuantizer):
       greedy_passes: sweeps of coordinate descent after the first rounding.
       incoherence: the kind of rotation; "none" for one asymmetric grid for each output of the matrix as it is.
       rho: half the width of the grid, in root mean squares of the rotated weight, 2.4 in the paper; None takes the one
-        of `RHOS` with which the first sweep ends at the least loss. Unused without incoherence.
+        of `RHOS` with which the first sweep ends at the least loss (2.4 under "reference", whose loss does not see the
+        clip). Unused without incoherence.
       damping: share of the mean diagonal added to the Hessian; raised step by step, and reported, if it does not
         suffice.
       scale_dtype: how scales of inputs (or, without incoherence, of outputs) are stored.
@@ -146,24 +149,40 @@ class Quip(WeightQuantizer):
         basis = incoherent_basis(weight, hessian, seed, transform, self.scale_dtype)
         extra = _PROJECTION_DAMPING * (1 + self.damping) if self.fidelity == "reference" else 0.0
 
-        def round_on(rho: jax.Array, greedy_passes: int) -> tuple[Rounded, jax.Array]:
+        def round_on(rho: Any, greedy_passes: Any) -> tuple[Rounded, jax.Array]:
             target, step = centered_target(basis.weight, self.bits, rho)
             key_of_noise = jax.random.fold_in(key, 1)
             return self._round(target, basis.hessian, self.damping + extra, key_of_noise, greedy_passes), step
 
-        def first_loss(rho: jax.Array) -> jax.Array:
-            rounded, step = round_on(rho, int(self.rounding == "greedy"))
-            return jnp.sum(rounded.loss) * step**2
-
-        rho = jnp.asarray(self.rho or RHOS, weight.dtype)
-        if self.rho is None:
-            rho = rho[jnp.argmin(jax.lax.map(first_loss, rho))]
-        rounded, step = round_on(rho, self.greedy_passes)
+        if self.rho is None and self.fidelity == "paper":
+            rounded, step = self._search(round_on, weight.dtype)
+        else:
+            rounded, step = round_on(_PUBLISHED_RHO if self.rho is None else self.rho, self.greedy_passes)
         inner = quantize_centered(rounded.codes.astype(jnp.uint8), step, self.bits)
         tensor = rotated(inner, basis.scales.astype(self.scale_dtype), seed, transform)
         return tensor, rounded.loss * step**2, rounded.damping
 
-    def _round(self, target: jax.Array, hessian: jax.Array, damping: float, key: Key, greedy_passes: int) -> Rounded:
+    def _search(self, round_on: Callable[[Any, Any], tuple[Rounded, jax.Array]], dtype: DType) -> Any:
+        """Tries all of `RHOS` and solves with the best; one program, whose last turn adds the greedy passes."""
+        candidates = jnp.asarray((*RHOS, _PUBLISHED_RHO), dtype)
+        first_sweep = int(self.rounding == "greedy")
+
+        def turn(number: jax.Array, state: tuple[jax.Array, jax.Array, Any]) -> tuple[jax.Array, jax.Array, Any]:
+            least, best, _ = state
+            last = number == len(RHOS)
+            rho = jnp.where(last, best, candidates[number])
+            rounded, step = round_on(rho, jnp.where(last, self.greedy_passes, first_sweep))
+            loss = jnp.sum(rounded.loss) * step**2
+            return jnp.minimum(loss, least), jnp.where(loss < least, rho, best), (rounded, step)
+
+        shapes = jax.eval_shape(round_on, candidates[0], first_sweep)
+        empty = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+        start = (jnp.asarray(jnp.inf, dtype), jnp.asarray(_PUBLISHED_RHO, dtype), empty)
+        return jax.lax.fori_loop(0, len(RHOS) + 1, turn, start)[2]
+
+    def _round(
+        self, target: jax.Array, hessian: jax.Array, damping: float, key: Key, greedy_passes: int | jax.Array
+    ) -> Rounded:
         top = 2**self.bits - 1
         return round_with_feedback(
             jnp.clip(target, 0, top) if self.fidelity == "reference" else target,

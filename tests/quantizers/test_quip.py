@@ -25,7 +25,8 @@ TRANSFORMS: tuple[Transform, ...] = ("kronecker", "butterfly")
 BITS = (2, 3, 4)
 
 
-@functools.partial(jax.jit, static_argnums=0)
+# compiled with no effort: the same arithmetic, sooner
+@functools.partial(jax.jit, static_argnums=0, compiler_options={"xla_backend_optimization_level": 0})
 def solve(quantizer: Quip | Gptq, weight: jax.Array, hessian: jax.Array) -> tuple[QuantizedTensor, Diagnostics]:
     return quantizer(weight, SecondMoment(hessian, jnp.ones((), hessian.dtype)), KEY)
 
@@ -400,7 +401,8 @@ def test_matmul_rotates_the_activations(transform: Transform) -> None:
 
 
 def test_no_dense_rotation_at_run_time() -> None:
-    tensor = jax.eval_shape(lambda w, h: solve(Quip(), w, h)[0], *(jnp.zeros((1024, size)) for size in (256, 1024)))
+    moment = SecondMoment(jnp.zeros((1024, 1024)), jnp.ones(()))
+    tensor = jax.eval_shape(lambda weight: Quip()(weight, moment, KEY)[0], jnp.zeros((1024, 256)))
     program = jax.make_jaxpr(matmul)(jnp.zeros((1, 1024)), jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), tensor))
     for order in (256, 1024):
         assert f"f32[{order},{order}]" not in str(program)
@@ -410,7 +412,8 @@ def test_seeds_differ_and_repeat() -> None:
     weight, hessian = correlated(48, 20, 300)
     moment = SecondMoment(jnp.asarray(hessian, jnp.float32), jnp.ones(()))
     kernel = jnp.asarray(weight.T, jnp.float32)
-    first, again, other = (Quip()(kernel, moment, jax.random.key(seed))[0] for seed in (0, 0, 1))
+    quantizer = Quip(greedy_passes=0, rho=2.4)
+    first, again, other = (quantizer(kernel, moment, jax.random.key(seed))[0] for seed in (0, 0, 1))
     assert first.seed.dtype == jnp.uint32
     assert first.seed != other.seed
     np.testing.assert_array_equal(first.inner.codes, again.inner.codes)

@@ -1,6 +1,7 @@
 """What every test runs under: no implicit casts or broadcasts, checked shapes, two CPU devices."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -12,6 +13,7 @@ from jaxtyping import install_import_hook
 
 PACKAGES = ("jquant", "pallas_kernels", "convert", "eval")
 ROOT = Path(__file__).resolve().parent.parent
+MOST_MAPS = 30_000  # about three for each program; Linux allows a process 65,530 (vm.max_map_count)
 
 jax.config.update("jax_num_cpu_devices", 2)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -20,6 +22,15 @@ install_import_hook(PACKAGES, "beartype.beartype")
 
 from convert import default_cache, demo_model
 from jquant.errors import ConversionError
+
+
+@pytest.fixture(scope="module", autouse=True)
+def bounded_programs() -> Iterator[None]:
+    """Drop compiled programs before their memory maps reach the kernel's limit, where XLA dies in its compiler."""
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > MOST_MAPS:
+        jax.clear_caches()
 
 
 @pytest.fixture(scope="session")

@@ -94,7 +94,7 @@ class Sequential(ModelPass):
             self.passes,
             key=context.key,
             store=context.store,
-            statistics=_shared(model, context),
+            statistics=_shared(model, context) if any(one.needs_teacher() for one in self.passes) else None,
             on_block=context.on_block,
         )
 
@@ -164,7 +164,7 @@ class Smooth(ModelPass):
 
     def __post_init__(self) -> None:
         """Refuses an alpha outside 0..1."""
-        if isinstance(self.alpha, float):
+        if not isinstance(self.alpha, AlphaSearch):
             check_alpha(self.alpha)
 
     def needs_tokens(self) -> bool:
@@ -178,7 +178,7 @@ class Smooth(ModelPass):
     def __call__(self, model: Llama, context: Context) -> tuple[Llama, Report]:
         """Measures the model as it stands, and smooths it."""
         assert context.tokens is not None
-        if isinstance(self.alpha, float):
+        if not isinstance(self.alpha, AlphaSearch):
             return smooth(model, collect_absmax(model, context.tokens), self.alpha), Report()
         absmax, errors = search_alpha(model, context.tokens, self.alpha)
         best = min(errors, key=lambda one: one.error)

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from jquant.blocks import SITES, Distill, QuantizeWeights
+from jquant.calibration import AlphaSearch
 from jquant.costs import Work, forward_operations, hessian_operations, solve_operations, training_nbytes, working_nbytes
 from jquant.errors import RecipeError
 from jquant.formats import QuantizedTensor, split_outputs, tree_nbytes
@@ -175,7 +176,7 @@ def _measuring(one: ModelPass, model: Llama, calibration: Calibration | None) ->
     if calibration is None or not isinstance(one, Smooth):
         return Work()
     block = forward_operations(get(model, "layers.0"), model.config, calibration.length)["end"]
-    runs = 1 if isinstance(one.alpha, float) else 1 + len(one.alpha.candidates)
+    runs = 1 + (len(one.alpha.candidates) if isinstance(one.alpha, AlphaSearch) else 0)
     return Work(forward=runs * model.config.num_hidden_layers * calibration.samples * block)
 
 

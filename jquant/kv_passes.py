@@ -8,6 +8,7 @@ from typing import final
 import jax
 import jax.numpy as jnp
 
+from jquant.blocks import check_pattern
 from jquant.calibration import calibrate_razor_kv, put_codecs
 from jquant.errors import RecipeError
 from jquant.kv import KvCodec, Prompt, RazorKv
@@ -30,18 +31,18 @@ class SetKvCodec(ModelPass):
     codec: KvCodec
     match: str = r"layers\.\d+"
 
+    def __post_init__(self) -> None:
+        """Refuses a pattern that is not a regular expression."""
+        check_pattern(self.match)
+
     def needs_tokens(self) -> bool:
         """Tells that no text is read."""
         return False
 
     def check(self, model: Llama) -> None:
-        """Refuses a pattern that matches no layer, and settings that the model's heads do not take."""
-        try:
-            pattern = re.compile(self.match)
-        except re.error as error:
-            raise RecipeError(f"match {self.match!r} is no regular expression: {error}") from error
+        """Refuses a pattern that no layer matches, and settings that the model's heads do not take."""
         count = len(blocks(model))
-        if not any(pattern.fullmatch(f"layers.{index}") for index in range(count)):
+        if not any(re.fullmatch(self.match, f"layers.{index}") for index in range(count)):
             raise RecipeError(f"match {self.match!r} is unused: the model has layers.0 to layers.{count - 1}")
         _check_codec(self.codec, model)
 

@@ -8,6 +8,7 @@ from flax import struct
 from jaxtyping import Array, Float, Int
 
 from jquant.kv.base import KvCodec, Prompt, Rope
+from jquant.kv.vectors import write
 from jquant.types import Leaf
 
 
@@ -52,10 +53,7 @@ class ExactKv(KvCodec):
         """Writes the whole padded prompt; what lies past `length` is overwritten before any step can see it."""
         del length
         rotated = rope(keys, jnp.arange(keys.shape[0]))
-        return ExactCache(
-            keys=jax.lax.dynamic_update_slice_in_dim(cache.keys, rotated.astype(cache.keys.dtype), 0, 0),
-            values=jax.lax.dynamic_update_slice_in_dim(cache.values, values.astype(cache.values.dtype), 0, 0),
-        )
+        return write(cache, ExactCache(keys=rotated, values=values), 0)
 
     def push(
         self,
@@ -67,12 +65,7 @@ class ExactKv(KvCodec):
     ) -> ExactCache:
         """Writes one token at its position."""
         rotated = rope(key[None], position[None])
-        return ExactCache(
-            keys=jax.lax.dynamic_update_slice_in_dim(cache.keys, rotated.astype(cache.keys.dtype), position, 0),
-            values=jax.lax.dynamic_update_slice_in_dim(
-                cache.values, value[None].astype(cache.values.dtype), position, 0
-            ),
-        )
+        return write(cache, ExactCache(keys=rotated, values=value[None]), position)
 
     def read(
         self, cache: ExactCache, position: Int[Array, ""], rope: Rope

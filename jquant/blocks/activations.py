@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Final, final
+from typing import Any, final
 
 import jax
 import jax.numpy as jnp
@@ -15,19 +15,8 @@ from jquant.blocks.rules import check_pattern, first_match, refuse_unused
 from jquant.blocks.weights import SITES, collect
 from jquant.errors import CalibrationError, FormatError
 from jquant.models import Block, Llama, get, linear_paths, put
-from jquant.quantizers import Diagnostics, Statistic
+from jquant.quantizers import ABSMAX, Diagnostics
 from jquant.types import Key
-
-
-def _init(features: int) -> Float[Array, "in"]:
-    return jnp.zeros(features, jnp.float32)
-
-
-def _update(largest: Float[Array, "in"], x: Float[Array, "tokens in"]) -> Float[Array, "in"]:
-    return jnp.maximum(largest, jnp.max(jnp.abs(x.astype(jnp.float32)), axis=0))
-
-
-ABSMAX: Final = Statistic("absmax", _init, _update)
 
 
 @dataclass(frozen=True)
@@ -107,8 +96,8 @@ class InputQuantizers(BlockPass):
         for site, seen in largest.items():
             if not bool(jnp.isfinite(seen).all()):
                 raise CalibrationError(
-                    f"layers.{data.index}.{SITES[site][0]} has infinite inputs on the calibration text; load the model "
-                    "in a wider dtype (--dtype float32)"
+                    f"layers.{data.index}.{SITES[site][0]} has NaN or infinite inputs on the calibration text; load "
+                    "the model in a wider dtype (--dtype float32)"
                 )
         return self.place(block, data.index, largest), {}
 

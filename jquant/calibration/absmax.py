@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jquant.blocks import SITES
 from jquant.errors import CalibrationError
 from jquant.models import Block, Llama, LlamaConfig, blocks, embed, get, prompt_block
+from jquant.quantizers import ABSMAX
 from jquant.types import compute_dtype
 
 
@@ -67,8 +68,7 @@ def measure_absmax(
         largest: dict[str, jax.Array], sample: Float[Array, "tokens hidden"]
     ) -> tuple[dict[str, jax.Array], Float[Array, "tokens hidden"]]:
         output, _, taps = prompt_block(layer, sample[None], lengths, sample.shape[0], config)
-        seen = {site: jnp.max(jnp.abs(getattr(taps, site)[0]), axis=0).astype(wide) for site in SITES}
-        return {site: jnp.maximum(largest[site], seen[site]) for site in SITES}, output[0]
+        return {site: ABSMAX.update(largest[site], getattr(taps, site)[0]) for site in SITES}, output[0]
 
     none = {site: jnp.zeros(get(layer, names[0]).kernel.shape[0], wide) for site, names in SITES.items()}
     largest, outputs = jax.lax.scan(step, none, inputs)

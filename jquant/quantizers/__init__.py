@@ -12,6 +12,7 @@ from jquant.quantizers.razor import Razor as Razor
 from jquant.quantizers.rtn import Clip as Clip
 from jquant.quantizers.rtn import Rtn as Rtn
 from jquant.quantizers.spqr import Spqr as Spqr
+from jquant.quantizers.statistics import ABSMAX as ABSMAX
 from jquant.quantizers.statistics import HESSIAN as HESSIAN
 from jquant.quantizers.statistics import SecondMoment as SecondMoment
 from jquant.quantizers.statistics import Statistic as Statistic

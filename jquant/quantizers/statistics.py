@@ -42,14 +42,26 @@ class SecondMoment:
         return self.total / self.tokens
 
 
-def _init(features: int) -> SecondMoment:
+def _init_moment(features: int) -> SecondMoment:
     return SecondMoment(total=jnp.zeros((features, features), jnp.float32), tokens=jnp.zeros((), jnp.float32))
 
 
-def _update(moment: SecondMoment, x: Float[Array, "tokens in"]) -> SecondMoment:
+def _update_moment(moment: SecondMoment, x: Float[Array, "tokens in"]) -> SecondMoment:
     wide = x.astype(jnp.float32)
     outer = jnp.matmul(wide.T, wide, precision=jax.lax.Precision.HIGHEST)
     return SecondMoment(total=moment.total + outer, tokens=moment.tokens + jnp.float32(x.shape[0]))
 
 
-HESSIAN: Final = Statistic("hessian", _init, _update)
+def _init_largest(features: int) -> Float[Array, "in"]:
+    return jnp.zeros(features, jnp.float32)
+
+
+def _update_largest(largest: Float[Array, "in"], x: Float[Array, "tokens in"]) -> Float[Array, "in"]:
+    """Returns infinity for a feature that is NaN or infinite in any token: XLA's maximum on CPU loses NaNs."""
+    wide = x.astype(largest.dtype)
+    seen = jnp.maximum(largest, jnp.max(jnp.abs(wide), axis=0))
+    return jnp.where(jnp.all(jnp.isfinite(wide), axis=0), seen, jnp.inf)
+
+
+HESSIAN: Final = Statistic("hessian", _init_moment, _update_moment)
+ABSMAX: Final = Statistic("absmax", _init_largest, _update_largest)  # [in], the largest magnitude of each feature

@@ -58,9 +58,17 @@ def test_static_scales_are_of_the_largest_inputs(model: Llama) -> None:
 def test_calibration_that_overflows_is_refused(model: Llama) -> None:
     big = put(model, "layers.0.mlp.up_proj.kernel", 1e38 * get(model, "layers.0.mlp.up_proj.kernel"))
     with pytest.raises(
-        CalibrationError, match=r"layers\.0\.mlp\.down_proj has infinite inputs on the calibration text"
+        CalibrationError, match=r"layers\.0\.mlp\.down_proj has NaN or infinite inputs on the calibration text"
     ):
         quantize_blocks(big, TOKENS, (rules(_proj=StaticTensor()),), key=KEY)
+
+
+def test_calibration_that_is_not_a_number_is_refused(model: Llama) -> None:
+    """One NaN in one token: a maximum on CPU would not show it."""
+    table = model.embed_tokens.at[TOKENS[1, 2], 3].set(jnp.nan)
+    spoiled = dataclasses.replace(model, embed_tokens=table)
+    with pytest.raises(CalibrationError, match=r"layers\.0\.self_attn\.q_proj has NaN or infinite inputs"):
+        quantize_blocks(spoiled, TOKENS, (rules(_proj=StaticTensor()),), key=KEY)
 
 
 def test_rules_that_match_nothing_are_refused(model: Llama) -> None:

@@ -109,7 +109,7 @@ def test_a_full_cache_is_said() -> None:
     ("text", "error", "message"),
     [
         ('{set_kv_codec: {codec: {kivi: {}}, match: "layers.9"}}', RecipeError, "is unused: the model has layers.0 to"),
-        ('{set_kv_codec: {codec: {kivi: {}}, match: "("}}', RecipeError, r"codec: match .* is not a regular expression"),
+        ('{set_kv_codec: {codec: {kivi: {}}, match: "("}}', RecipeError, "codec: match .* is not a regular exp"),
         ("{set_kv_codec: {codec: {kivi: {}}}}", FormatError, "group_size 32 does not divide 16"),
         ("{set_kv_codec: {codec: {kivi: {bits: 2}}}}", RecipeError, "unknown key 'bits'"),
         ("{set_kv_codec: {codec: {per_token_kv: {prompt: half}}}}", RecipeError, "unknown 'half'"),

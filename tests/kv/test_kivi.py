@@ -123,7 +123,6 @@ def test_bytes_at_4096_tokens_are_those_of_the_paper(bits: int, paper: float) ->
     cache = jax.eval_shape(lambda: Kivi(bits, bits).init(tokens, heads, dim, jnp.bfloat16))
     exact_tokens = 2 * residual  # the most keys and values that stay exact
     formula = heads * dim * (paper * (2 * tokens - exact_tokens) + 16 * exact_tokens) / 8
-    assert tree_nbytes(cache) == pytest.approx(formula, rel=0.1)
     assert tree_nbytes(cache) == pytest.approx(formula, rel=0.02)
 
 

@@ -3,14 +3,13 @@
 Reads what lies in `../shared` (the rows, the calibration windows, WikiText-2), quantizes the model by the same settings
 and prints one JSON line a row: ours, theirs, over all windows and over the first 8, bits from bytes, seconds.
 
-    python benchmarks/reference_rows.py [--rows NAME ...] [--seeds 0 1] [--damping 0.01005] [--count 8]
+    python benchmarks/reference_rows.py [--rows NAME ...] [--seeds 0 1] [--shuffle] [--count 8]
 
 All 148 windows need a GPU; `--count 8` fits a CPU and the reference's own column of the first 8. A machine without
 `../shared` is given the files: `--model`, `--windows`, `--calibration`, `--reference`.
 """
 
 import argparse
-import dataclasses
 import json
 import math
 import re
@@ -193,10 +192,10 @@ def main() -> None:
     windows = windows[: arguments.count]
     print(json.dumps({"device": jax.devices()[0].device_kind, "jax": jax.__version__, "command": sys.argv}), flush=True)
     for name in arguments.rows or ROWS:
-        passes = ROWS[name] if arguments.damping is None else _damped(ROWS[name], arguments.damping)
         for seed in arguments.seeds:
             started = time.monotonic()
-            quantized = _quantize(model, passes, tokens, seed)
+            ids = jax.random.permutation(jax.random.key(seed), tokens) if arguments.shuffle else tokens
+            quantized = _quantize(model, ROWS[name], ids, seed)
             facts = inspect_model(quantized)
             solved = time.monotonic()
             ours = perplexity(stack_layers(quantized), windows)
@@ -210,7 +209,7 @@ def main() -> None:
             }
             reference = dict(zip(("reference", "reference_first_8"), theirs.get(name, ()), strict=False))
             times = {"quantize_s": solved - started, "evaluate_s": time.monotonic() - solved}
-            settings = {"row": name, "seed": seed, "damping": arguments.damping}
+            settings = {"row": name, "seed": seed, "shuffle": arguments.shuffle}
             print(json.dumps({**settings, **figures, **reference, **times}), flush=True)
 
 
@@ -218,24 +217,6 @@ def _quantize(model: Llama, passes: Passes, tokens: jax.Array, seed: int) -> Lla
     if not passes:
         return model
     return jax.block_until_ready(run_passes(passes, model, Context(jax.random.key(seed), tokens))[0])
-
-
-def _damped(passes: Passes, damping: float) -> Passes:
-    """Returns the passes of a row with another damping of its Hessians."""
-
-    def change(one: Any) -> Any:
-        if isinstance(one, tuple):
-            return tuple(map(change, one))
-        if isinstance(one, Sequential):
-            return Sequential(change(one.passes))
-        if isinstance(one, QuantizeWeights):
-            return dataclasses.replace(one, rules=change(one.rules))
-        if isinstance(one, Rule):
-            return Rule(one.match, dataclasses.replace(one.quantizer, damping=damping))  # type: ignore[type-var]
-        return one
-
-    changed: Passes = change(passes)
-    return changed
 
 
 def _windows(source: Path) -> np.ndarray:
@@ -251,7 +232,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--calibration", type=Path, default=golden / CALIBRATION)
     parser.add_argument("--reference", type=Path, default=golden / "reference_ppl.md")
     parser.add_argument("--count", type=int, help="windows to evaluate; all of them if left out")
-    parser.add_argument("--damping", type=float, help="instead of a row's own, to see what rounding decides")
+    parser.add_argument(
+        "--shuffle", action="store_true", help="the calibration windows in an order by the seed: what rounding decides"
+    )
     parser.add_argument("--rows", nargs="*")
     parser.add_argument("--seeds", nargs="*", type=int, default=[0])
     return parser.parse_args()

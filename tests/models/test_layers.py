@@ -1,9 +1,11 @@
 """The parts of a block against independent float64 numpy."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jquant.activations import ActivationRazor
 from jquant.models import Linear, RopeConfig
 from jquant.models.layers import (
     QUERY_CHUNK,
@@ -112,3 +114,17 @@ def test_linear_returns_what_its_kernel_multiplies() -> None:
     np.testing.assert_array_equal(y, jnp.full((2, 3, 5), 6.0, jnp.bfloat16))
     np.testing.assert_array_equal(tap, x)
     np.testing.assert_array_equal(linear(Linear(kernel), x)[0], jnp.full((2, 3, 5), 4.0, jnp.bfloat16))
+
+
+@pytest.mark.gpu
+def test_quantizers_on_a_gpu_read_what_was_computed() -> None:
+    """Of 576 features, which are no power of two: see the comment in `linear`."""
+    layer = Linear(jnp.eye(576), None, None, ActivationRazor(bits=4).fit(None))
+    keys = jax.random.split(jax.random.key(0), 3)
+    scale = jnp.exp(jax.random.normal(keys[0], (576,)))
+    x = jax.random.normal(keys[1], (1, 2048, 576)) * jnp.exp(2 * jax.random.normal(keys[2], (1, 2048, 1)))
+    run = jax.jit(lambda x, scale: linear(layer, rms_norm(x, scale, 1e-5))[0])
+    ours, theirs = (
+        np.asarray(run(*jax.device_put((x, scale), jax.devices(kind)[0])), np.float64) for kind in ("gpu", "cpu")
+    )
+    assert np.linalg.norm(ours - theirs) < 0.01 * np.linalg.norm(theirs)

@@ -2,7 +2,8 @@
 
 Prompts of different lengths share a batch: they are left-aligned and padded on the right, and each row has its own
 position, so that a row's logits are those of its prompt alone. Lengths are rounded up to powers of two, so that few
-shapes are compiled.
+shapes are compiled. Long prompts can be read in chunks: memory for activations is then that of one chunk, and one
+program serves all prompts that share a capacity.
 """
 
 from collections.abc import Iterator, Sequence
@@ -37,12 +38,17 @@ class Generation:
     stopped: tuple[bool, ...]
 
 
-@partial(jax.jit, static_argnames="capacity")
+@partial(jax.jit, static_argnames=("capacity", "chunk"))
 def prefill(
-    model: Llama, tokens: Int[Array, "batch tokens"], lengths: Int[Array, "batch"], *, capacity: int
+    model: Llama,
+    tokens: Int[Array, "batch tokens"],
+    lengths: Int[Array, "batch"],
+    *,
+    capacity: int,
+    chunk: int | None = None,
 ) -> tuple[Float[Array, "batch vocab"], Cache]:
     """Read right-padded prompts, compiled; see `jquant.models.prefill`."""
-    return models.prefill(model, tokens, lengths, capacity)
+    return models.prefill(model, tokens, lengths, capacity, chunk)
 
 
 @partial(jax.jit, donate_argnames="cache")
@@ -58,6 +64,7 @@ def generate(
     max_tokens: int,
     sampler: Sampler = GREEDY,
     stop_tokens: Sequence[int] = (),
+    prefill_chunk: int | None = None,
     key: Key | None = None,
 ) -> Generation:
     """Continue every prompt, in one compiled loop that ends when all rows have stopped.
@@ -68,6 +75,7 @@ def generate(
       max_tokens: the most new tokens for each prompt.
       sampler: how the next token is chosen.
       stop_tokens: ids that end a row, such as the tokenizer's end of text.
+      prefill_chunk: tokens of the prompts that go through the model at once, to bound memory; None for all.
       key: of the random choice; may be left out for a greedy sampler.
 
     Returns:
@@ -76,14 +84,15 @@ def generate(
 
     Raises:
       DataError: a prompt is empty, has an id outside the vocabulary, or exceeds the context with `max_tokens` more.
-      RecipeError: `max_tokens` is below 1, or the sampler draws and there is no key.
+      RecipeError: `max_tokens` or `prefill_chunk` is below 1, or the sampler draws and there is no key.
+      FormatError: a KV codec cannot read a prompt in chunks in its prompt mode.
 
     Example:
       >>> model = models.random_model(models.tiny_config(), jax.random.key(0))
       >>> [len(tokens) for tokens in generate(model, [[1, 2, 3], [4]], max_tokens=5).tokens]
       [5, 5]
     """
-    batch = _pad(model, prompts, max_tokens)
+    batch = _pad(model, prompts, max_tokens, prefill_chunk)
     stops = jnp.asarray(np.asarray(stop_tokens, dtype=np.int32))
     output, counts, stopped = _generate(
         model,
@@ -94,6 +103,7 @@ def generate(
         _require_key(sampler, key),
         capacity=batch.capacity,
         buffer=_bucket(max_tokens),
+        chunk=prefill_chunk,
         sampler=sampler,
     )
     rows = zip(np.asarray(output).tolist(), np.asarray(counts).tolist(), strict=True)
@@ -107,6 +117,7 @@ def stream(
     max_tokens: int,
     sampler: Sampler = GREEDY,
     stop_tokens: Sequence[int] = (),
+    prefill_chunk: int | None = None,
     key: Key | None = None,
 ) -> Iterator[int]:
     """Continue one prompt token by token; the tokens are those that `generate` gives for it alone.
@@ -121,8 +132,10 @@ def stream(
       >>> tuple(stream(model, [1, 2], max_tokens=5)) == generate(model, [[1, 2]], max_tokens=5).tokens[0]
       True
     """
-    batch = _pad(model, [prompt], max_tokens)
-    return _steps(model, batch, max_tokens, sampler, frozenset(stop_tokens), _require_key(sampler, key))
+    batch = _pad(model, [prompt], max_tokens, prefill_chunk)
+    key = _require_key(sampler, key)
+    first = prefill(model, batch.tokens, batch.lengths, capacity=batch.capacity, chunk=prefill_chunk)
+    return _steps(model, first, max_tokens, sampler, frozenset(stop_tokens), key)
 
 
 class _Batch(NamedTuple):
@@ -143,7 +156,7 @@ class _Progress(NamedTuple):
     stopped: Bool[Array, "batch"]
 
 
-@partial(jax.jit, static_argnames=("capacity", "buffer", "sampler"))
+@partial(jax.jit, static_argnames=("capacity", "buffer", "sampler", "chunk"))
 def _generate(
     model: Llama,
     tokens: Int32[Array, "batch tokens"],
@@ -155,6 +168,7 @@ def _generate(
     capacity: int,
     buffer: int,
     sampler: Sampler,
+    chunk: int | None,
 ) -> tuple[Int32[Array, "batch buffer"], Int32[Array, "batch"], Bool[Array, "batch"]]:
     def choose(logits: Float[Array, "batch vocab"], progress: _Progress) -> _Progress:
         token = sampler(logits, jax.random.fold_in(key, progress.step))
@@ -178,7 +192,7 @@ def _generate(
     rows = tokens.shape[0]
     zeros = jnp.zeros(rows, jnp.int32)
     start = _Progress(jnp.int32(0), zeros, jnp.zeros((rows, buffer), jnp.int32), zeros, jnp.zeros(rows, jnp.bool_))
-    logits, cache = models.prefill(model, tokens, lengths, capacity)
+    logits, cache = models.prefill(model, tokens, lengths, capacity, chunk)
     progress, _ = jax.lax.while_loop(running, advance, (choose(logits, start), cache))
     return progress.output, progress.counts, progress.stopped
 
@@ -191,9 +205,14 @@ def _choose(
 
 
 def _steps(
-    model: Llama, batch: _Batch, max_tokens: int, sampler: Sampler, stop_tokens: frozenset[int], key: Key
+    model: Llama,
+    first: tuple[Float[Array, "batch vocab"], Cache],
+    max_tokens: int,
+    sampler: Sampler,
+    stop_tokens: frozenset[int],
+    key: Key,
 ) -> Iterator[int]:
-    logits, cache = prefill(model, batch.tokens, batch.lengths, capacity=batch.capacity)
+    logits, cache = first
     for step in range(max_tokens):
         token = _choose(logits, key, jnp.int32(step), sampler=sampler)
         chosen = int(token[0])
@@ -204,10 +223,10 @@ def _steps(
             logits, cache = decode(model, token, cache)
 
 
-def _pad(model: Llama, prompts: Sequence[Sequence[int]], max_tokens: int) -> _Batch:
+def _pad(model: Llama, prompts: Sequence[Sequence[int]], max_tokens: int, chunk: int | None) -> _Batch:
     config = model.config
-    if max_tokens < 1:
-        raise RecipeError(f"max_tokens is {max_tokens}; expected at least 1")
+    if max_tokens < 1 or (chunk is not None and chunk < 1):
+        raise RecipeError(f"max_tokens is {max_tokens} and prefill_chunk {chunk}; expected at least 1 of each")
     lengths = [len(prompt) for prompt in prompts]
     if not lengths or min(lengths) == 0:
         raise DataError(f"prompts have {lengths} tokens; expected at least one prompt, and at least one token in each")
@@ -223,10 +242,13 @@ def _pad(model: Llama, prompts: Sequence[Sequence[int]], max_tokens: int) -> _Ba
             f"the longest prompt has {max(lengths)} tokens; with max_tokens={max_tokens} that is {need}, "
             f"but the model's context is {context}: shorten the prompt or ask for fewer tokens"
         )
-    tokens = np.zeros((len(prompts), min(_bucket(max(lengths)), context)), dtype=np.int32)
+    width, capacity = min(_bucket(max(lengths)), context), min(_bucket(need), context)
+    if chunk is not None:  # whole chunks, as many as the cache holds: the loop over them stops where the prompts do
+        width = capacity = -(-capacity // chunk) * chunk
+    tokens = np.zeros((len(prompts), width), dtype=np.int32)
     for row, prompt in zip(tokens, prompts, strict=True):
         row[: len(prompt)] = prompt
-    return _Batch(jnp.asarray(tokens), jnp.asarray(lengths, dtype=jnp.int32), min(_bucket(need), context))
+    return _Batch(jnp.asarray(tokens), jnp.asarray(lengths, dtype=jnp.int32), capacity)
 
 
 def _bucket(length: int) -> int:

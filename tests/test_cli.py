@@ -104,7 +104,8 @@ def test_eval_prints_a_table_and_writes_json(
 
 def test_generate_takes_several_prompts(quantized: str, capsys: pytest.CaptureFixture[str]) -> None:
     prompts = ("--prompt", "one [b]", "--prompt", "another")
-    assert run("generate", quantized, *prompts, "--max-tokens", "3", "--temperature", "1", "--top-k", "5") == 0
+    options = ("--max-tokens", "3", "--temperature", "1", "--top-k", "5", "--prefill-chunk", "8")
+    assert run("generate", quantized, *prompts, *options) == 0
     shown = capsys.readouterr().out
     assert shown.startswith("one [b]")
     assert "\nanother" in shown

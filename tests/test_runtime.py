@@ -109,6 +109,16 @@ def test_one_compilation_for_each_shape() -> None:
     assert runtime._generate._cache_size() == before + 2
 
 
+def test_one_program_reads_prompts_of_any_length_in_chunks() -> None:
+    model = stack_layers(tiny())
+    prompts = [[(7 * i) % 128 for i in range(length)] for length in (70, 97)]
+    before = runtime._generate._cache_size()
+    chunked = [generate(model, [prompt], max_tokens=5, prefill_chunk=24).tokens[0] for prompt in prompts]
+    assert runtime._generate._cache_size() == before + 1
+    whole = generate(model, prompts, max_tokens=5).tokens
+    assert tuple(chunked) == whole
+
+
 def test_a_stream_compiles_one_decode_step() -> None:
     model = tiny()
     list(stream(model, [1, 2], max_tokens=2))
@@ -143,6 +153,7 @@ def test_the_whole_context_can_be_used_and_no_more() -> None:
         ([[1, 128]], {}, DataError, r"ids \[128\], but the model has ids 0 to 127"),
         ([[-1]], {}, DataError, r"ids \[-1\]"),
         ([[1]], {"max_tokens": 0}, RecipeError, "max_tokens is 0"),
+        ([[1]], {"prefill_chunk": 0}, RecipeError, "prefill_chunk 0; expected at least 1"),
         ([[1]], {"sampler": Sampler(1.0)}, RecipeError, "there is no key"),
     ],
 )

@@ -23,6 +23,7 @@ def run(
     top_k: int | None = None,
     top_p: float | None = None,
     seed: int = 0,
+    prefill_chunk: int | None = None,
 ) -> None:
     """Continue prompts; several go through the model together.
 
@@ -34,6 +35,7 @@ def run(
       top_k: draw from the likeliest K tokens.
       top_p: draw from the likeliest tokens that have this probability together.
       seed: of the draws.
+      prefill_chunk: tokens of the prompts that go through the model at once, to bound memory; all if not given.
     """
     sampler = Sampler(temperature, top_k, top_p)
     tokenizer = load_tokenizer(model)
@@ -43,6 +45,7 @@ def run(
         max_tokens=max_tokens,
         sampler=sampler,
         stop_tokens=[] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id],
+        prefill_chunk=prefill_chunk,
         key=jax.random.key(seed),
     )
     for text, tokens in zip(prompt, written.tokens, strict=True):

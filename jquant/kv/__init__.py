@@ -11,6 +11,7 @@ from jquant.kv.kivi import KiviCache as KiviCache
 from jquant.kv.per_token import PerTokenCache as PerTokenCache
 from jquant.kv.per_token import PerTokenKv as PerTokenKv
 from jquant.kv.prompt import PromptView as PromptView
+from jquant.kv.prompt import view_chunk as view_chunk
 from jquant.kv.prompt import view_prompt as view_prompt
 from jquant.kv.razor import DynamicRazorKv as DynamicRazorKv
 from jquant.kv.razor import RazorCache as RazorCache

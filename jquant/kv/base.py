@@ -2,7 +2,7 @@
 
 import abc
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 from flax import struct
@@ -27,9 +27,12 @@ class KvCodec(abc.ABC):
       prompt: what a prompt's own queries see. "exact": keys and values as they come, as servers do that code the
         cache afterwards. "stored": all of them as the cache holds them when the prompt ends. "streamed": each query
         sees what decoding alone would show it. Where every token is coded as it comes, the last two are the same.
+      chunk_prompts: the prompt modes in which a prompt may be filled in chunks, as what its queries see is then known
+        from the chunks so far; none, unless a codec says otherwise.
     """
 
     prompt: Prompt = struct.field(pytree_node=False)
+    chunk_prompts: ClassVar[tuple[Prompt, ...]] = ()
 
     @abc.abstractmethod
     def init(self, capacity: int, heads: int, dim: int, dtype: jax.typing.DTypeLike) -> LayerCache:
@@ -43,8 +46,13 @@ class KvCodec(abc.ABC):
         values: Float[Array, "tokens heads dim"],
         length: Int[Array, ""],
         rope: Rope,
+        start: Int[Array, ""] | int = 0,
     ) -> LayerCache:
-        """Stores a right-padded prompt, of which the first `length` tokens are real, into an empty cache."""
+        """Stores a right-padded prompt, or the chunk of it that begins at the position `start`.
+
+        The cache holds the tokens before `start` and has room for the chunk. The first `length` tokens of the prompt
+        are real, so that a chunk may be padding alone.
+        """
 
     @abc.abstractmethod
     def push(

@@ -1,6 +1,6 @@
 """The exact cache: rotated keys and values as they come."""
 
-from typing import final
+from typing import ClassVar, final
 
 import jax
 import jax.numpy as jnp
@@ -36,6 +36,7 @@ class ExactKv(KvCodec):
     """
 
     prompt: Prompt = struct.field(pytree_node=False, default="exact")
+    chunk_prompts: ClassVar[tuple[Prompt, ...]] = ("exact", "stored", "streamed")
 
     def init(self, capacity: int, heads: int, dim: int, dtype: jax.typing.DTypeLike) -> ExactCache:
         """Returns a cache of zeros, [capacity, heads, dim] twice."""
@@ -49,11 +50,12 @@ class ExactKv(KvCodec):
         values: Float[Array, "tokens heads dim"],
         length: Int[Array, ""],
         rope: Rope,
+        start: Int[Array, ""] | int = 0,
     ) -> ExactCache:
         """Writes the whole padded prompt; what lies past `length` is overwritten before any step can see it."""
         del length
-        rotated = rope(keys, jnp.arange(keys.shape[0]))
-        return write(cache, ExactCache(keys=rotated, values=values), 0)
+        rotated = rope(keys, start + jnp.arange(keys.shape[0]))
+        return write(cache, ExactCache(keys=rotated, values=values), start)
 
     def push(
         self,

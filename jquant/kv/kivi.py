@@ -17,7 +17,7 @@ A value takes bits + 32 / group_size bits where it is coded: 3 for 2 bits in gro
 """
 
 import dataclasses
-from typing import final
+from typing import ClassVar, final
 
 import jax
 import jax.numpy as jnp
@@ -77,6 +77,7 @@ class Kivi(KvCodec):
     residual_length: int = struct.field(pytree_node=False, default=128)
     scale_dtype: ScaleDtype = struct.field(pytree_node=False, default="float16")
     prompt: Prompt = struct.field(pytree_node=False, default="streamed")
+    chunk_prompts: ClassVar[tuple[Prompt, ...]] = ("streamed",)
 
     def init(self, capacity: int, heads: int, dim: int, dtype: jax.typing.DTypeLike) -> KiviCache:
         """Returns an empty cache; the exact tokens are kept in `dtype`.
@@ -105,27 +106,28 @@ class Kivi(KvCodec):
         values: Float[Array, "tokens heads dim"],
         length: Int[Array, ""],
         rope: Rope,
+        start: Int[Array, ""] | int = 0,
     ) -> KiviCache:
         """Codes whole blocks of keys and all values, and keeps the last tokens; `read` takes no more than is due."""
         residual = self.residual_length
         tokens, heads, dim = keys.shape
-        rotated = rope(keys, jnp.arange(tokens))
-        blocks = min(tokens // residual, cache.keys.codes.shape[0])
-        if blocks:
-            by_channel = rotated[: blocks * residual].reshape(blocks, residual, heads, dim).transpose(0, 2, 3, 1)
-            cache = dataclasses.replace(cache, keys=write(cache.keys, code_vectors(by_channel, self._key_format()), 0))
-        oldest = values[: cache.values.codes.shape[0]]
-        last = length - 1
-        padded = jnp.pad(rotated, ((0, residual), (0, 0), (0, 0)))
+        rotated = rope(keys, start + jnp.arange(tokens))
+        first = start // residual  # the block that the chunk begins in; its earlier keys are still exact
+        before = jnp.pad(cache.recent_keys.astype(rotated.dtype), ((0, tokens + residual), (0, 0), (0, 0)))
+        window = write(before, rotated, start % residual)
+        blocks = -(-tokens // residual)
+        by_channel = window[: blocks * residual].reshape(blocks, residual, heads, dim).transpose(0, 2, 3, 1)
+        last = jnp.minimum(length, start + tokens) - 1
+        latest_keys = jax.lax.dynamic_slice_in_dim(window, (last // residual - first) * residual, residual)
         slots = jnp.arange(residual + 1)
-        latest = jnp.clip(last - (last - slots) % (residual + 1), 0, tokens - 1)  # the token of each slot of the ring
+        latest = last - (last - slots) % (residual + 1)  # the token of each slot of the ring
+        latest_values = values[jnp.clip(latest - start, 0, tokens - 1)]
         return dataclasses.replace(
             cache,
-            values=write(cache.values, code_vectors(oldest, self._value_format(dim)), 0),
-            recent_keys=jax.lax.dynamic_slice_in_dim(padded, last // residual * residual, residual).astype(
-                cache.recent_keys.dtype
-            ),
-            recent_values=values[latest].astype(cache.recent_values.dtype),
+            keys=_write_within(cache.keys, code_vectors(by_channel, self._key_format()), first),
+            values=_write_within(cache.values, code_vectors(values, self._value_format(dim)), start),
+            recent_keys=_choose(last >= start, latest_keys, cache.recent_keys),
+            recent_values=_choose((latest >= start)[:, None, None], latest_values, cache.recent_values),
         )
 
     def push(
@@ -195,3 +197,16 @@ def _write_if[T](due: Array, cache: T, new: T, position: Array) -> T:
     """Returns arrays with a row written over, or as they were."""
     old = jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, position, 1), cache)
     return write(cache, jax.tree.map(lambda yes, no: jnp.where(due, yes, no), new, old), position)
+
+
+def _write_within[T](cache: T, new: T, position: Array | int) -> T:
+    """Returns arrays with others written over them, but for what would lie past their ends."""
+    rows: int = jax.tree.leaves(new)[0].shape[0]
+    padded = jax.tree.map(lambda leaf: jnp.pad(leaf, ((0, rows), *((0, 0),) * (leaf.ndim - 1))), cache)
+    result: T = jax.tree.map(lambda leaf, old: leaf[: old.shape[0]], write(padded, new, position), cache)
+    return result
+
+
+def _choose(due: Array, new: Array, old: Array) -> Array:
+    """Returns the new numbers where they are due, in the dtype of the old ones."""
+    return jnp.where(due, new.astype(old.dtype), old)

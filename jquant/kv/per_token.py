@@ -13,7 +13,7 @@ and keys behind RoPE; that rotation is the attention's, so this codec knows noth
 A value takes bits + 32 / group_size bits with a float zero in float16: 4.25 at 4 bits and heads of 128.
 """
 
-from typing import final
+from typing import ClassVar, final
 
 import jax
 import jax.numpy as jnp
@@ -75,6 +75,7 @@ class PerTokenKv(KvCodec):
     clip: float = struct.field(pytree_node=False, default=1.0)
     scale_dtype: ScaleDtype = struct.field(pytree_node=False, default="float16")
     prompt: Prompt = struct.field(pytree_node=False, default="stored")
+    chunk_prompts: ClassVar[tuple[Prompt, ...]] = ("stored", "streamed")
 
     def init(self, capacity: int, heads: int, dim: int, dtype: jax.typing.DTypeLike) -> PerTokenCache:
         """Returns an empty cache.
@@ -93,10 +94,11 @@ class PerTokenKv(KvCodec):
         values: Float[Array, "tokens heads dim"],
         length: Int[Array, ""],
         rope: Rope,
+        start: Int[Array, ""] | int = 0,
     ) -> PerTokenCache:
         """Codes the whole padded prompt; what lies past `length` is overwritten before any step can see it."""
         del length
-        return self._write(cache, rope(keys, jnp.arange(keys.shape[0])), values, 0)
+        return self._write(cache, rope(keys, start + jnp.arange(keys.shape[0])), values, start)
 
     def push(
         self,

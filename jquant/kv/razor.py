@@ -7,7 +7,7 @@ coded once and the cache is really small: 4 + 3 / group_size bits a value. `Dyna
 QLLM-INFER measure: the scale is the absmax of all that the cache holds at this step.
 """
 
-from typing import final
+from typing import ClassVar, final
 
 import jax
 import jax.numpy as jnp
@@ -74,6 +74,7 @@ class RazorKv(KvCodec):
     bits: int = struct.field(pytree_node=False, default=4)
     group_size: int = struct.field(pytree_node=False, default=8)
     prompt: Prompt = struct.field(pytree_node=False, default="stored")
+    chunk_prompts: ClassVar[tuple[Prompt, ...]] = ("stored", "streamed")
 
     def init(self, capacity: int, heads: int, dim: int, dtype: jax.typing.DTypeLike) -> RazorCache:
         """Returns an empty cache.
@@ -97,11 +98,12 @@ class RazorKv(KvCodec):
         values: Float[Array, "tokens heads dim"],
         length: Int[Array, ""],
         rope: Rope,
+        start: Int[Array, ""] | int = 0,
     ) -> RazorCache:
         """Codes the whole padded prompt; what lies past `length` is overwritten before any step can see it."""
         del length
-        rotated = rope(keys, jnp.arange(keys.shape[0]))
-        return self._write(cache, rotated, values, 0)
+        rotated = rope(keys, start + jnp.arange(keys.shape[0]))
+        return self._write(cache, rotated, values, start)
 
     def push(
         self,
@@ -208,11 +210,12 @@ class DynamicRazorKv(KvCodec):
         values: Float[Array, "tokens heads dim"],
         length: Int[Array, ""],
         rope: Rope,
+        start: Int[Array, ""] | int = 0,
     ) -> ExactCache:
         """Keeps the prompt exact; what is padding becomes zero, so that it has no part in the scale."""
-        real = (jnp.arange(keys.shape[0]) < length)[:, None, None]
+        real = (start + jnp.arange(keys.shape[0]) < length)[:, None, None]
         keys, values = (jnp.where(real, array, jnp.zeros((), array.dtype)) for array in (keys, values))
-        return ExactKv().fill(cache, keys, values, length, rope)
+        return ExactKv().fill(cache, keys, values, length, rope, start)
 
     def push(
         self,

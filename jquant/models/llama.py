@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
-from jquant.errors import DataError
-from jquant.kv import LayerCache, Rope, view_prompt
+from jquant.errors import DataError, FormatError
+from jquant.kv import LayerCache, PromptView, Rope, view_chunk, view_prompt
 from jquant.matmul import matmul
 from jquant.models.config import LlamaConfig
 from jquant.models.layers import apply_rope, attention, causal_mask, linear, rms_norm
@@ -79,27 +79,42 @@ def hidden_states(model: Llama, tokens: Int[Array, "batch tokens"]) -> Float[Arr
 
 
 def prefill(
-    model: Llama, tokens: Int[Array, "batch tokens"], lengths: Int[Array, "batch"], capacity: int
+    model: Llama,
+    tokens: Int[Array, "batch tokens"],
+    lengths: Int[Array, "batch"],
+    capacity: int,
+    chunk: int | None = None,
 ) -> tuple[Float[Array, "batch vocab"], Cache]:
-    """Reads prompts and fills a cache.
+    """Reads prompts and fills a cache, at once or a chunk at a time.
+
+    In chunks, activations are held for one chunk alone and only as many chunks run as the longest prompt has; the
+    result is that of the whole prompt, but for input quantizers that look across tokens, which see one chunk.
 
     Args:
       model: the model.
       tokens: left-aligned prompts, right-padded with any token.
       lengths: real tokens of each row, at least 1.
       capacity: tokens that the cache holds for each row.
+      chunk: tokens that go through the model at once; None for all.
 
     Returns:
       The logits after each row's last real token, and the cache.
 
     Raises:
-      DataError: the prompts, padding counted, are longer than the capacity.
+      DataError: the prompts, padding counted, are longer than the capacity; in whole chunks, if there are chunks.
+      FormatError: a codec's prompt mode needs the whole prompt, or a chunk has no token.
     """
-    if tokens.shape[1] > capacity:
+    if chunk is not None and chunk < 1:
+        raise FormatError(f"chunks of {chunk} tokens: give 1 at least, or None to read prompts whole")
+    padding = 0 if chunk is None else -tokens.shape[1] % chunk
+    need = tokens.shape[1] + padding
+    if need > capacity:
         raise DataError(
-            f"prompts of {tokens.shape[1]} tokens, padding counted, for a cache of {capacity}: give capacity="
-            f"{tokens.shape[1]} at least, and one more for each token to come"
+            f"prompts of {need} tokens, padding counted, for a cache of {capacity}: give capacity="
+            f"{need} at least, and one more for each token to come"
         )
+    if chunk is not None:
+        return _prefill_chunks(model, jnp.pad(tokens, ((0, 0), (0, padding))), lengths, capacity, chunk)
 
     def apply(
         layer: Block, x: Float[Array, "batch tokens hidden"], _: None
@@ -110,6 +125,45 @@ def prefill(
     x, layers = _through_layers(model, embed(model, tokens), None, apply)
     last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)[:, 0]
     return head(model, last), Cache(layers=layers, positions=lengths.astype(jnp.int32), capacity=capacity)
+
+
+def _prefill_chunks(
+    model: Llama, tokens: Int[Array, "batch tokens"], lengths: Int[Array, "batch"], capacity: int, chunk: int
+) -> tuple[Float[Array, "batch vocab"], Cache]:
+    """Runs a loop over as many chunks as the longest prompt has; it carries the caches and each row's last state."""
+
+    def read(index: Int[Array, ""], state: tuple[Array, Any]) -> tuple[Array, Any]:
+        last, layers = state
+        start = index * chunk
+
+        def apply(
+            layer: Block, x: Float[Array, "batch chunk hidden"], cache: LayerCache
+        ) -> tuple[Float[Array, "batch chunk hidden"], LayerCache]:
+            return chunk_block(layer, x, cache, (start, lengths), model.config)
+
+        part = jax.lax.dynamic_slice_in_dim(tokens, start, chunk, axis=1)
+        x, layers = _through_layers(model, embed(model, part), layers, apply)
+        at = lengths - 1 - start
+        found = jnp.take_along_axis(x, jnp.clip(at, 0, chunk - 1)[:, None, None], axis=1)[:, 0]
+        return jnp.where(((at >= 0) & (at < chunk))[:, None], found, last), layers
+
+    rows = tokens.shape[0]
+    start = jnp.zeros((rows, model.config.hidden_size), model.embed_tokens.dtype), _empty(model, rows, capacity)
+    last, layers = jax.lax.fori_loop(0, -(-jnp.max(lengths) // chunk), read, start)
+    return head(model, last), Cache(layers=layers, positions=lengths.astype(jnp.int32), capacity=capacity)
+
+
+def _empty(model: Llama, rows: int, capacity: int) -> Any:
+    """Returns the caches of all layers with nothing in them."""
+    config, dtype = model.config, model.embed_tokens.dtype
+
+    def make(layer: Block) -> LayerCache:
+        one = layer.self_attn.kv_codec.init(capacity, config.num_key_value_heads, config.head_dim, dtype)
+        return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (rows, *leaf.shape)), one)
+
+    if isinstance(model.layers, Stacked):
+        return jax.vmap(make)(model.layers.block)
+    return tuple(make(layer) for layer in model.layers)
 
 
 def decode(model: Llama, tokens: Int[Array, "batch"], cache: Cache) -> tuple[Float[Array, "batch vocab"], Cache]:
@@ -144,8 +198,7 @@ def prompt_block(
     """
     codec = layer.self_attn.kv_codec
     rope = _rope(layer.self_attn, config)
-    tokens = x.shape[1]
-    positions = jnp.arange(tokens)
+    positions = jnp.arange(x.shape[1])
     valid = positions[None].astype(lengths.dtype) < lengths[:, None]
 
     def store(
@@ -165,11 +218,58 @@ def prompt_block(
         view = jax.vmap(lambda one, key, value, length: view_prompt(codec, one, (key, value), length, rope))(
             cache, rotated, values, lengths
         )
-        causal = causal_mask(positions, positions, config.sliding_window)
-        mask = view.mask & jnp.tile(causal, (1, view.mask.shape[-1] // tokens))[None]
+        mask = view.mask & causal_mask(positions, view.positions[0], config.sliding_window)[None]
         return attention(rotate(queries), view.keys, view.values, mask), cache
 
     return _block(layer, x, valid, attend, config)
+
+
+def chunk_block(
+    layer: Block,
+    x: Float[Array, "batch chunk hidden"],
+    cache: LayerCache,
+    span: tuple[Int[Array, ""], Int[Array, "batch"]],
+    config: LlamaConfig,
+) -> tuple[Float[Array, "batch chunk hidden"], LayerCache]:
+    """Runs one block over a chunk of prompts.
+
+    Args:
+      layer: the block.
+      x: the chunk's hidden states.
+      cache: holds the tokens before the chunk, batch first.
+      span: the position of the chunk's first token, and the real tokens of each row's prompt.
+      config: of the model.
+
+    Returns:
+      The block's output and the cache with the chunk in it.
+    """
+    codec = layer.self_attn.kv_codec
+    rope = _rope(layer.self_attn, config)
+    start, lengths = span
+    positions = start + jnp.arange(x.shape[1])
+    valid = positions[None].astype(lengths.dtype) < lengths[:, None]
+
+    def store(
+        before: LayerCache,
+        keys: Float[Array, "chunk heads dim"],
+        values: Float[Array, "chunk heads dim"],
+        length: Int[Array, ""],
+    ) -> tuple[LayerCache, PromptView]:
+        after = codec.fill(before, keys, values, length, rope, start)
+        return after, view_chunk(codec, (before, after), (rope(keys, positions), values), (start, length), rope)
+
+    def attend(
+        queries: Float[Array, "batch chunk heads dim"],
+        keys: Float[Array, "batch chunk kv_heads dim"],
+        values: Float[Array, "batch chunk kv_heads dim"],
+    ) -> tuple[Float[Array, "batch chunk heads dim"], LayerCache]:
+        after, view = jax.vmap(store)(cache, keys, values, lengths)
+        rotated = jax.vmap(lambda heads: rope(heads, positions))(queries)
+        mask = view.mask & causal_mask(positions, view.positions[0], config.sliding_window)[None]
+        return attention(rotated, view.keys, view.values, mask), after
+
+    x, filled, _ = _block(layer, x, valid, attend, config)
+    return x, filled
 
 
 def step_block(

@@ -9,8 +9,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jquant.kv import DynamicRazorKv, ExactKv, Kivi, KvCodec, PerTokenKv, RazorKv
-from jquant.models import Cache, Llama, RopeConfig, decode, forward, prefill, random_model, set_kv_codec, tiny_config
+from jquant.errors import FormatError
+from jquant.kv import DynamicRazorKv, ExactKv, Kivi, KvCodec, PerTokenKv, Prompt, RazorKv
+from jquant.models import (
+    Cache,
+    Llama,
+    RopeConfig,
+    abstract_llama,
+    decode,
+    forward,
+    prefill,
+    random_model,
+    set_kv_codec,
+    tiny_config,
+)
 from jquant.models.layers import apply_rope
 from jquant.structure import decode_structure, encode_structure
 
@@ -28,6 +40,7 @@ CAUSAL = tuple(name for name in CODECS if name not in ACAUSAL)
 
 TOKENS = 12  # longer than the sliding window of the tiny Mistral, 8
 LENGTHS = tuple(range(1, 10))
+CHUNK = 5  # no multiple of what a codec codes together, no divisor of the prompts
 # Where the model's arithmetic differs only in the order of float32 sums.
 ROUNDING = {"rtol": 0.0, "atol": 2e-5}
 
@@ -80,7 +93,7 @@ class Session:
         self.model = set_kv_codec(random_model(config, jax.random.key(1)), CODECS[name])
         self.tokens = jax.random.randint(jax.random.key(2), (TOKENS,), 0, 128)
         self.traces, self.batches = 0, set()
-        self._prefill = jax.jit(functools.partial(prefill, capacity=TOKENS))
+        self._prefill = jax.jit(functools.partial(prefill, capacity=TOKENS), static_argnames="chunk")
         self._decode = jax.jit(self._count)
         other = self.tokens.at[0].set((self.tokens[0] + 1) % 128)  # the same, but for the first token
         self.whole = np.asarray(jax.jit(forward)(self.model, jnp.stack([self.tokens, other])))
@@ -89,13 +102,13 @@ class Session:
         self.traces += 1
         return decode(model, tokens, cache)
 
-    def logits(self, lengths: jax.Array, junk: int) -> np.ndarray:
+    def logits(self, lengths: jax.Array, junk: int, chunk: int | None = None) -> np.ndarray:
         """Return [row, position, vocab]: row r reads lengths[r] tokens as its prompt and the others one by one."""
         padded = jnp.where(jnp.arange(max(LENGTHS))[None] < lengths[:, None], self.tokens[None, : max(LENGTHS)], junk)
         result = np.full((len(lengths), TOKENS, 128), np.nan)
         rows = np.arange(len(lengths))
         self.batches.add(len(lengths))
-        logits, cache = self._prefill(self.model, padded, lengths)
+        logits, cache = self._prefill(self.model, padded, lengths, chunk=chunk)
         result[rows, np.asarray(lengths) - 1] = logits
         for _ in range(TOKENS - int(min(lengths))):
             at = jnp.minimum(cache.positions, TOKENS - 1)
@@ -119,6 +132,28 @@ def test_prompt_and_decode_equal_decode_alone(session: Session) -> None:
         assert np.isnan(row[: length - 1]).all()
         np.testing.assert_allclose(row[length - 1 :], alone[length - 1 :], **ROUNDING)
     np.testing.assert_allclose(alone, session.whole[0], **ROUNDING)
+
+
+def test_a_prompt_in_chunks_equals_the_whole(session: Session) -> None:
+    """What the prompts' own queries saw, and what decoding finds in the cache afterwards; rows that end early too."""
+    whole, chunked = (session.logits(jnp.asarray(LENGTHS), 7, chunk) for chunk in (None, CHUNK))
+    np.testing.assert_allclose(chunked, whole, **ROUNDING)
+
+
+@every_codec
+def test_a_prompt_mode_that_chunks_cannot_tell_is_refused(name: str) -> None:
+    modes: tuple[Prompt, ...] = ("exact", "stored", "streamed")
+    for mode in set(modes) - set(CODECS[name].chunk_prompts):
+        codec = dataclasses.replace(CODECS[name], prompt=mode)
+        if (name, mode) == ("dynamic_razor", "streamed"):
+            continue  # refused whole as well, by another message
+        config = dataclasses.replace(tiny_config(), num_hidden_layers=1)
+        model = set_kv_codec(abstract_llama(config), codec)
+        read = functools.partial(prefill, capacity=TOKENS, chunk=CHUNK)
+        with pytest.raises(
+            FormatError, match=f"{type(codec).__name__} with prompt='{mode}' cannot read a prompt in ch"
+        ):
+            jax.eval_shape(read, model, jnp.zeros((1, 9), jnp.int32), jnp.ones(1, jnp.int32))
 
 
 def test_a_row_of_a_ragged_batch_equals_the_row_alone(session: Session) -> None:

@@ -71,6 +71,30 @@ def test_the_path_does_not_matter_to_the_bit() -> None:
             np.testing.assert_array_equal(rows, np.broadcast_to(rows[:1], rows.shape))
 
 
+@pytest.mark.parametrize("chunk", [3, 10])
+def test_chunks_fill_what_the_whole_prompt_fills_to_the_bit(chunk: int) -> None:
+    """Chunks that begin and end at any place of a block; the last one reaches over the end of the cache."""
+
+    def in_chunks(length: jax.Array) -> object:
+        cache = CODEC.init(CAPACITY, HEADS, DIM, jnp.float32)
+        real = (jnp.arange(CAPACITY) < length)[:, None, None]
+        keys, values = (jnp.pad(jnp.where(real, x, 99.0), ((0, chunk), (0, 0), (0, 0))) for x in (KEYS, VALUES))
+
+        def step(cache: object, start: jax.Array) -> tuple[object, None]:
+            parts = (jax.lax.dynamic_slice_in_dim(x, start, chunk) for x in (keys, values))
+            return CODEC.fill(cache, *parts, length, plain, start), None
+
+        return jax.lax.scan(step, cache, jnp.arange(0, CAPACITY, chunk))[0]
+
+    def after(length: jax.Array) -> tuple[tuple[jax.Array, ...], ...]:
+        known = (jnp.arange(CAPACITY) < length)[:, None, None]
+        caches = in_chunks(length), filled(length)
+        return tuple(tuple(jnp.where(known, x, 0.0) for x in CODEC.read(cache, length, plain)) for cache in caches)
+
+    chunked, whole = jax.jit(jax.vmap(after))(jnp.arange(1, CAPACITY))
+    jax.tree.map(np.testing.assert_array_equal, chunked, whole)
+
+
 def test_a_streamed_prompt_shows_what_decoding_shows() -> None:
     length = jnp.asarray(CAPACITY)
     view = jax.jit(lambda: view_prompt(CODEC, filled(length), (KEYS, VALUES), length, plain))()

@@ -17,6 +17,7 @@ _COMMANDS: Final = {
     "plan": "Show what a recipe will give and cost on a model, from headers alone.",
     "inspect": "List the linears of a checkpoint: format, bits, error.",
     "eval": "Measure the perplexity of a model.",
+    "needle": "Ask a model for needles in haystacks, by length and depth.",
     "compare": "Quantize a model by several recipes and print one table.",
     "generate": "Continue prompts.",
     "chat": "Talk with a chat model.",

@@ -56,7 +56,11 @@ def open_abstract(source: str | Path, *, dtype: StoredDtype = "auto") -> Llama:
 
 def open_for_use(source: str | Path) -> Llama:
     """Loads a model as `open_model` does, its layers stacked where they are alike, so that it compiles fast."""
-    model = open_model(source)
+    return stack_if_alike(open_model(source))
+
+
+def stack_if_alike(model: Llama) -> Llama:
+    """Returns the model with its layers stacked where they are alike, and as it is where they are not."""
     try:
         return stack_layers(model)
     except FormatError:  # layers differ: the same model, unrolled

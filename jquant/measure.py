@@ -1,14 +1,26 @@
-"""Perplexity of a checkpoint on a named text: opening, tokens and model put together."""
+"""Measurements of a checkpoint: perplexity on a named text, needles found; opening, tokens and model put together."""
 
+import json
 import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Final
+
+import jax
 
 from convert import load_tokenizer
-from eval import Perplexity, perplexity
+from eval import NeedleGrid, Perplexity, perplexity
 from jquant.data import load_text, token_windows
-from jquant.folders import open_for_use
+from jquant.errors import DataError, RecipeError
+from jquant.folders import open_for_use, open_model, stack_if_alike
+from jquant.inspection import CacheFacts, measure_cache
+from jquant.models import Llama
+from jquant.passes import Context, run_passes
 from jquant.progress import OnProgress, Progress, ignore
+from jquant.recipe import Recipe
+
+OWN: Final = "as it is"  # the row of the model that no recipe has changed
 
 
 @dataclass(frozen=True)
@@ -82,3 +94,81 @@ def measure(
         on_window=lambda done, total, value: on_progress(Progress(f"perplexity {value:.3f} so far", done, total)),
     )
     return Measurement(figure, dataset, dict(text.provenance), time.monotonic() - started)
+
+
+@dataclass(frozen=True)
+class NeedleRow:
+    """What one model found.
+
+    Attributes:
+      name: `OWN`, or the recipe's.
+      grid: what was found where.
+      cache: the KV codec and what it takes.
+      seconds: time that the answers took, compilation included.
+    """
+
+    name: str
+    grid: NeedleGrid
+    cache: CacheFacts
+    seconds: float
+
+
+def measure_needles(
+    source: str | Path,
+    recipes: Sequence[Recipe],
+    ask: Callable[[Llama, Any], NeedleGrid],
+    *,
+    on_progress: OnProgress = ignore,
+) -> Iterator[NeedleRow]:
+    """Yields what a checkpoint finds as it is, and after each of some recipes that need no calibration.
+
+    Args:
+      source: what `open_model` takes.
+      recipes: each is applied to the model as it is.
+      ask: puts the questions to a model, given its tokenizer too.
+      on_progress: called at each model.
+
+    Raises:
+      RecipeError: a recipe needs calibration.
+      CheckpointError: the model cannot be read.
+      ConversionError: the same, for a foreign one.
+    """
+    calibrated = [one.name for one in recipes if one.calibration is not None]
+    if calibrated:
+        raise RecipeError(f"{calibrated[0]} needs calibration: quantize by it first, and give its checkpoint instead")
+    on_progress(Progress("reading the model"))
+    model, tokenizer = open_model(source), load_tokenizer(source)
+    for recipe in (None, *recipes):
+        name = OWN if recipe is None else recipe.name
+        on_progress(Progress(name))
+        changed = model
+        if recipe is not None:
+            changed, _ = run_passes(recipe.passes, model, Context(jax.random.key(recipe.seed)))
+        cache, started = measure_cache(changed), time.monotonic()
+        grid = ask(stack_if_alike(changed), tokenizer)
+        yield NeedleRow(name, grid, cache, time.monotonic() - started)
+
+
+def read_needle_rows(path: Path) -> tuple[NeedleRow, ...]:
+    """Reads the rows that `jquant needle --json` wrote.
+
+    Raises:
+      DataError: the file is no such result.
+    """
+    try:
+        rows = json.loads(path.read_text("utf-8"))["rows"]
+        return tuple(
+            NeedleRow(
+                row["name"],
+                NeedleGrid(**{name: _tuples(value) for name, value in row["grid"].items()}),
+                CacheFacts(**row["cache"]),
+                row["seconds"],
+            )
+            for row in rows
+        )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path} has no needles found ({error!r}): give what `jquant needle --json` wrote") from error
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value

@@ -8,7 +8,7 @@ from typing import Final
 from rich.table import Table
 
 from jquant.inspection import CacheFacts, Facts
-from jquant.measure import Measurement, ModelFigures
+from jquant.measure import Measurement, ModelFigures, NeedleRow
 from jquant.plan import Plan
 from jquant.report import LinearReport, Report
 
@@ -115,6 +115,15 @@ def measurement_table(rows: Mapping[str, tuple[Measurement, Facts]]) -> Table:
             _bytes(facts.nbytes),
             f"{measured.seconds:.1f}",
         )
+    return table
+
+
+def needle_table(rows: Iterable[NeedleRow]) -> Table:
+    """Returns one row for each model that was asked for needles: its KV codec, bits, share found, seconds."""
+    table = _table("needles", "model", "KV codec", "bits per value", "found", "seconds")
+    for row in rows:
+        figures = f"{row.cache.bits_per_value:.3f}", f"{100 * row.grid.share():.1f} %", f"{row.seconds:.1f}"
+        table.add_row(row.name, row.cache.codec, *figures)
     return table
 
 

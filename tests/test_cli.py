@@ -15,7 +15,7 @@ from jquant.tables import report_table
 from tests.checkpoints import write_checkpoint
 
 RULE: Final = "passes[0].sequential.passes[0].quantize_weights.rules[0]"
-COMMANDS: Final = ("convert", "quantize", "plan", "inspect", "eval", "compare", "generate", "chat", "demo")
+COMMANDS: Final = ("convert", "quantize", "plan", "inspect", "eval", "needle", "compare", "generate", "chat", "demo")
 SMALL: Final = ("--recipe", "rtn-w4g64", "--set", f"{RULE}.quantizer.rtn.format.group_size=32")
 
 
@@ -100,6 +100,39 @@ def test_eval_prints_a_table_and_writes_json(
     assert written["perplexity"]["windows"] == 2
     assert f"{written['perplexity']['value']:.4f}" in capsys.readouterr().out
     assert written["provenance"]["source"].startswith("pydoc_data.topics")
+
+
+def test_needle_prints_a_map_for_each_codec_and_shows_a_result_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = str(write_checkpoint(tmp_path / "long", max_position_embeddings=512, num_hidden_layers=1))
+    result = tmp_path / "result.json"
+    sizes = (
+        "--lengths",
+        "400",
+        "--depths",
+        "0",
+        "100",
+        "--needles",
+        "1",
+        "--batch-size",
+        "2",
+        "--prefill-chunk",
+        "128",
+    )
+    assert run("needle", source, "--recipe", "kv4", *sizes, "--json", str(result)) == 0
+    shown = capsys.readouterr().out
+    written = json.loads(result.read_text())
+    assert [row["name"] for row in written["rows"]] == ["as it is", "kv4"]
+    assert written["rows"][1]["cache"]["bits_per_value"] == 4 + 32 / 16
+    assert written["rows"][0]["grid"]["lengths"] == [400]
+    assert "\nkv4\ndepth    400\n   0 % ·   0\n 100 % ·   0\n" in shown
+    assert run("needle", str(result)) == 0
+    assert capsys.readouterr().out == shown
+    assert "is a result, which is shown as it is" in fails(capsys, "needle", str(result), "--recipe", "kv4")
+    assert "has no needles found" in fails(capsys, "needle", str(tmp_path / "long" / "config.json"))
+    assert "leave out what the protocol does not use" in fails(capsys, "needle", source, "--copies", "2")
+    assert "needs calibration: quantize by it first" in fails(capsys, "needle", source, "--recipe", "gptq-w4g64")
 
 
 def test_generate_takes_several_prompts(quantized: str, capsys: pytest.CaptureFixture[str]) -> None:

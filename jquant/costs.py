@@ -88,6 +88,19 @@ def working_nbytes(config: LlamaConfig, length: int, solves: Iterable[tuple[int,
     return _FLOAT32 * max(scores, largest)
 
 
+def observing_nbytes(block: Block, config: LlamaConfig, length: int) -> int:
+    """Returns the bytes that measuring caches needs beside models and activations: a dense block, one window's cache.
+
+    Args:
+      block: the block; abstract will do.
+      config: the model's sizes.
+      length: tokens of a window.
+    """
+    weights = sum(math.prod(get(block, name).kernel.shape) for names in SITES.values() for name in names)
+    scores = _SCORES * config.num_attention_heads * length * length
+    return _FLOAT32 * (weights + scores + 2 * length * config.num_key_value_heads * config.head_dim)
+
+
 def training_nbytes(block: Block, config: LlamaConfig, length: int) -> int:
     """Returns the bytes that training a block needs beside models and activations: weights, moments, one window.
 

@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 
 from jquant.blocks import check_pattern
-from jquant.calibration import calibrate_razor_kv, put_codecs
-from jquant.errors import RecipeError
-from jquant.kv import KvCodec, Prompt, RazorKv
+from jquant.calibration import calibrate_razor_kv, load_kv_codecs, put_codecs
+from jquant.checkpoint import abstract_tree
+from jquant.errors import CheckpointError, RecipeError
+from jquant.kv import ExactKv, KvCodec, Prompt, RazorKv
 from jquant.models import Llama, blocks
 from jquant.passes import Context, ModelPass
 from jquant.report import Report
@@ -97,6 +98,47 @@ class CalibrateRazorKv(ModelPass):
         settings = dataclasses.asdict(self)
         codec: RazorKv = jax.eval_shape(lambda: RazorKv(jnp.float32(1), jnp.float32(1), **settings))
         return codec
+
+
+@final
+@dataclass(frozen=True)
+class LoadKvCodecs(ModelPass):
+    """Takes the KV codecs of another checkpoint; calibrated ones fit the model alone that they were calibrated on.
+
+    Attributes:
+      path: of the checkpoint. Where it was quantized too, this pass stands where its recipe calibrated the codecs.
+    """
+
+    path: str
+
+    def needs_tokens(self) -> bool:
+        """Tells that no text is read."""
+        return False
+
+    def check(self, model: Llama) -> None:
+        """Refuses a checkpoint without codecs, and codecs that the model's heads do not take."""
+        codecs = self._abstract()
+        if all(isinstance(codec, ExactKv) for codec in codecs):
+            raise RecipeError(f"{self.path} keeps exact caches in all layers: there is no codec to load")
+        if len(codecs) != len(blocks(model)):
+            raise RecipeError(f"{self.path} has {len(codecs)} layers, the model {len(blocks(model))}")
+        for codec in dict.fromkeys(codecs):
+            _check_codec(codec, model)
+
+    def outline(self, model: Llama) -> Llama:
+        """Returns what the pass makes of an abstract model."""
+        return put_codecs(model, self._abstract())
+
+    def __call__(self, model: Llama, context: Context) -> tuple[Llama, Report]:
+        """Loads the codecs and puts them, unless they were calibrated on another model."""
+        del context
+        return load_kv_codecs(model, self.path), Report()
+
+    def _abstract(self) -> list[KvCodec]:
+        tree = abstract_tree(self.path)
+        if not isinstance(tree, Llama):
+            raise CheckpointError(f"{self.path} holds a {type(tree).__name__}, not a model")
+        return [layer.self_attn.kv_codec for layer in blocks(tree)]
 
 
 def _check_codec(codec: KvCodec, model: Llama) -> None:

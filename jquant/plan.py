@@ -17,10 +17,19 @@ import jax.numpy as jnp
 
 from jquant.blocks import SITES, Distill, QuantizeWeights
 from jquant.calibration import AlphaSearch
-from jquant.costs import Work, forward_operations, hessian_operations, solve_operations, training_nbytes, working_nbytes
+from jquant.costs import (
+    Work,
+    forward_operations,
+    hessian_operations,
+    observing_nbytes,
+    solve_operations,
+    training_nbytes,
+    working_nbytes,
+)
 from jquant.errors import RecipeError
 from jquant.formats import QuantizedTensor, split_outputs, tree_nbytes
 from jquant.inspection import CacheFacts, measure_cache
+from jquant.kv_passes import CalibrateRazorKv
 from jquant.models import Llama, blocks, get, linear_paths, put
 from jquant.passes import ModelPass, QuantizeActivations, Sequential, Smooth
 from jquant.quantizers import WeightQuantizer
@@ -143,6 +152,8 @@ def plan(model: Llama, recipe: Recipe) -> Plan:
     working = working_nbytes(model.config, length, heavy)
     if learning:
         working = max(working, training_nbytes(get(model, "layers.0"), model.config, length))
+    if any(isinstance(one, CalibrateRazorKv) for one in recipe.passes):
+        working = max(working, observing_nbytes(get(model, "layers.0"), model.config, length))
     return Plan(
         linears=tuple(
             LinearPlan(path, kernel.shape, methods.get(path, UNTOUCHED), tree_nbytes(kernel))
@@ -173,10 +184,11 @@ def list_solves(block_pass: QuantizeWeights, index: int) -> Iterator[Solve]:
 
 def _measuring(one: ModelPass, model: Llama, calibration: Calibration | None) -> Work:
     """Returns the work of a pass that measures the whole model: once, and once more for each candidate of a search."""
-    if calibration is None or not isinstance(one, Smooth):
+    if calibration is None or not isinstance(one, Smooth | CalibrateRazorKv):
         return Work()
     block = forward_operations(get(model, "layers.0"), model.config, calibration.length)["end"]
-    runs = 1 + (len(one.alpha.candidates) if isinstance(one.alpha, AlphaSearch) else 0)
+    search = one.alpha if isinstance(one, Smooth) else None
+    runs = 1 + (len(search.candidates) if isinstance(search, AlphaSearch) else 0)
     return Work(forward=runs * model.config.num_hidden_layers * calibration.samples * block)
 
 

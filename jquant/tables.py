@@ -152,7 +152,7 @@ def _kind(path: str) -> str:
 def _cache_size(cache: CacheFacts) -> str:
     """Returns what keys and values take."""
     size = f"{cache.nbytes_per_token:,.0f} bytes per token, {cache.bits_per_value:.3f} bits per value"
-    return f"{size} at {cache.length} tokens"
+    return f"{_bytes(round(cache.nbytes_per_token * cache.length))} for {cache.length} tokens, {size}"
 
 
 def _loss_ratio(rows: Sequence[LinearReport]) -> str:

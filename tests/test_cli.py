@@ -88,7 +88,9 @@ def test_inspect_has_a_line_for_each_linear(quantized: str, capsys: pytest.Captu
     assert "Uniform(bits=4, group_size=32, symmetry=asymmetric, scale_dtype=float16)" in lines[0]
     assert "4.6250" in lines[0]  # 4 bits; for 32 inputs a 16-bit scale and a 4-bit zero
     assert "1 distinct block structure" in shown
-    assert "KV cache: 512 bytes per token, 32.000 bits per value at 256 tokens, ExactKv(prompt=exact)" in shown
+    assert (
+        "KV cache: 128.0 KiB for 256 tokens, 512 bytes per token, 32.000 bits per value, ExactKv(prompt=exact)" in shown
+    )
 
 
 def test_eval_prints_a_table_and_writes_json(

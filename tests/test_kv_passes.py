@@ -11,15 +11,16 @@ import pytest
 
 from eval import perplexity
 from jquant import runtime
-from jquant.calibration import kv_ranges
+from jquant.calibration import kv_ranges, load_kv_codecs, put_codecs
 from jquant.checkpoint import load_model, save_model
-from jquant.errors import DataError, FormatError, RecipeError
+from jquant.errors import CheckpointError, DataError, FormatError, RecipeError
 from jquant.inspection import inspect_model
 from jquant.kv import Kivi, RazorKv
-from jquant.models import Llama, decode, prefill, random_model, set_kv_codec, stack_layers, tiny_config
+from jquant.kv_passes import LoadKvCodecs
+from jquant.models import Llama, decode, get, prefill, put, random_model, set_kv_codec, stack_layers, tiny_config
 from jquant.passes import Context, run_passes
 from jquant.plan import plan
-from jquant.recipe import parse_recipe
+from jquant.recipe import Recipe, parse_recipe
 from jquant.runtime import generate, stream
 
 SMALL = dataclasses.replace(tiny_config(), num_hidden_layers=2)
@@ -76,6 +77,36 @@ def test_razor_scales_are_the_largest_of_the_text() -> None:
     _, cache = jax.jit(prefill, static_argnums=3)(source, TOKENS, jnp.full(3, 12), 12)
     expected = [float(jnp.max(jnp.abs(layer.keys))) for layer in cache.layers]
     assert [float(found.keys) for found in kv_ranges(source, TOKENS)] == pytest.approx(expected, rel=1e-5)
+
+
+def test_codecs_of_a_checkpoint_fit_the_model_that_they_were_calibrated_on_and_no_other(tmp_path: Path) -> None:
+    calibrated, planned = model_of("razor")
+    save_model(calibrated, tmp_path / "razor")
+    text = f"name: test\npasses:\n  - {{load_kv_codecs: {{path: '{tmp_path / 'razor'}'}}}}"
+    passes, context = parse_recipe(text).passes, Context(jax.random.key(0))
+    source = random_model(SMALL, jax.random.key(0))
+    loaded, _ = run_passes(passes, source, context)
+    assert jax.tree.structure(loaded) == jax.tree.structure(calibrated)
+    jax.tree.map(np.testing.assert_array_equal, loaded, calibrated)
+    assert plan(source, parse_recipe(text)).cache == planned
+    path = "layers.1.mlp.up_proj.kernel"  # as far from keys and values as a weight can be
+    tuned = put(source, path, get(source, path).at[3, 5].add(0.01))
+    for other in (tuned, jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), source)):
+        with pytest.raises(CheckpointError, match=r"calibrated on another model \([0-9a-f]{12}\) than this"):
+            run_passes(passes, other, context)
+    with pytest.raises(RecipeError, match="has 2 layers, the model 1"):
+        plan(random_model(SHALLOW, jax.random.key(0)), parse_recipe(text))
+    by_hand = put_codecs(
+        source, [dataclasses.replace(one.self_attn.kv_codec, calibrated_for="") for one in loaded.layers]
+    )
+    for name, model in (("kivi", model_of("kivi")[0]), ("exact", source), ("by hand", by_hand)):
+        save_model(model, tmp_path / name)
+    taken, _ = run_passes((LoadKvCodecs(str(tmp_path / "kivi")),), tuned, context)
+    assert taken.layers[1].self_attn.kv_codec == model_of("kivi")[0].layers[1].self_attn.kv_codec
+    with pytest.raises(RecipeError, match="there is no codec to load"):
+        plan(source, Recipe("test", (LoadKvCodecs(str(tmp_path / "exact")),)))
+    with pytest.raises(CheckpointError, match=r"calibrated on another model \(unknown\)"):
+        load_kv_codecs(source, tmp_path / "by hand")
 
 
 def test_generation_is_one_program_and_ragged_rows_are_alone() -> None:

@@ -106,6 +106,20 @@ def test_smoothing_costs_one_pass_over_the_model_and_one_for_each_candidate() ->
     assert searched.work.forward == 3 * figures.work.forward
 
 
+def test_calibrating_a_cache_costs_one_pass_over_the_model() -> None:
+    text = "{name: mine, calibration: {samples: 2, length: 16}, passes: [{calibrate_razor_kv: {}}]}"
+    model = abstract_llama(tiny_config())
+    figures = plan(model, parse_recipe(text))
+    assert figures.work == Work(forward=2 * 2 * forward_operations(model.layers[0], model.config, 16)["end"])
+    weights = 64 * (64 + 32 + 32 + 64 + 3 * 96)  # a block with float32 kernels; the cache of a window; its scores
+    working = 4 * (weights + 2 * 16 * 2 * 16 + 3 * 4 * 16 * 16)
+    scales = 2 * 2 * 4  # keys and values of two layers
+    activations = 2 * 2 * 16 * 64 * 4
+    layers = figures.store_nbytes
+    assert layers == tree_nbytes(model.layers) + scales
+    assert figures.peak_nbytes == figures.source_nbytes + layers + activations + working
+
+
 def test_distillation_costs_the_teachers_pass_and_the_steps() -> None:
     text = """{name: mine, calibration: {samples: 4, length: 16}, passes: [{sequential: {passes: [{distill: {
         training: {steps: 5, batch_size: 2},

@@ -3,7 +3,9 @@
 from jquant.calibration.absmax import collect_absmax as collect_absmax
 from jquant.calibration.kv import KvRange as KvRange
 from jquant.calibration.kv import calibrate_razor_kv as calibrate_razor_kv
+from jquant.calibration.kv import fingerprint as fingerprint
 from jquant.calibration.kv import kv_ranges as kv_ranges
+from jquant.calibration.kv import load_kv_codecs as load_kv_codecs
 from jquant.calibration.kv import put_codecs as put_codecs
 from jquant.calibration.sequential import check_weights as check_weights
 from jquant.calibration.sequential import dense_kernels as dense_kernels

@@ -1,18 +1,26 @@
-"""Calibration of KV caches: the largest key and value of each layer over some text, and the codecs made from them."""
+"""Calibration of KV caches: the largest key and value of each layer over some text, and the codecs made from them.
+
+A calibrated codec keeps the fingerprint of the model that it was calibrated on, and is refused in any other.
+"""
 
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple
+from pathlib import Path
+from typing import Final, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jquant.calibration.sequential import dense_kernels
+from jquant.checkpoint import digest, load_model
+from jquant.errors import CheckpointError
 from jquant.kv import ExactKv, KvCodec, Prompt, RazorKv, fit_scale
-from jquant.models import Block, Llama, LlamaConfig, blocks, embed, prompt_block, put
+from jquant.models import Block, Llama, LlamaConfig, blocks, embed, prompt_block, put, set_kv_codec
 from jquant.types import Leaf
+
+_CALIBRATED: Final = (RazorKv,)  # the codecs that have a `calibrated_for`
 
 
 class KvRange(NamedTuple):
@@ -64,6 +72,7 @@ def calibrate_razor_kv(
       group_size: neighbours that drop the same bits.
       prompt: what a prompt's own queries see.
     """
+    own = fingerprint(model)
     codecs = [
         RazorKv(
             key_scale=fit_scale(found.keys, base_bits),
@@ -72,6 +81,7 @@ def calibrate_razor_kv(
             bits=bits,
             group_size=group_size,
             prompt=prompt,
+            calibrated_for=own,
         )
         for found in kv_ranges(model, tokens)
     ]
@@ -82,6 +92,40 @@ def put_codecs(model: Llama, codecs: Sequence[KvCodec]) -> Llama:
     """Returns the model with one codec for each layer."""
     pairs = zip(blocks(model), codecs, strict=True)
     return dataclasses.replace(model, layers=tuple(put(block, "self_attn.kv_codec", codec) for block, codec in pairs))
+
+
+def fingerprint(model: Llama) -> str:
+    """Returns the sha256 of a model's configuration, structure and every byte of its arrays, KV codecs left out.
+
+    So a fine-tune differs from its base, a quantized model from what it was, float32 from bfloat16.
+    """
+    return digest(set_kv_codec(model, ExactKv()))
+
+
+def load_kv_codecs(model: Llama, path: Path | str) -> Llama:
+    """Returns the model with the KV codecs of a checkpoint, layer by layer.
+
+    Args:
+      model: the model, its layers a tuple.
+      path: a checkpoint whose codecs are not calibrated, or were calibrated on this very model.
+
+    Raises:
+      CheckpointError: the checkpoint cannot be read, has another number of layers, or a codec of it was calibrated on
+        another model than this one is now.
+    """
+    codecs = [layer.self_attn.kv_codec for layer in blocks(load_model(path))]
+    if len(codecs) != len(blocks(model)):
+        raise CheckpointError(f"{path} has KV codecs for {len(codecs)} layers, the model has {len(blocks(model))}")
+    origins = {codec.calibrated_for for codec in codecs if isinstance(codec, _CALIBRATED)}
+    own = fingerprint(model) if origins else ""
+    if origins - {own}:
+        known = ", ".join(origin[:12] or "unknown" for origin in sorted(origins))
+        raise CheckpointError(
+            f"the KV codecs of {path} were calibrated on another model ({known}) "
+            f"than this one ({own[:12]}): its weights, dtype or settings differ. Calibrate on this model; if it is "
+            "quantized later, load the codecs where the recipe stands when they were calibrated"
+        )
+    return put_codecs(model, codecs)
 
 
 @functools.partial(jax.jit, static_argnums=2)

@@ -58,6 +58,7 @@ class RazorKv(KvCodec):
       bits: bits that are kept, sign included, 2 to 8.
       group_size: neighbours of a head that drop the same bits.
       prompt: see `KvCodec`; "streamed" shows what "stored" shows.
+      calibrated_for: the fingerprint of the model that the scales were measured on; "" where they were not measured.
 
     Example:
       >>> codec = RazorKv(jnp.float32(0.1), jnp.float32(0.1))
@@ -74,6 +75,7 @@ class RazorKv(KvCodec):
     bits: int = struct.field(pytree_node=False, default=4)
     group_size: int = struct.field(pytree_node=False, default=8)
     prompt: Prompt = struct.field(pytree_node=False, default="stored")
+    calibrated_for: str = struct.field(pytree_node=False, default="")
     chunk_prompts: ClassVar[tuple[Prompt, ...]] = ("stored", "streamed")
 
     def init(self, capacity: int, heads: int, dim: int, dtype: jax.typing.DTypeLike) -> RazorCache:

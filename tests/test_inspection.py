@@ -40,7 +40,6 @@ def test_input_quantizers_are_shown_with_their_bits() -> None:
         ("kivi-2", ((2 + 32 / 32) * (TOKENS - 128) + RESIDUAL) / TOKENS),
         ("kivi-4", ((4 + 32 / 32) * (TOKENS - 128) + RESIDUAL) / TOKENS),
         ("kv4", 4 + 32 / 64),  # a scale and a low end in float16 for a head of 64
-        ("quarot-w4a4kv4", 4 + (16 + 8) / 64),  # a scale in float16 and a zero in a byte
         ("qrazor-w4kv4-g8", 4 + 3 / 8),  # three bits of shift for 8 neighbours
     ],
 )

@@ -91,9 +91,8 @@ def test_codecs_of_a_checkpoint_fit_the_model_that_they_were_calibrated_on_and_n
     assert plan(source, parse_recipe(text)).cache == planned
     path = "layers.1.mlp.up_proj.kernel"  # as far from keys and values as a weight can be
     tuned = put(source, path, get(source, path).at[3, 5].add(0.01))
-    for other in (tuned, jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), source)):
-        with pytest.raises(CheckpointError, match=r"calibrated on another model \([0-9a-f]{12}\) than this"):
-            run_passes(passes, other, context)
+    with pytest.raises(CheckpointError, match=r"calibrated on another model \([0-9a-f]{12}\) than this"):
+        run_passes(passes, tuned, context)
     with pytest.raises(RecipeError, match="has 2 layers, the model 1"):
         plan(random_model(SHALLOW, jax.random.key(0)), parse_recipe(text))
     by_hand = put_codecs(

@@ -360,9 +360,23 @@ def _mlp(
 def _through_layers(
     model: Llama, x: Float[Array, "batch tokens hidden"], caches: Any, apply: Apply
 ) -> tuple[Float[Array, "batch tokens hidden"], Any]:
-    """Applies every layer in turn: a scan where they are stacked, unrolled where they are a tuple."""
+    """Applies every layer in turn: a scan where they are stacked, unrolled where they are a tuple.
+
+    The scan carries caches that are there already and writes each over itself, so that there is never a second set.
+    """
+    if isinstance(model.layers, Stacked) and caches is None:
+        return jax.lax.scan(lambda x, block: apply(block, x, None), x, model.layers.block)
     if isinstance(model.layers, Stacked):
-        return jax.lax.scan(lambda x, pair: apply(pair[0], x, pair[1]), x, (model.layers.block, caches))
+
+        def step(carry: tuple[Array, Any], layer: tuple[Array, Block]) -> tuple[tuple[Array, Any], None]:
+            (x, caches), (index, block) = carry, layer
+            own = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False), caches)
+            # without the barrier XLA fuses the read into the write, and so copies all caches at every layer
+            x, own = apply(block, x, jax.lax.optimization_barrier(own))
+            write = jax.lax.dynamic_update_index_in_dim
+            return (x, jax.tree.map(lambda leaf, new: write(leaf, new, index, 0), caches, own)), None
+
+        return jax.lax.scan(step, (x, caches), (jnp.arange(model.layers.depth), model.layers.block))[0]
     outputs = []
     for index, layer in enumerate(model.layers):
         x, output = apply(layer, x, None if caches is None else caches[index])

@@ -61,7 +61,7 @@ def draw_map(grids: Mapping[str, NeedleGrid], path: Path) -> None:
     down = max(len(grid.depths) for grid in grids.values()) * _INCHES[1] + _MARGINS[1]
     figure = Figure(figsize=(across, down), layout="constrained")
     for panel, (title, grid) in zip(figure.subplots(1, len(grids), squeeze=False)[0], grids.items(), strict=True):
-        panel.imshow(grid.found, cmap="RdYlGn", vmin=0.0, vmax=1.0, aspect="auto")
+        panel.imshow(grid.found, cmap="RdYlGn", vmin=0.0, vmax=1.0, alpha=0.7, aspect="auto")
         panel.set_title(f"{title}: {100 * grid.share():.0f} %")
         panel.set_xticks(range(len(grid.lengths)), [str(length) for length in grid.lengths])
         panel.set_yticks(range(len(grid.depths)), [f"{depth:g} %" for depth in grid.depths])

@@ -1,5 +1,6 @@
 """Numerical building blocks: arrays in, arrays out. Nothing here knows a format, a node or a model."""
 
+from jquant.numerics.cayley import CayleyState, cayley_sgd, nearest_orthogonal
 from jquant.numerics.haar import haar_matrix, random_signs
 from jquant.numerics.hadamard import base_matrix, base_order, hadamard_matrix, hadamard_on_host, hadamard_transform
 from jquant.numerics.integer import affine_product, integer_product
@@ -35,6 +36,7 @@ __all__ = [
     "CHUNK",
     "DAMPING_LIMIT",
     "DAMPING_STEP",
+    "CayleyState",
     "Grid",
     "InverseFactor",
     "OffsetGrid",
@@ -48,6 +50,7 @@ __all__ = [
     "base_matrix",
     "base_order",
     "cast_scales",
+    "cayley_sgd",
     "decode",
     "decode_offset",
     "encode",
@@ -62,6 +65,7 @@ __all__ = [
     "integer_product",
     "inverse_factor",
     "lookup_product",
+    "nearest_orthogonal",
     "pack",
     "packed_length",
     "random_rotation",

@@ -7,6 +7,7 @@ from jquant.transforms.host import check_unquantized as check_unquantized
 from jquant.transforms.host import on_host as on_host
 from jquant.transforms.rotate import ROTATED_PARTS as ROTATED_PARTS
 from jquant.transforms.rotate import RotatedPart as RotatedPart
+from jquant.transforms.rotate import Turns as Turns
 from jquant.transforms.rotate import check_rotation as check_rotation
 from jquant.transforms.rotate import residual_rotation as residual_rotation
 from jquant.transforms.rotate import rotate as rotate

@@ -5,8 +5,10 @@
     keys      R3    every query and key head becomes O q, O k after RoPE: q k stays, a quantized KV cache gains
     mlp       R4    the input of down_proj becomes M(inner) z, online
 
-O = M(head_dim). Each M is what `jquant.formats.online_rotation` chooses for its size. For a linear y = x W + b whose
-input x is now A x and whose output shall be B y, the kernel's columns go through A and its rows and bias through B:
+O = M(head_dim). Each M is what `jquant.formats.online_rotation` chooses for its size. Given orthogonal matrices T may
+follow R, and each layer's own may follow the O of its values (`Turns`): T R and T O take their places, folded as they
+are. For a linear y = x W + b whose input x is now A x and whose output shall be B y, the kernel's columns go through A
+and its rows and bias through B:
 
     W <- A W B^T,    b <- B b
 
@@ -19,6 +21,7 @@ Ashkboos et al., QuaRot: outlier-free 4-bit inference in rotated LLMs (2024), ar
 
 import dataclasses
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Final, Literal
 
 import jax
@@ -41,11 +44,26 @@ ROTATED_PARTS: Final[tuple[RotatedPart, ...]] = (
     "mlp",
 )  # "keys" helps quantized caches alone
 
+_ORTHOGONAL: Final = 1e-9  # largest |T^T T - I| of a given matrix: float64 rounding of a few thousand products
+
 _ONLINE: Final = {
     "values": "self_attn.o_proj.input_rotation",
     "keys": "self_attn.query_key_rotation",
     "mlp": "mlp.down_proj.input_rotation",
 }
+
+
+@dataclass(frozen=True)
+class Turns:
+    """Orthogonal matrices that follow the drawn rotations, float64: h becomes T h.
+
+    Attributes:
+      residual: of the residual stream, [hidden, hidden]; None for none.
+      values: of each layer's value heads, [layers, head_dim, head_dim]; None for none.
+    """
+
+    residual: Float[np.ndarray, "hidden hidden"] | None = None
+    values: Float[np.ndarray, "layers dim dim"] | None = None
 
 
 def rotate(
@@ -54,6 +72,7 @@ def rotate(
     parts: Sequence[RotatedPart] = ROTATED_PARTS,
     matrix: OrthogonalMatrix = "hadamard",
     seed: int = 0,
+    turns: Turns = Turns(),
 ) -> Llama:
     """Rotates parts of an unquantized model; its outputs stay the same up to rounding.
 
@@ -63,12 +82,14 @@ def rotate(
       parts: which rotations.
       matrix: of the residual stream: a Hadamard matrix with random signs, or a Haar-random one.
       seed: of the signs, or of the Haar matrix.
+      turns: what follows the rotations of residual stream and values.
 
     Returns:
       The model with other weights; what is done online are nodes in it.
 
     Raises:
-      FormatError: the model is quantized or stacked, norms are not folded, or a part is rotated already.
+      FormatError: the model is quantized or stacked, norms are not folded, a part is rotated already, or a given matrix
+        is not orthogonal, has another size, or belongs to a part that is not rotated.
 
     Example:
       >>> from jquant.models import forward, random_model, tiny_config
@@ -83,11 +104,18 @@ def rotate(
     """
     check_rotation(model, parts)
     _check_norms(model, parts)
+    _check_turns(turns, model.config, parts)
     residual = residual_rotation(model.config.hidden_size, matrix, seed) if "residual" in parts else None
+    if residual is not None:
+        residual = _then(residual, turns.residual)
+    values = [None] * len(blocks(model)) if turns.values is None else turns.values
     return dataclasses.replace(
         model,
         embed_tokens=model.embed_tokens if residual is None else on_host(residual, model.embed_tokens),
-        layers=tuple(_rotate_block(layer, model.config, parts, residual) for layer in blocks(model)),
+        layers=tuple(
+            _rotate_block(layer, model.config, parts, residual, turn)
+            for layer, turn in zip(blocks(model), values, strict=True)
+        ),
         lm_head=None if model.lm_head is None else rotate_linear(model.lm_head, residual, None),
     )
 
@@ -158,14 +186,22 @@ def subtract_embedding_mean(model: Llama) -> Llama:
     return dataclasses.replace(model, embed_tokens=on_host(centre, model.embed_tokens))
 
 
-def _rotate_block(layer: Block, config: LlamaConfig, parts: Sequence[RotatedPart], residual: Operator | None) -> Block:
+def _rotate_block(
+    layer: Block,
+    config: LlamaConfig,
+    parts: Sequence[RotatedPart],
+    residual: Operator | None,
+    turn: Float[np.ndarray, "dim dim"] | None,
+) -> Block:
     attention, mlp = layer.self_attn, layer.mlp
     heads, dim = config.num_attention_heads, config.head_dim
     own = online_rotation(dim)
     across = online_rotation(heads * dim, stride=dim) if "values" in parts and heads > 1 else None
     inner = online_rotation(config.intermediate_size) if "mlp" in parts else None
-    to_values = repeat_rotation(own, config.num_key_value_heads).on_host if "values" in parts else None
-    from_values = _then(repeat_rotation(own, heads), across) if "values" in parts else None
+    to_values = from_values = None
+    if "values" in parts:
+        to_values = _then(repeat_rotation(own, config.num_key_value_heads).on_host, turn)
+        from_values = _then(repeat_rotation(own, heads).on_host, turn, across)
     o_proj = rotate_linear(attention.o_proj, from_values, residual)
     down_proj = rotate_linear(mlp.down_proj, None if inner is None else inner.on_host, residual)
     return dataclasses.replace(
@@ -187,12 +223,16 @@ def _rotate_block(layer: Block, config: LlamaConfig, parts: Sequence[RotatedPart
     )
 
 
-def _then(first: OnlineRotation, second: OnlineRotation | None) -> Operator:
-    def turn(vectors: Float[np.ndarray, "*batch n"]) -> Float[np.ndarray, "*batch n"]:
-        turned = first.on_host(vectors)
-        return turned if second is None else second.on_host(turned)
+def _then(first: Operator, turn: Float[np.ndarray, "n n"] | None, last: OnlineRotation | None = None) -> Operator:
+    """Returns `first`, then a given matrix on each run of its width, then `last`."""
 
-    return turn
+    def act(vectors: Float[np.ndarray, "*batch n"]) -> Float[np.ndarray, "*batch n"]:
+        turned = first(vectors)
+        if turn is not None:
+            turned = (turned.reshape(*turned.shape[:-1], -1, len(turn)) @ turn.T).reshape(turned.shape)
+        return turned if last is None else last.on_host(turned)
+
+    return act
 
 
 def _on_both(inputs: Operator, outputs: Operator, kernel: Leaf) -> Leaf:
@@ -200,6 +240,28 @@ def _on_both(inputs: Operator, outputs: Operator, kernel: Leaf) -> Leaf:
         return kernel
     source = np.asarray(kernel)
     return jnp.asarray(inputs(outputs(source.astype(np.float64)).T).T.astype(source.dtype))
+
+
+def _check_turns(turns: Turns, config: LlamaConfig, parts: Sequence[RotatedPart]) -> None:
+    """Refuses given matrices that do not fit."""
+    layers, dim = config.num_hidden_layers, config.head_dim
+    rows: tuple[tuple[RotatedPart, np.ndarray | None, tuple[int, ...]], ...] = (
+        ("residual", turns.residual, (config.hidden_size, config.hidden_size)),
+        ("values", turns.values, (layers, dim, dim)),
+    )
+    for part, given, shape in rows:
+        if given is None:
+            continue
+        if part not in parts:
+            raise FormatError(f"a matrix is given for {part}, which parts {list(parts)} do not rotate: name {part} too")
+        if given.shape != shape or given.dtype != np.float64:
+            raise FormatError(f"the matrix for {part} is {given.dtype}{list(given.shape)}: give float64{list(shape)}")
+        distance = float(np.abs(given.swapaxes(-1, -2) @ given - np.eye(shape[-1])).max())
+        if not distance < _ORTHOGONAL:
+            raise FormatError(
+                f"the matrix for {part} is not orthogonal: T^T T differs from the identity by {distance:.3g}; pass it "
+                "through jquant.numerics.nearest_orthogonal if that is rounding"
+            )
 
 
 def _check_norms(model: Llama, parts: Sequence[RotatedPart]) -> None:

@@ -18,7 +18,16 @@ from jquant.errors import FormatError
 from jquant.formats import online_rotation, repeat_rotation
 from jquant.models import Llama, LlamaConfig, RopeConfig, forward, put, stack_layers
 from jquant.numerics import haar_matrix, hadamard_matrix, random_signs
-from jquant.transforms import RotatedPart, fold_norms, on_host, rotate, rotate_linear, subtract_embedding_mean, untie
+from jquant.transforms import (
+    RotatedPart,
+    Turns,
+    fold_norms,
+    on_host,
+    rotate,
+    rotate_linear,
+    subtract_embedding_mean,
+    untie,
+)
 from tests.oracles import llama, quarot
 from tests.transforms.numpy_models import arrays_of, numpy_model, packed_kernel
 
@@ -31,6 +40,7 @@ TWENTY = LlamaConfig(
     24, 40, 96, 1, 20, 4, 4, rms_norm_eps=1e-2, rope=RopeConfig(theta=2.0**20),
     attention_bias=True, output_bias=True, mlp_bias=True, tie_word_embeddings=True,
 )  # fmt: skip
+TURNS = Turns(haar_matrix(40, 1), haar_matrix(4, 2)[None])  # for TWENTY
 run = jax.jit(forward)
 
 
@@ -64,6 +74,44 @@ def error_of(model: Llama) -> float:
 def test_logits_are_the_unrotated_models(config: LlamaConfig) -> None:
     assert np.abs(expected(config)).max() > 1
     assert error_of(rotated(config)) < 1e-9
+
+
+@functools.cache
+def turned() -> Llama:
+    """Return a model whose residual stream and values are turned by given matrices after their rotations."""
+    with jax.enable_x64(True):
+        return rotate(fold_norms(untie(numpy_model(TWENTY))), parts=ALL, seed=SEED, turns=TURNS)
+
+
+def test_given_matrices_are_exact_too_and_nothing_more_is_online() -> None:
+    assert jax.tree.structure(turned()) == jax.tree.structure(rotated(TWENTY))
+    assert np.abs(turned().embed_tokens - rotated(TWENTY).embed_tokens).max() > 0.1
+    assert error_of(turned()) < 1e-9
+
+
+def test_given_identities_change_no_bit() -> None:
+    source = fold_norms(untie(numpy_model(TWENTY, "float32")))
+    none, identity = (rotate(source, turns=one) for one in (Turns(), Turns(np.eye(40), np.eye(4)[None])))
+    jax.tree.map(np.testing.assert_array_equal, identity, none)
+
+
+@pytest.mark.parametrize(
+    ("turns", "parts", "complaint"),
+    [
+        (Turns(np.eye(39)), ALL, r"for residual is float64\[39, 39\]: give float64\[40, 40\]"),
+        (Turns(np.eye(40, dtype=np.float32)), ALL, r"for residual is float32\[40, 40\]: give float64"),
+        (Turns(values=np.eye(4)[None].repeat(2, 0)), ALL, r"for values is float64\[2, 4, 4\]: give float64\[1, 4, 4\]"),
+        (Turns(values=np.full((1, 4, 4), np.nan)), ALL, "for values is not orthogonal"),
+        (Turns(np.eye(40) * (1 + 1e-6)), ALL, "for residual is not orthogonal: .*nearest_orthogonal"),
+        (Turns(np.eye(40)), ("values",), r"given for residual, which parts \['values'\] do not rotate"),
+    ],
+    ids=["size", "dtype", "layers", "nan", "stretched", "part"],
+)
+def test_given_matrices_that_do_not_fit_are_refused(
+    turns: Turns, parts: tuple[RotatedPart, ...], complaint: str
+) -> None:
+    with pytest.raises(FormatError, match=complaint):
+        rotate(fold_norms(untie(numpy_model(TWENTY))), parts=parts, turns=turns)
 
 
 def edited(path: str, edit: Callable[[np.ndarray], np.ndarray]) -> Llama:
@@ -123,17 +171,27 @@ def test_planted_mistake_is_caught(mistake: str) -> None:
 
 @pytest.mark.parametrize("config", [NINE, TWENTY], ids=["9 heads", "20 heads"])
 def test_weights_equal_the_oracles(config: LlamaConfig) -> None:
-    stream = np.diag(random_signs(config.hidden_size, SEED)) @ hadamard_matrix(config.hidden_size).T
+    check_weights(rotated(config), config, np.eye(config.hidden_size), np.eye(config.head_dim))
+
+
+def test_weights_turned_by_given_matrices_equal_the_oracles() -> None:
+    assert TURNS.residual is not None
+    assert TURNS.values is not None
+    check_weights(turned(), TWENTY, TURNS.residual, TURNS.values[0])
+
+
+def check_weights(model: Llama, config: LlamaConfig, turn: np.ndarray, turn_values: np.ndarray) -> None:
+    stream = np.diag(random_signs(config.hidden_size, SEED)) @ hadamard_matrix(config.hidden_size).T @ turn.T
     heads, head = (haar_matrix(9, 0), haar_matrix(6, 0)) if config is NINE else map(hadamard_matrix, (20, 4))
     oracle = quarot.rotate(
         quarot.fold_norms(arrays_of(numpy_model(config)), 1),
         1,
         stream=stream,
         heads=heads,
-        head=head,
+        head=turn_values @ head,
         inner=hadamard_matrix(config.intermediate_size),
     )
-    found = arrays_of(rotated(config))
+    found = arrays_of(model)
     assert found.keys() == oracle.keys()
     for path, array in oracle.items():
         np.testing.assert_allclose(found[path], array, rtol=0, atol=1e-13, err_msg=path)

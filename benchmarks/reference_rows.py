@@ -28,7 +28,7 @@ from eval.perplexity import perplexity
 from jquant.activations import ActivationMethod, ActivationRazor, OutlierSplit, PerToken
 from jquant.blocks import ActivationRule, Distill, QuantizeWeights, Rule, Training
 from jquant.data import load_text, token_windows
-from jquant.exact_passes import FoldNorms, Rotate, Untie
+from jquant.exact_passes import FoldNorms, LearnRotation, Rotate, Untie
 from jquant.formats import BinaryFormat, RazoredFormat, SpqrFormat, UniformFormat
 from jquant.inspection import inspect_model
 from jquant.kv import DynamicRazorKv, Kivi, KvCodec, PerTokenKv
@@ -96,6 +96,18 @@ def _quarot(*passes: Passes, subtract: bool = False) -> Passes:
     return (Untie(), FoldNorms(), rotation, *(one for group in passes for one in group))
 
 
+def _spinquant(*passes: Passes, codec: PerTokenKv | None = None) -> Passes:
+    """Rotates as QuaRot does with the means kept, residual stream and values learned for 4 bits."""
+    rules = (ActivationRule(".*_proj", PerToken(4, clip_ratio=0.9)),)
+    rotation = LearnRotation(rules, codec, parts=("residual", "values", "keys", "mlp"))
+    return (Untie(), FoldNorms(), rotation, *(one for group in passes for one in group))
+
+
+def _distilled(steps: int, layers: str = "last", activations: Passes = ()) -> Passes:
+    """Returns ZeroQuant's W4/8 with distillation, inputs rounded first so that blocks learn with them."""
+    return (*activations, Sequential((Distill(_zeroquant(), Training(steps), layers=layers),)))  # type: ignore[arg-type]
+
+
 def _both(name: str, *passes: Passes) -> dict[str, Passes]:
     """Returns a row of QuaRot as its code has it, and one that keeps the means, as jquant's presets do."""
     return {name: _quarot(*passes, subtract=True), f"{name}-keepmean": _quarot(*passes)}
@@ -104,7 +116,9 @@ def _both(name: str, *passes: Passes) -> dict[str, Passes]:
 _QUAROT_RTN: Final = _weights(Rtn(_format(4, None, "symmetric"), "search"))
 _QUAROT_GPTQ: Final = _weights(Gptq(_format(4, None, "symmetric"), clip="search"), "per_site")
 _QUAROT_A4: Final = _inputs(PerToken(4, clip_ratio=0.9))
-_QUAROT_KV4: Final = _cache(PerTokenKv(4, grid="asymmetric", clip=0.95, scale_dtype="float32", prompt="stored"))
+_KV4: Final = PerTokenKv(4, grid="asymmetric", clip=0.95, scale_dtype="float32", prompt="stored")
+_QUAROT_KV4: Final = _cache(_KV4)
+_ZEROQUANT_A8: Final = _inputs(PerToken(8, "asymmetric_zeroquant"))
 _RAZOR: Final = _weights(Razor(RazoredFormat(group_size=8)))
 
 # Unless "stream" is in its name, a reference row of a cache shows every query the cache as the whole window is stored.
@@ -148,9 +162,13 @@ ROWS: Final[Mapping[str, Passes]] = {
     "qrazor-w4a4kv4-g8": _RAZOR + _inputs(ActivationRazor(bits=4)) + _cache(DynamicRazorKv()),
     "zq-w4ffn8attn-a16": _zeroquant_weights(*_zeroquant()),
     "zq-w4ffn8attn-a16-g4096": _zeroquant_weights(*_zeroquant(dict.fromkeys(OUTPUTS, 4096))),
-    "zq-w4ffn8attn-a16-lkd100": (Sequential((Distill(_zeroquant(), Training(), layers="last"),)),),
-    "zq-w8a8": _zeroquant_weights(*_zeroquant(mlp=8)) + _inputs(PerToken(8, "asymmetric_zeroquant")),
-    "zq-w4ffn8attn-a8": _zeroquant_weights(*_zeroquant()) + _inputs(PerToken(8, "asymmetric_zeroquant")),
+    "zq-w4ffn8attn-a16-lkd25": _distilled(25),
+    "zq-w4ffn8attn-a16-lkd100": _distilled(100),
+    "zq-w4ffn8attn-a16-lkd100-all": _distilled(100, "all"),
+    "zq-w4ffn8attn-a8-lkd100": _distilled(100, activations=_ZEROQUANT_A8),
+    "zq-w4ffn8attn-a8-lkd100-all": _distilled(100, "all", _ZEROQUANT_A8),
+    "zq-w8a8": _zeroquant_weights(*_zeroquant(mlp=8)) + _ZEROQUANT_A8,
+    "zq-w4ffn8attn-a8": _zeroquant_weights(*_zeroquant()) + _ZEROQUANT_A8,
     "zq-w4a4": _zeroquant_weights(*_zeroquant(attention=4)) + _inputs(PerToken(4, "asymmetric_zeroquant")),
     **{f"rtn-w{bits}a{bits}-token": _rtn(bits) + _inputs(PerToken(bits, "asymmetric")) for bits in (8, 6, 4)},
     "norot-w4a4-rtn": _QUAROT_RTN + _QUAROT_A4,
@@ -172,6 +190,10 @@ ROWS: Final[Mapping[str, Passes]] = {
         _inputs(PerToken(8)),
         _cache(PerTokenKv(8, grid="asymmetric", scale_dtype="float32", prompt="stored")),
     ),
+    "spinquant-w4a4-rtn": _spinquant(_QUAROT_RTN, _QUAROT_A4),
+    "spinquant-w4a4-gptq": _spinquant(_QUAROT_GPTQ, _QUAROT_A4),
+    "spinquant-w4a4kv4-rtn": _spinquant(_QUAROT_RTN, _QUAROT_A4, _QUAROT_KV4, codec=_KV4),
+    "spinquant-w4a4kv4-gptq": _spinquant(_QUAROT_GPTQ, _QUAROT_A4, _QUAROT_KV4, codec=_KV4),
     "kv4-token-asym": _cache(PerTokenKv(4, grid="asymmetric", scale_dtype="float32", prompt="stored")),
     "kivi-4": _cache(Kivi(4, 4, scale_dtype="float32", prompt="stored")),
     "kivi-2": _cache(Kivi(2, 2, scale_dtype="float32", prompt="stored")),

@@ -28,6 +28,8 @@ _TRAINED: Final = 6  # arrays of a trained block's size alive at once; memory_an
 _KEPT_HIDDEN: Final = 16  # arrays [tokens, hidden] that one window's gradient keeps, likewise
 _KEPT_INNER: Final = 8  # arrays [tokens, inner], likewise
 _SOLVE_WEIGHTS: Final = 4  # arrays [n, m], likewise
+_LOGITS: Final = 256  # positions whose logits are alive at once where a loss is differentiated
+_SQUARES: Final = 12  # arrays [hidden, hidden] alive at once in a step of Cayley SGD; `train_step` on CPU
 
 
 class Work(NamedTuple):
@@ -113,3 +115,31 @@ def training_nbytes(block: Block, config: LlamaConfig, length: int) -> int:
     scores = _SCORES * config.num_attention_heads * length * length
     kept = length * (_KEPT_HIDDEN * config.hidden_size + _KEPT_INNER * config.intermediate_size)
     return _FLOAT32 * (_TRAINED * weights + scores + kept)
+
+
+def learning_operations(block: Block, config: LlamaConfig, length: int) -> int:
+    """Returns the operations of one block and window in a step that learns rotations.
+
+    Three forward passes: one, one to recompute it, and one for the gradient of its input; in each the inputs of two
+    sites are turned and turned back.
+
+    Args:
+      block: the block; abstract will do.
+      config: the model's sizes.
+      length: tokens of the window.
+    """
+    return 3 * (forward_operations(block, config, length)["end"] + 8 * length * config.hidden_size**2)
+
+
+def learning_nbytes(block: Block, config: LlamaConfig, length: int) -> int:
+    """Returns the bytes that learning rotations needs beside models: one window's gradient, a block recomputed.
+
+    Args:
+      block: the block; abstract will do.
+      config: the model's sizes.
+      length: tokens of a window.
+    """
+    states = config.num_hidden_layers * length * config.hidden_size
+    weights = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(block))
+    window = training_nbytes(block, config, length) - _FLOAT32 * _TRAINED * weights
+    return window + _FLOAT32 * (states + _LOGITS * config.vocab_size + _SQUARES * config.hidden_size**2)

@@ -1,18 +1,25 @@
-"""Model passes of exact transforms: each is glue over a function of `jquant.transforms`."""
+"""Model passes of exact transforms: each is glue over a function of `jquant.transforms`, one of them learned."""
 
+import dataclasses
 from dataclasses import dataclass
-from typing import final
+from typing import Final, final
 
 import jax
+import numpy as np
 
+from jquant.blocks import ActivationRule, InputQuantizers
+from jquant.calibration import RotationTraining, learn_rotation
 from jquant.errors import RecipeError
 from jquant.formats import OrthogonalMatrix
-from jquant.models import Llama
+from jquant.kv import PerTokenKv
+from jquant.models import Llama, blocks, set_kv_codec, stack_layers
+from jquant.numerics import nearest_orthogonal
 from jquant.passes import Context, ModelPass
 from jquant.report import Report
 from jquant.transforms import (
     ROTATED_PARTS,
     RotatedPart,
+    Turns,
     check_foldable,
     check_rotation,
     check_unquantized,
@@ -21,6 +28,8 @@ from jquant.transforms import (
     subtract_embedding_mean,
     untie,
 )
+
+_TRAINING: Final = RotationTraining()  # as in SpinQuant's paper
 
 
 @final
@@ -104,3 +113,82 @@ class Rotate(ModelPass):
         model = subtract_embedding_mean(model) if self.subtract_embedding_mean else model
         rotated = rotate(model, parts=self.parts, matrix=self.matrix, seed=seed)
         return rotated, Report(details=(("rotation", {"matrix": self.matrix, "parts": self.parts, "seed": seed}),))
+
+
+@final
+@dataclass(frozen=True)
+class LearnRotation(ModelPass):
+    """Rotates as `Rotate` does, but with the rotations of residual stream and values learned: SpinQuant.
+
+    List `untie` and `fold_norms` before it, and after it what quantizes: what rounds while rotations are learned is
+    taken off again.
+
+    Attributes:
+      rules: what rounds the inputs of linears meanwhile, as those of `QuantizeActivations`; methods that need no
+        calibration.
+      kv_codec: what rounds keys and values meanwhile; None for exact ones.
+      training: steps, learning rate, batch.
+      matrix: where the residual stream's rotation begins, as in `Rotate`.
+      parts: which rotations; "residual" and "values" are the learned ones, "mlp" and "keys" are fixed.
+
+    Reference: arXiv:2405.16406, section 3.2.
+    """
+
+    rules: tuple[ActivationRule, ...]
+    kv_codec: PerTokenKv | None = None
+    training: RotationTraining = _TRAINING
+    matrix: OrthogonalMatrix = "hadamard"
+    parts: tuple[RotatedPart, ...] = ROTATED_PARTS
+
+    def __post_init__(self) -> None:
+        """Refuses parts without what is learned, calibrated methods, and rounding that does nothing."""
+        Rotate(self.matrix, self.parts)
+        if not {"residual", "values"} <= set(self.parts):
+            raise RecipeError(f"parts {list(self.parts)}: residual and values are what is learned; name both")
+        for rule in self.rules:
+            if rule.quantizer is not None and rule.quantizer.needs_absmax():
+                raise RecipeError(
+                    f"rule {rule.match!r}: {type(rule.quantizer).__name__} is calibrated, and would be old after each "
+                    "step; learn with per_token or another method that needs no calibration"
+                )
+        if self.kv_codec is None and all(rule.quantizer is None for rule in self.rules):
+            raise RecipeError("nothing is rounded, so no rotation is better than another; give rules or a kv_codec")
+        if self.kv_codec is not None and self.kv_codec.prompt == "exact":
+            raise RecipeError("kv_codec shows a prompt's queries exact keys and values: set its prompt to stored")
+
+    def needs_tokens(self) -> bool:
+        """Tells that the loss is that of the calibration text."""
+        return True
+
+    def check(self, model: Llama) -> None:
+        """Refuses a model that is quantized or rotated already, and rules that do not fit."""
+        check_rotation(model, self.parts)
+        if self.rules:
+            InputQuantizers(self.rules).check(model)
+
+    def outline(self, model: Llama) -> Llama:
+        """Adds the online rotations to the abstract model."""
+        return rotate(model, parts=self.parts, matrix=self.matrix)
+
+    def __call__(self, model: Llama, context: Context) -> tuple[Llama, Report]:
+        """Rotates with a seed from the run's key, learns, and rotates the model as it came by both."""
+        assert context.tokens is not None
+        seed = int(jax.random.bits(context.key, dtype="uint32"))
+        kept = None if context.store is None else context.store.get_whole()
+        if kept is None:
+            rounded = self._rounded(rotate(model, parts=self.parts, matrix=self.matrix, seed=seed))
+            matrices, losses = learn_rotation(rounded, context.tokens, self.training)
+            del rounded
+            told = {"matrix": self.matrix, "parts": list(self.parts), "seed": seed, "losses": list(losses)}
+            kept = matrices, Report(details=(("rotation", told),))
+            if context.store is not None:
+                context.store.put_whole(*kept)
+        turns = Turns(*(nearest_orthogonal(np.asarray(matrix)) for matrix in kept[0]))
+        return rotate(model, parts=self.parts, matrix=self.matrix, seed=seed, turns=turns), kept[1]
+
+    def _rounded(self, model: Llama) -> Llama:
+        """Puts what rounds while rotations are learned into a rotated model, and stacks its layers."""
+        place = InputQuantizers(self.rules).place
+        layers = tuple(place(block, index, {}) for index, block in enumerate(blocks(model)))
+        model = dataclasses.replace(model, layers=layers)
+        return stack_layers(model if self.kv_codec is None else set_kv_codec(model, self.kv_codec))

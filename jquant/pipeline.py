@@ -36,6 +36,7 @@ from jquant.report import BlockReport, Report
 WINDOWS: Final = ".npy"  # ending of a calibration data set that is windows of tokens
 _STORE_SUFFIX: Final = ".partial"
 _STORE_FILES: Final = {"lock", "fingerprint.json", "fingerprint.json.partial"}  # what a store may hold besides blocks
+_STORE_FOLDERS: Final = ("block-", "whole-")  # how the names of its folders begin
 _RESULTS: Final = ("jquant", "jax", "jaxlib", "numpy")  # packages whose version may change a result's bits
 
 
@@ -174,7 +175,7 @@ def _check_store(path: Path, *, resume: bool) -> None:
             raise CheckpointError(f"there is no {path} to resume; leave --resume out to begin a run")
         return
     names = {entry.name for entry in path.iterdir()} if path.is_dir() else {path.name}
-    foreign = sorted(name for name in names - _STORE_FILES if not name.lstrip(".").startswith("block-"))
+    foreign = sorted(name for name in names - _STORE_FILES if not name.lstrip(".").startswith(_STORE_FOLDERS))
     if foreign:
         raise CheckpointError(
             f"{path} is where finished blocks are kept, but it holds {', '.join(foreign[:3])}; move it away, "

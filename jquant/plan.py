@@ -21,12 +21,15 @@ from jquant.costs import (
     Work,
     forward_operations,
     hessian_operations,
+    learning_nbytes,
+    learning_operations,
     observing_nbytes,
     solve_operations,
     training_nbytes,
     working_nbytes,
 )
 from jquant.errors import RecipeError
+from jquant.exact_passes import LearnRotation
 from jquant.formats import QuantizedTensor, split_outputs, tree_nbytes
 from jquant.inspection import CacheFacts, measure_cache
 from jquant.kv_passes import CalibrateRazorKv
@@ -154,6 +157,9 @@ def plan(model: Llama, recipe: Recipe) -> Plan:
         working = max(working, training_nbytes(get(model, "layers.0"), model.config, length))
     if any(isinstance(one, CalibrateRazorKv) for one in recipe.passes):
         working = max(working, observing_nbytes(get(model, "layers.0"), model.config, length))
+    if any(isinstance(one, LearnRotation) for one in recipe.passes):  # on a rotated copy of the model
+        learnt = learning_nbytes(get(model, "layers.0"), model.config, length)
+        working = max(working, tree_nbytes(model) + learnt)
     return Plan(
         linears=tuple(
             LinearPlan(path, kernel.shape, methods.get(path, UNTOUCHED), tree_nbytes(kernel))
@@ -183,9 +189,12 @@ def list_solves(block_pass: QuantizeWeights, index: int) -> Iterator[Solve]:
 
 
 def _measuring(one: ModelPass, model: Llama, calibration: Calibration | None) -> Work:
-    """Returns the work of a pass that measures the whole model: once, and once more for each candidate of a search."""
-    if calibration is None or not isinstance(one, Smooth | CalibrateRazorKv):
+    """Returns the work of a pass over the whole model: it measures once, a search once more for each candidate."""
+    if calibration is None or not isinstance(one, Smooth | CalibrateRazorKv | LearnRotation):
         return Work()
+    if isinstance(one, LearnRotation):
+        windows = one.training.steps * one.training.batch_size * model.config.num_hidden_layers
+        return Work(forward=windows * learning_operations(get(model, "layers.0"), model.config, calibration.length))
     block = forward_operations(get(model, "layers.0"), model.config, calibration.length)["end"]
     search = one.alpha if isinstance(one, Smooth) else None
     runs = 1 + (len(search.candidates) if isinstance(search, AlphaSearch) else 0)

@@ -23,7 +23,7 @@ from jquant.activations import ActivationRazor, OutlierSplit, PerToken, StaticTe
 from jquant.blocks import Distill, QuantizeWeights
 from jquant.data import PYTHON_DOCS
 from jquant.errors import RecipeError
-from jquant.exact_passes import FoldNorms, Rotate, Untie
+from jquant.exact_passes import FoldNorms, LearnRotation, Rotate, Untie
 from jquant.kv import DynamicRazorKv, ExactKv, Kivi, PerTokenKv
 from jquant.kv_passes import CalibrateRazorKv, LoadKvCodecs, SetKvCodec
 from jquant.passes import ModelPass, QuantizeActivations, Sequential, Smooth
@@ -35,6 +35,7 @@ PARTS: Final[Mapping[str, type]] = {
     "untie": Untie,
     "fold_norms": FoldNorms,
     "rotate": Rotate,
+    "learn_rotation": LearnRotation,
     "sequential": Sequential,
     "smooth": Smooth,
     "quantize_weights": QuantizeWeights,

@@ -3,7 +3,14 @@
 import jax
 import pytest
 
-from jquant.costs import Work, forward_operations, training_nbytes, working_nbytes
+from jquant.costs import (
+    Work,
+    forward_operations,
+    learning_nbytes,
+    learning_operations,
+    training_nbytes,
+    working_nbytes,
+)
 from jquant.errors import FormatError, RecipeError
 from jquant.formats import tree_nbytes
 from jquant.inspection import inspect_model
@@ -135,6 +142,16 @@ def test_distillation_costs_the_teachers_pass_and_the_steps() -> None:
         held = figures.source_nbytes + figures.store_nbytes
         learning = training_nbytes(model.layers[0], model.config, 16)
         assert figures.peak_nbytes == held + sets * 4 * 16 * 64 * 4 + learning
+
+
+def test_learned_rotations_cost_their_steps_and_a_copy_of_the_model() -> None:
+    text = """{name: mine, calibration: {samples: 4, length: 16}, passes: [{fold_norms: {}}, {learn_rotation: {
+        training: {steps: 5, batch_size: 2}, rules: [{match: .*_proj, quantizer: {per_token: {bits: 4}}}]}}]}"""
+    model = abstract_llama(tiny_config())
+    figures = plan(model, parse_recipe(text))
+    assert figures.work == Work(forward=2 * 5 * 2 * learning_operations(model.layers[0], model.config, 16))
+    held = figures.source_nbytes + figures.store_nbytes + 2 * 4 * 16 * 64 * 4
+    assert figures.peak_nbytes == held + figures.source_nbytes + learning_nbytes(model.layers[0], model.config, 16)
 
 
 def test_memory_is_the_larger_of_attention_and_solve() -> None:

@@ -39,15 +39,10 @@ def test_stacked_and_packed_models() -> None:
 
 
 def test_every_node_that_a_model_may_hold_is_known() -> None:
-    """A format, codec or input quantizer without a row in the tables could be made and not be saved."""
-    quantizers = (
-        kind for kind in ActivationQuantizer.__subclasses__() if kind.__module__.startswith("jquant.activations")
-    )
-    for kind in (
-        *QuantizedTensor.__subclasses__(),
-        *KvCodec.__subclasses__(),
-        *quantizers,
-    ):
+    """One without a row in the tables could be made and not be saved; what stands in for it in training never is."""
+    nodes = (*KvCodec.__subclasses__(), *ActivationQuantizer.__subclasses__())
+    held = (kind for kind in nodes if kind.__module__.startswith(("jquant.kv.", "jquant.activations.")))
+    for kind in (*QuantizedTensor.__subclasses__(), *held):
         with pytest.raises(CheckpointError, match=f"{kind.__name__} has no surprise"):
             decode_structure({"node": kind.__name__, "fields": {"surprise": None}})
 

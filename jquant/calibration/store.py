@@ -7,12 +7,12 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Final
+from typing import IO, Any, Final
 
 from jquant.checkpoint import is_checkpoint, load_tree, save_tree
 from jquant.errors import CheckpointError
 from jquant.models import Block
-from jquant.report import BlockReport, block_report_from_dict
+from jquant.report import BlockReport, Report, block_report_from_dict
 
 FINGERPRINT: Final = "fingerprint.json"
 REPORT: Final = "report.json"
@@ -93,12 +93,42 @@ class BlockStore:
         """
         save_tree(block, self._folder(index), files={REPORT: json.dumps(dataclasses.asdict(report)).encode()})
 
+    def get_whole(self) -> tuple[Any, Report] | None:
+        """Returns what `put_whole` kept of this step, or None.
+
+        Raises:
+          CheckpointError: it is damaged; delete its folder to compute it again.
+        """
+        folder = self._whole()
+        if not is_checkpoint(folder):
+            return None
+        try:
+            details = json.loads((folder / REPORT).read_text())
+            return load_tree(folder), Report(details=tuple(details.items()))
+        except (OSError, ValueError, AttributeError) as error:
+            raise CheckpointError(f"{folder} is damaged ({error}); delete it to compute it again") from error
+
+    def put_whole(self, tree: Any, report: Report) -> None:
+        """Keeps what a pass over the whole model computed, so that a run that goes on has the same, bit for bit.
+
+        Args:
+          tree: a tree that a checkpoint can hold.
+          report: of which the details are kept.
+
+        Raises:
+          CheckpointError: it cannot be written.
+        """
+        save_tree(tree, self._whole(), files={REPORT: json.dumps(dict(report.details)).encode()})
+
     def finished(self) -> int:
         """Returns how many blocks are in the store."""
         return sum(is_checkpoint(folder) for folder in self.path.glob("block-*"))
 
     def _folder(self, index: int) -> Path:
         return self.path / (f"block-{index:03d}" if self.step == 0 else f"block-{index:03d}-pass-{self.step}")
+
+    def _whole(self) -> Path:
+        return self.path / f"whole-pass-{self.step}"
 
 
 def _record(known: Path, fingerprint: Mapping[str, str]) -> dict[str, str]:

@@ -21,3 +21,4 @@ from jquant.kv.vectors import VectorFormat as VectorFormat
 from jquant.kv.vectors import Vectors as Vectors
 from jquant.kv.vectors import code_vectors as code_vectors
 from jquant.kv.vectors import decode_vectors as decode_vectors
+from jquant.kv.vectors import write as write

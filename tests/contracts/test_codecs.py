@@ -48,7 +48,9 @@ every_codec = pytest.mark.parametrize("name", CODECS)
 
 
 def test_every_codec_has_a_row() -> None:
-    assert {type(codec) for codec in CODECS.values()} == set(KvCodec.__subclasses__())
+    """Those of jquant.kv; what training puts in their place codes nothing."""
+    known = {one for one in KvCodec.__subclasses__() if one.__module__.startswith("jquant.kv.")}
+    assert {type(codec) for codec in CODECS.values()} == known
 
 
 @every_codec

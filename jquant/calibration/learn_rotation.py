@@ -1,0 +1,168 @@
+"""SpinQuant: learn the rotations of residual stream and values on the loss of the quantized model.
+
+From a model rotated as QuaRot does it (`jquant.transforms.rotate`), R its rotation of the residual stream and O that of
+value heads, and with the inputs of its linears (and its caches) rounded,
+
+    minimise over T [hidden, hidden] and T_l [head_dim, head_dim] of each layer l, all orthogonal,
+        the mean of -log p(token | tokens before it), with T R in place of R and T_l O in place of O
+
+by Cayley SGD from T = I, straight through the rounding, at a rate that falls linearly to zero. The updates commute with
+R and O: this is SpinQuant's descent from random Hadamard matrices, and no steps are QuaRot. But for the rounding no T
+would matter. So none is multiplied into weights while it is learnt: T stands before each rounding and T^T behind it
+(`jquant.calibration.turned`). Weights stay as they are, as in the paper where GPTQ follows.
+
+The published code lowers its rate by a cosine, rounds o_proj's inputs by heads and has no rotation across heads; here
+they are QuaRot's, as are its online rotations.
+
+Liu et al. 2024, SpinQuant: LLM quantization with learned rotations, arXiv:2405.16406, section 3.2.
+"""
+
+import functools
+import math
+from dataclasses import dataclass
+from typing import Any, Final
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int
+
+from jquant.calibration.turned import turn_rounding
+from jquant.errors import CalibrationError, RecipeError
+from jquant.models import Block, Llama, embed, head, prompt_block
+from jquant.numerics import cayley_sgd
+from jquant.types import compute_dtype
+
+_POSITIONS: Final = 256  # whose logits are held at once
+
+type Matrices = dict[str, Float[Array, "..."]]  # "residual" [hidden, hidden], "values" [layers, head_dim, head_dim]
+
+
+@dataclass(frozen=True)
+class RotationTraining:
+    """How rotations are learnt; windows are taken in order, again and again, so that nothing is drawn.
+
+    Attributes:
+      steps: updates; 0 leaves the rotations as they were drawn. 100 as in the paper.
+      learning_rate: of the first update; it falls linearly to 0. 1.5 as in the paper.
+      batch_size: windows in one step. 8 as in the paper's runs.
+    """
+
+    steps: int = 100
+    learning_rate: float = 1.5
+    batch_size: int = 8
+
+    def __post_init__(self) -> None:
+        """Refuses what is no training."""
+        if self.steps < 0 or self.batch_size < 1:
+            raise RecipeError(
+                f"steps={self.steps}, batch_size={self.batch_size}: give 0 steps or more, 1 window or more"
+            )
+        if not (self.learning_rate > 0 and math.isfinite(self.learning_rate)):
+            raise RecipeError(f"learning_rate={self.learning_rate}: give a positive rate")
+
+
+def learn_rotation(
+    model: Llama, tokens: Int[Array, "samples length"], training: RotationTraining
+) -> tuple[tuple[Float[Array, "hidden hidden"], Float[Array, "layers dim dim"]], tuple[float, ...]]:
+    """Learns what shall follow the rotations of residual stream and values.
+
+    Args:
+      model: rotated, its weights not quantized, its input quantizers and KV codecs those to learn for; its layers are
+        stacked.
+      tokens: windows of text.
+      training: steps, learning rate, batch.
+
+    Returns:
+      T and all T_l, orthogonal up to float32 rounding; and the loss of each step before its update, in nats per token.
+
+    Raises:
+      CalibrationError: there are fewer windows than a batch, or the loss is not finite; its step is named.
+    """
+    if len(tokens) < training.batch_size:
+        raise CalibrationError(
+            f"batch_size {training.batch_size} for {len(tokens)} calibration windows; set a smaller batch_size or more "
+            "calibration samples"
+        )
+    dtype, config = compute_dtype(model.embed_tokens.dtype), model.config
+    matrices = {
+        "residual": jnp.eye(config.hidden_size, dtype=dtype),
+        "values": jnp.tile(jnp.eye(config.head_dim, dtype=dtype), (config.num_hidden_layers, 1, 1)),
+    }
+    state, losses = _optimizer(training).init(matrices), []
+    for step in range(training.steps):
+        rows = (jnp.arange(training.batch_size) + step * training.batch_size) % len(tokens)
+        matrices, state, loss = train_step(model, tokens[rows], matrices, state, training)
+        losses.append(float(loss))
+        if not math.isfinite(losses[-1]):
+            raise CalibrationError(
+                f"learn_rotation: the loss is not finite at step {step}; set a smaller learning_rate, check the "
+                "calibration text, or load the model in a wider dtype"
+            )
+    return (matrices["residual"], matrices["values"]), tuple(losses)
+
+
+@functools.partial(jax.jit, static_argnums=4)
+def train_step(
+    model: Llama,
+    tokens: Int[Array, "batch length"],
+    matrices: Matrices,
+    state: Any,
+    training: RotationTraining,
+) -> tuple[Matrices, Any, Float[Array, ""]]:
+    """Takes one step of Cayley SGD; one program, whatever the number of layers and steps.
+
+    Args:
+      model: as `learn_rotation` has it.
+      tokens: the windows of the step.
+      matrices: where the descent stands.
+      state: the optimizer's.
+      training: the settings.
+
+    Returns:
+      The matrices after the update, the optimizer's state, and the loss before it.
+    """
+
+    def add(sums: Any, window: Array) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, sums, jax.value_and_grad(rounded_loss)(matrices, model, window)), None
+
+    nothing = jax.tree.map(jnp.zeros_like, (jax.eval_shape(rounded_loss, matrices, model, tokens[0]), matrices))
+    sums, _ = jax.lax.scan(add, nothing, tokens)
+    loss, gradients = jax.tree.map(lambda total: total / tokens.shape[0], sums)
+    with jax.numpy_dtype_promotion("standard"):  # optax's schedules mix counts and floats
+        updates, state = _optimizer(training).update(gradients, state, matrices)
+    return optax.apply_updates(matrices, updates), state, loss
+
+
+def rounded_loss(matrices: Matrices, model: Llama, window: Int[Array, "length"]) -> Float[Array, ""]:
+    """Returns the mean loss of a window's tokens in the model whose rotations are turned by the matrices.
+
+    Args:
+      matrices: T of the residual stream and T_l of each layer.
+      model: as `learn_rotation` has it.
+      window: token ids.
+    """
+    lengths = jnp.full(1, window.shape[0], jnp.int32)
+
+    @jax.checkpoint
+    def through(x: Float[Array, "1 length hidden"], layer: tuple[Block, Array]) -> tuple[Array, None]:
+        turned = turn_rounding(layer[0], matrices["residual"], layer[1])
+        return prompt_block(turned, x, lengths, window.shape[0], model.config)[0], None
+
+    states, _ = jax.lax.scan(through, embed(model, window[None]), (model.layers.block, matrices["values"]))  # type: ignore[union-attr]
+    predicted = window.shape[0] - 1
+    pieces = -(-predicted // _POSITIONS)
+    padding = -predicted % pieces
+    targets = jnp.pad(window[1:], (0, padding)).reshape(pieces, -1)
+    rows = jnp.pad(states[0, :-1], ((0, padding), (0, 0))).reshape(pieces, targets.shape[1], -1)
+
+    @jax.checkpoint
+    def losses(piece: tuple[Array, Array]) -> Array:
+        logits = head(model, piece[0])
+        return jax.nn.logsumexp(logits, axis=-1) - jnp.take_along_axis(logits, piece[1][:, None], axis=-1)[:, 0]
+
+    return jnp.mean(jax.lax.map(losses, (rows, targets)).reshape(-1)[:predicted])
+
+
+def _optimizer(training: RotationTraining) -> optax.GradientTransformation:
+    return cayley_sgd(optax.linear_schedule(training.learning_rate, 0.0, training.steps))

@@ -63,12 +63,14 @@ class Facts:
       structures: how many different structures the blocks have; each is compiled on its own.
       nbytes: bytes of all arrays.
       cache: what keys and values take.
+      query_key_rotations: what turns each block's queries and keys after RoPE, in words; empty for nothing.
     """
 
     linears: tuple[LinearFacts, ...]
     structures: int
     nbytes: int
     cache: CacheFacts
+    query_key_rotations: tuple[str, ...]
 
     def bits_per_weight(self) -> float:
         """Returns the bits per weight of all linears of the blocks taken together."""
@@ -106,7 +108,11 @@ def inspect_model(model: Llama, report: Mapping[str, Any] | None = None) -> Fact
         )
         for path, layer in linears(model)
     )
-    return Facts(rows, count_structures(model), tree_nbytes(model), measure_cache(model))
+    rotations = tuple(
+        "" if rotation is None else rotation.describe()
+        for rotation in (block.self_attn.query_key_rotation for block in blocks(model))
+    )
+    return Facts(rows, count_structures(model), tree_nbytes(model), measure_cache(model), rotations)
 
 
 def measure_cache(model: Llama) -> CacheFacts:

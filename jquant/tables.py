@@ -1,6 +1,7 @@
 """Results as rich tables: what the command line prints. Tables only; nothing is printed here."""
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 from typing import Final
@@ -47,11 +48,14 @@ def finding_tables(report: Report) -> tuple[Table, ...]:
             table.add_row(f"{row['alpha']:g}", f"{row['error']:.3e}", chosen)
         tables.append(table)
     trained = [block for block in report.blocks if block.losses]
-    if trained:
+    curves = {str(block.index): block.losses for block in trained}
+    rotation = dict(report.details).get("rotation", {})
+    if rotation.get("losses"):
+        curves = {"rotations": rotation["losses"]} | curves
+    if curves:
         table = _table("training", "block", "steps", "first loss", "last loss")
-        for block in trained:
-            first, last = f"{block.losses[0]:.3e}", f"{block.losses[-1]:.3e}"
-            table.add_row(str(block.index), str(len(block.losses)), first, last)
+        for name, losses in curves.items():
+            table.add_row(name, str(len(losses)), f"{losses[0]:.3e}", f"{losses[-1]:.3e}")
         tables.append(table)
     return tuple(tables)
 
@@ -94,7 +98,10 @@ def facts_table(facts: Facts, name: str) -> Table:
         table.add_row(row.path, shape, row.input or "-", row.format, bits, error)
     structures = f"{facts.structures} distinct block structure{'s' if facts.structures > 1 else ''}"
     sizes = f"{facts.bits_per_weight():.4f} bits per weight, {_bytes(facts.nbytes)} in all, {structures}"
-    table.caption = f"{sizes}\nKV cache: {_cache_size(facts.cache)}, {facts.cache.codec}"
+    rotations = Counter(facts.query_key_rotations)
+    turned = ", ".join(f"{name or 'as they are'} in {count} blocks" for name, count in rotations.items())
+    cache = f"KV cache: {_cache_size(facts.cache)}, {facts.cache.codec}"
+    table.caption = f"{sizes}\n{cache}\nqueries and keys after RoPE: {turned}"
     return table
 
 

@@ -20,6 +20,7 @@ from jquant.passes import Context, ModelPass, Sequential, run_passes
 from jquant.plan import plan
 from jquant.quantizers import HESSIAN, Gptq, Rtn
 from jquant.recipe import Recipe, load_recipe
+from jquant.tables import facts_table
 from jquant.transforms import fold_norms, untie
 from tests.transforms.numpy_models import numpy_model, packed_kernel
 
@@ -111,9 +112,12 @@ def test_checkpoint_and_inspection_keep_the_rotations(quantized: Llama, tmp_path
     assert jax.tree.structure(back) == jax.tree.structure(quantized)
     jax.tree.map(np.testing.assert_array_equal, back, quantized)
     assert back.layers[0].self_attn.query_key_rotation == rotated_keys(quantized)
-    said = {row.path.rsplit(".", 1)[1]: row.input for row in inspect_model(back).linears}
+    facts = inspect_model(back)
+    said = {row.path.rsplit(".", 1)[1]: row.input for row in facts.linears}
     plain = dict.fromkeys(("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"), "")
     assert said == plain | {"o_proj": "hadamard 4, stride 16", "down_proj": "hadamard 12 x 8"}
+    assert facts.query_key_rotations == ("hadamard 16",)
+    assert "queries and keys after RoPE: hadamard 16 in 1 block" in str(facts_table(facts, "model").caption)
 
 
 def rotated_keys(model: Llama) -> object:

@@ -29,6 +29,8 @@ def test_input_quantizers_are_shown_with_their_bits() -> None:
     assert shown["layers.0.self_attn.q_proj"] == "PerToken(bits=4, symmetry=symmetric, clip_ratio=0.9, group_size=None)"
     assert shown["layers.1.mlp.down_proj"] == "OutlierSplit(threshold=6.0, bits=8)"
     assert shown["layers.1.self_attn.o_proj"] == ""
+    assert facts.query_key_rotations == ("", "")
+    assert str(facts_table(facts, "model").caption).endswith("after RoPE: as they are in 2 blocks")
     columns = {column.header: list(column.cells) for column in facts_table(facts, "model").columns}
     assert columns["input"] == [row.input or "-" for row in facts.linears]
 

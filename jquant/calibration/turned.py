@@ -157,13 +157,14 @@ def _as_they_are(
 
 def _turn(matrix: Leaf | None, x: Float[Array, "*batch in"]) -> Float[Array, "*batch in"]:
     """Returns T x on each run of T's width."""
-    return x if matrix is None else _act(matrix, x, "ij,...j->...i")
+    return x if matrix is None else _act(matrix.T, x)
 
 
 def _turn_back(matrix: Leaf | None, x: Float[Array, "*batch in"]) -> Float[Array, "*batch in"]:
-    return x if matrix is None else _act(matrix, x, "ji,...j->...i")
+    return x if matrix is None else _act(matrix, x)
 
 
-def _act(matrix: Float[Array, "n n"], x: Float[Array, "*batch in"], product: str) -> Float[Array, "*batch in"]:
-    runs = x.reshape(*x.shape[:-1], -1, matrix.shape[0])
-    return jnp.einsum(product, matrix, runs, precision=jax.lax.Precision.HIGHEST).reshape(x.shape)
+def _act(matrix: Float[Array, "n n"], x: Float[Array, "*batch in"]) -> Float[Array, "*batch in"]:
+    """Returns x, seen as rows of the matrix's width, times the matrix."""
+    rows = x.reshape(-1, matrix.shape[0])
+    return jnp.matmul(rows, matrix, precision=jax.lax.Precision.HIGHEST).reshape(x.shape)

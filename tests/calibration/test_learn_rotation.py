@@ -23,6 +23,7 @@ from jquant.models import Llama, forward, linears, map_linears, put, set_kv_code
 from jquant.numerics import cayley_sgd, haar_matrix
 from jquant.passes import Context, QuantizeActivations, run_passes
 from jquant.recipe import load_recipe, parse_recipe, to_yaml
+from jquant.tables import finding_tables
 from jquant.transforms import RotatedPart, Turns, fold_norms, rotate, untie
 from tests.transforms.numpy_models import numpy_model, packed_kernel
 
@@ -127,6 +128,8 @@ def test_the_learned_model_holds_what_quarots_does_and_a_run_resumes(source: Lla
     with pytest.raises(CheckpointError, match=r"whole-pass-0 is damaged .*; delete it to compute it again"):
         store.get_whole()
     assert len(json.loads(report.to_json())["details"]["rotation"]["losses"]) == TRAINING.steps
+    (table,) = finding_tables(report)
+    assert [list(column.cells) for column in table.columns][:2] == [["rotations"], [str(TRAINING.steps)]]
     quarot, _ = run_passes([Rotate(parts=PARTS)], source, Context(jax.random.key(4)))
     assert jax.tree.structure(model) == jax.tree.structure(quarot)
     assert all(layer.input_quantizer is None for _, layer in linears(model))

@@ -4,7 +4,7 @@ import functools
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +31,8 @@ from jquant.formats import (
     UniformTensor,
 )
 from jquant.matmul import dense, matmul
-from jquant.models import Llama, decode, forward, map_linears, prefill, random_model, stack_layers, tiny_config
+from jquant.models import Linear, Llama, decode, forward, map_linears, prefill, random_model, stack_layers, tiny_config
+from jquant.numerics import Symmetry
 from jquant.quantizers import Rtn
 from jquant.structure import decode_structure, encode_structure
 from tests.contracts import test_formats as formats
@@ -48,6 +49,16 @@ METHODS: dict[str, ActivationMethod] = {
     "razor, whole tensor": ActivationRazor(bits=8),
     "razor, static": ActivationRazor(bits=4, scope="static_tensor"),
     "razor, per token": ActivationRazor(bits=4, group_size=16, scope="per_token"),
+}
+# What the linears of a block get, so that every product of integers is among them: activations and weights.
+INTEGERS: dict[str, tuple[str, Symmetry]] = {
+    "q_proj": ("8 bits", "symmetric"),
+    "k_proj": ("8 bits, asymmetric", "symmetric"),
+    "v_proj": ("static", "symmetric"),
+    "o_proj": ("outliers", "symmetric"),
+    "gate_proj": ("8 bits", "asymmetric"),
+    "up_proj": ("8 bits, asymmetric", "asymmetric"),
+    "down_proj": ("static", "asymmetric"),
 }
 # Methods whose result for a token depends on other tokens, by design.
 CROSSING = ("outliers", "razor, whole tensor")
@@ -234,10 +245,16 @@ def test_stacked_layers_give_the_same() -> None:
 
 
 def test_integers_give_the_logits_of_the_numbers() -> None:
-    """Against the same model with its kernels as arrays, whose rule multiplies what the codes stand for."""
-    quantizer = jax.jit(lambda kernel: Rtn(UniformFormat(8, None))(kernel, None, jax.random.key(0))[0])
-    packed = map_linears(model("8 bits, asymmetric"), lambda _, layer: replace(layer, kernel=quantizer(layer.kernel)))
-    fake = map_linears(packed, lambda _, layer: replace(layer, kernel=dense(layer.kernel)))
+    """A model with every product of integers, against its kernels as arrays, which meet what the codes stand for."""
+    quantizers = {name: Rtn(UniformFormat(8, None, name)) for name in get_args(Symmetry.__value__)}
+
+    def quantized(path: str, layer: Linear) -> Linear:
+        method, symmetry = INTEGERS[path.rsplit(".", 1)[1]]
+        kernel, _ = quantizers[symmetry](layer.kernel, None, jax.random.key(0))
+        return replace(layer, kernel=kernel, input_quantizer=node(method, layer.kernel.shape[0]))
+
+    packed = jax.jit(lambda model: map_linears(model, quantized))(shallow())
     go = jax.jit(forward)
-    expected = go(fake, TOKENS)
+    expected = go(map_linears(packed, lambda _, layer: replace(layer, kernel=dense(layer.kernel))), TOKENS)
     np.testing.assert_allclose(go(packed, TOKENS), expected, rtol=0, atol=1e-3 * np.abs(expected).max())
+    assert str(jax.make_jaxpr(forward)(packed, TOKENS)).count("preferred_element_type=int32") == len(INTEGERS)

@@ -4,6 +4,7 @@ from jquant.numerics.cayley import CayleyState, cayley_sgd, nearest_orthogonal
 from jquant.numerics.haar import haar_matrix, random_signs
 from jquant.numerics.hadamard import base_matrix, base_order, hadamard_matrix, hadamard_on_host, hadamard_transform
 from jquant.numerics.integer import affine_product, integer_product
+from jquant.numerics.kmeans import Histogram, count_values, match_spread, nearest_code, weighted_kmeans
 from jquant.numerics.linalg import (
     DAMPING_LIMIT,
     DAMPING_STEP,
@@ -38,6 +39,7 @@ __all__ = [
     "DAMPING_STEP",
     "CayleyState",
     "Grid",
+    "Histogram",
     "InverseFactor",
     "OffsetGrid",
     "RazorFidelity",
@@ -51,6 +53,7 @@ __all__ = [
     "base_order",
     "cast_scales",
     "cayley_sgd",
+    "count_values",
     "decode",
     "decode_offset",
     "encode",
@@ -65,6 +68,8 @@ __all__ = [
     "integer_product",
     "inverse_factor",
     "lookup_product",
+    "match_spread",
+    "nearest_code",
     "nearest_orthogonal",
     "pack",
     "packed_length",
@@ -84,4 +89,5 @@ __all__ = [
     "unit_factor",
     "unpack",
     "unrazor",
+    "weighted_kmeans",
 ]

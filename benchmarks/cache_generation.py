@@ -21,7 +21,7 @@ from convert import default_cache, demo_model, load_model, load_tokenizer
 from jquant.data import PYTHON_DOCS, load_text, token_windows
 from jquant.formats import tree_nbytes
 from jquant.kv import DynamicRazorKv, ExactKv, Kivi, PerTokenKv
-from jquant.kv_passes import CalibrateRazorKv, SetKvCodec
+from jquant.kv_passes import CalibrateKvQuant, CalibrateRazorKv, SetKvCodec
 from jquant.models import stack_layers
 from jquant.passes import Context, ModelPass, run_passes
 from jquant.runtime import decode, prefill
@@ -33,6 +33,8 @@ CODECS: Final[Mapping[str, ModelPass]] = {
     "kivi-2": SetKvCodec(Kivi(2, 2)),
     "kivi-2-exact-prompt": SetKvCodec(Kivi(2, 2, prompt="exact")),
     "razor": CalibrateRazorKv(),
+    "kvquant-4": CalibrateKvQuant(4),
+    "kvquant-2": CalibrateKvQuant(2),
     "dynamic-razor": SetKvCodec(DynamicRazorKv()),
 }
 CALIBRATION: Final = (4, 512)  # windows and their tokens, enough to time a calibrated codec

@@ -112,9 +112,18 @@ def training_nbytes(block: Block, config: LlamaConfig, length: int) -> int:
       length: tokens of a window.
     """
     weights = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(block))
-    scores = _SCORES * config.num_attention_heads * length * length
-    kept = length * (_KEPT_HIDDEN * config.hidden_size + _KEPT_INNER * config.intermediate_size)
-    return _FLOAT32 * (_TRAINED * weights + scores + kept)
+    return _FLOAT32 * (_TRAINED * weights + _kept_numbers(config, length))
+
+
+def gradient_nbytes(config: LlamaConfig, length: int) -> int:
+    """Returns the bytes that one window's gradient through all blocks needs beside the model, block by block.
+
+    Args:
+      config: the model's sizes.
+      length: tokens of the window.
+    """
+    inputs = config.num_hidden_layers * length * config.hidden_size
+    return _FLOAT32 * (inputs + _kept_numbers(config, length))
 
 
 def learning_operations(block: Block, config: LlamaConfig, length: int) -> int:
@@ -131,15 +140,17 @@ def learning_operations(block: Block, config: LlamaConfig, length: int) -> int:
     return 3 * (forward_operations(block, config, length)["end"] + 8 * length * config.hidden_size**2)
 
 
-def learning_nbytes(block: Block, config: LlamaConfig, length: int) -> int:
-    """Returns the bytes that learning rotations needs beside models: one window's gradient, a block recomputed.
+def learning_nbytes(config: LlamaConfig, length: int) -> int:
+    """Returns the bytes that learning rotations needs beside models: one window's gradient, logits, orthogonal matrices.
 
     Args:
-      block: the block; abstract will do.
       config: the model's sizes.
       length: tokens of a window.
     """
-    states = config.num_hidden_layers * length * config.hidden_size
-    weights = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(block))
-    window = training_nbytes(block, config, length) - _FLOAT32 * _TRAINED * weights
-    return window + _FLOAT32 * (states + _LOGITS * config.vocab_size + _SQUARES * config.hidden_size**2)
+    return gradient_nbytes(config, length) + _FLOAT32 * (_LOGITS * config.vocab_size + _SQUARES * config.hidden_size**2)
+
+
+def _kept_numbers(config: LlamaConfig, length: int) -> int:
+    """Returns how many numbers the gradient of one block on one window keeps."""
+    scores = _SCORES * config.num_attention_heads * length * length
+    return scores + length * (_KEPT_HIDDEN * config.hidden_size + _KEPT_INNER * config.intermediate_size)

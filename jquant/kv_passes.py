@@ -9,10 +9,11 @@ import jax
 import jax.numpy as jnp
 
 from jquant.blocks import check_pattern
-from jquant.calibration import calibrate_razor_kv, load_kv_codecs, put_codecs
+from jquant.calibration import calibrate_kvquant, calibrate_razor_kv, load_kv_codecs, put_codecs
 from jquant.checkpoint import abstract_tree
 from jquant.errors import CheckpointError, RecipeError
-from jquant.kv import ExactKv, KvCodec, Prompt, RazorKv
+from jquant.kv import Codebook, ExactKv, KvCodec, KvQuant, Prompt, RazorKv
+from jquant.kv.vectors import ScaleDtype
 from jquant.models import Llama, blocks
 from jquant.passes import Context, ModelPass
 from jquant.report import Report
@@ -97,6 +98,58 @@ class CalibrateRazorKv(ModelPass):
     def _abstract(self) -> RazorKv:
         settings = dataclasses.asdict(self)
         codec: RazorKv = jax.eval_shape(lambda: RazorKv(jnp.float32(1), jnp.float32(1), **settings))
+        return codec
+
+
+@final
+@dataclass(frozen=True)
+class CalibrateKvQuant(ModelPass):
+    """KVQuant's cache in every layer, on ranges and codebooks from the calibration text and the loss's gradients there.
+
+    Attributes:
+      bits: bits of a code, 1 to 8.
+      outliers: share of the numbers that are kept as they came.
+      key_slots: outliers of a token's key that are kept; None for some more than its value has, see `KvQuant`.
+      sinks: tokens at the beginning of a sequence that are kept exact.
+      qnorm: whether codes stand for levels that keep mean and deviation (Q-Norm), which the paper uses at 2 bits.
+      float_dtype: how outliers and the ranges of values are stored.
+      prompt: what a prompt's own queries see.
+    """
+
+    bits: int = 4
+    outliers: float = 0.01
+    key_slots: int | None = None
+    sinks: int = 1
+    qnorm: bool = False
+    float_dtype: ScaleDtype = "float16"
+    prompt: Prompt = "stored"
+
+    def needs_tokens(self) -> bool:
+        """Tells that ranges and gradients are measured."""
+        return True
+
+    def check(self, model: Llama) -> None:
+        """Refuses settings that the model's heads do not take."""
+        _check_codec(self._abstract(model), model)
+
+    def outline(self, model: Llama) -> Llama:
+        """Returns what the pass makes of an abstract model."""
+        return put_codecs(model, [self._abstract(model)] * len(blocks(model)))
+
+    def __call__(self, model: Llama, context: Context) -> tuple[Llama, Report]:
+        """Measures and puts the codecs."""
+        assert context.tokens is not None
+        return calibrate_kvquant(model, context.tokens, **dataclasses.asdict(self)), Report()
+
+    def _abstract(self, model: Llama) -> KvQuant:
+        settings = {name: value for name, value in dataclasses.asdict(self).items() if name != "qnorm"}
+
+        def make() -> KvQuant:
+            bound = jnp.zeros((model.config.num_key_value_heads, model.config.head_dim))
+            book = Codebook(jnp.zeros(2 ** max(self.bits, 0)), jnp.zeros(2 ** max(self.bits, 0)))
+            return KvQuant(bound, bound, book, book, **settings)
+
+        codec: KvQuant = jax.eval_shape(make)
         return codec
 
 

@@ -20,6 +20,7 @@ from jquant.calibration import AlphaSearch
 from jquant.costs import (
     Work,
     forward_operations,
+    gradient_nbytes,
     hessian_operations,
     learning_nbytes,
     learning_operations,
@@ -32,7 +33,7 @@ from jquant.errors import RecipeError
 from jquant.exact_passes import LearnRotation
 from jquant.formats import QuantizedTensor, split_outputs, tree_nbytes
 from jquant.inspection import CacheFacts, measure_cache
-from jquant.kv_passes import CalibrateRazorKv
+from jquant.kv_passes import CalibrateKvQuant, CalibrateRazorKv
 from jquant.models import Llama, blocks, get, linear_paths, put
 from jquant.passes import ModelPass, QuantizeActivations, Sequential, Smooth
 from jquant.quantizers import WeightQuantizer
@@ -158,8 +159,9 @@ def plan(model: Llama, recipe: Recipe) -> Plan:
     if any(isinstance(one, CalibrateRazorKv) for one in recipe.passes):
         working = max(working, observing_nbytes(get(model, "layers.0"), model.config, length))
     if any(isinstance(one, LearnRotation) for one in recipe.passes):  # on a rotated copy of the model
-        learnt = learning_nbytes(get(model, "layers.0"), model.config, length)
-        working = max(working, tree_nbytes(model) + learnt)
+        working = max(working, tree_nbytes(model) + learning_nbytes(model.config, length))
+    if any(isinstance(one, CalibrateKvQuant) for one in recipe.passes):
+        working = max(working, gradient_nbytes(model.config, length))
     return Plan(
         linears=tuple(
             LinearPlan(path, kernel.shape, methods.get(path, UNTOUCHED), tree_nbytes(kernel))
@@ -189,15 +191,20 @@ def list_solves(block_pass: QuantizeWeights, index: int) -> Iterator[Solve]:
 
 
 def _measuring(one: ModelPass, model: Llama, calibration: Calibration | None) -> Work:
-    """Returns the work of a pass over the whole model: it measures once, a search once more for each candidate."""
-    if calibration is None or not isinstance(one, Smooth | CalibrateRazorKv | LearnRotation):
+    """Returns the work of a pass that measures the whole model, or learns on it: in runs of all blocks over all text.
+
+    SmoothQuant and QRazor's cache: once, and once more for each candidate of a search. KVQuant: once for its ranges,
+    and three times for its gradients: forward, and block by block again and back, without gradients of weights.
+    """
+    if calibration is None:
         return Work()
     if isinstance(one, LearnRotation):
         windows = one.training.steps * one.training.batch_size * model.config.num_hidden_layers
         return Work(forward=windows * learning_operations(get(model, "layers.0"), model.config, calibration.length))
+    runs = {Smooth: 1, CalibrateRazorKv: 1, CalibrateKvQuant: 4}.get(type(one), 0)
+    if isinstance(one, Smooth) and isinstance(one.alpha, AlphaSearch):
+        runs += len(one.alpha.candidates)
     block = forward_operations(get(model, "layers.0"), model.config, calibration.length)["end"]
-    search = one.alpha if isinstance(one, Smooth) else None
-    runs = 1 + (len(search.candidates) if isinstance(search, AlphaSearch) else 0)
     return Work(forward=runs * model.config.num_hidden_layers * calibration.samples * block)
 
 

@@ -40,6 +40,8 @@ _NODES: Final[Mapping[str, type]] = {
         kv.Kivi,
         kv.RazorKv,
         kv.DynamicRazorKv,
+        kv.KvQuant,
+        kv.Codebook,
         activations.TokenQuantizer,
         activations.TensorQuantizer,
         activations.OutlierQuantizer,

@@ -11,17 +11,32 @@ import pytest
 
 from eval import perplexity
 from jquant import runtime
-from jquant.calibration import kv_ranges, load_kv_codecs, put_codecs
+from jquant.calibration import calibrate_kvquant, fingerprint, kv_ranges, load_kv_codecs, put_codecs
 from jquant.checkpoint import load_model, save_model
-from jquant.errors import CheckpointError, DataError, FormatError, RecipeError
+from jquant.errors import CalibrationError, CheckpointError, DataError, FormatError, RecipeError
 from jquant.inspection import inspect_model
-from jquant.kv import Kivi, RazorKv
+from jquant.kv import Kivi, KvQuant, RazorKv
 from jquant.kv_passes import LoadKvCodecs
-from jquant.models import Llama, decode, get, prefill, put, random_model, set_kv_codec, stack_layers, tiny_config
+from jquant.models import (
+    Block,
+    Llama,
+    decode,
+    embed,
+    exact_block,
+    get,
+    head,
+    prefill,
+    put,
+    random_model,
+    set_kv_codec,
+    stack_layers,
+    tiny_config,
+)
 from jquant.passes import Context, run_passes
 from jquant.plan import plan
 from jquant.recipe import Recipe, parse_recipe
 from jquant.runtime import generate, stream
+from tests.oracles import kvquant as oracle
 
 SMALL = dataclasses.replace(tiny_config(), num_hidden_layers=2)
 TOKENS = jax.random.randint(jax.random.key(3), (3, 12), 0, SMALL.vocab_size)
@@ -32,12 +47,13 @@ RECIPES = {
     "per_token": "{set_kv_codec: {codec: {per_token_kv: {bits: 4}}}}",
     "first": '{set_kv_codec: {codec: {dynamic_razor_kv: {}}, match: "layers.0"}}',
     "razor": "{calibrate_razor_kv: {}}",
+    "kvquant": "{calibrate_kvquant: {bits: 2, outliers: 0.1, sinks: 2, qnorm: true}}",
 }
 
 
 @functools.cache
 def model_of(name: str) -> tuple[Llama, object]:
-    calibration = "calibration: {samples: 3, length: 12}" if name == "razor" else ""
+    calibration = "calibration: {samples: 3, length: 12}" if "calibrate" in RECIPES[name] else ""
     recipe = parse_recipe(f"name: test\n{calibration}\npasses:\n  - {RECIPES[name]}")
     source = random_model(SMALL, jax.random.key(0))
     figures = plan(jax.eval_shape(lambda: source), recipe)
@@ -108,6 +124,62 @@ def test_codecs_of_a_checkpoint_fit_the_model_that_they_were_calibrated_on_and_n
         load_kv_codecs(source, tmp_path / "by hand")
 
 
+@jax.jit
+def keys_values_slopes(model: Llama, window: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Return keys and values of all layers, [layers, 2, tokens, heads, dim], and the mean loss's gradient there."""
+
+    def loss(shifts: jax.Array) -> tuple[jax.Array, jax.Array]:
+        def run(x: jax.Array, layer: tuple[Block, jax.Array]) -> tuple[jax.Array, jax.Array]:
+            x, pair = exact_block(layer[0], x, (layer[1][0], layer[1][1]), SMALL)
+            return x, jnp.concatenate(pair)
+
+        x, seen = jax.lax.scan(run, embed(model, window), (model.layers.block, shifts))  # type: ignore[union-attr]
+        terms = jax.nn.log_softmax(head(model, x)[0, :-1])
+        return -jnp.mean(jnp.take_along_axis(terms, window[0, 1:, None], axis=1)), seen
+
+    slopes, seen = jax.grad(loss, has_aux=True)(jnp.zeros((2, 2, window.shape[1], 2, 16)))
+    return seen, slopes
+
+
+def test_kvquant_has_the_quantiles_of_keys_and_the_best_codebooks_by_squared_gradients() -> None:
+    stacked = stack_layers(random_model(SMALL, jax.random.key(0)))
+    found = zip(*(keys_values_slopes(stacked, window[None]) for window in TOKENS), strict=True)
+    seen, slopes = (np.stack(x).astype(np.float64)[:, :, :, 2:] for x in found)  # without the sinks
+    own = fingerprint(random_model(SMALL, jax.random.key(0)))
+    for index, layer in enumerate(model_of("kvquant")[0].layers):
+        codec = layer.self_attn.kv_codec
+        assert isinstance(codec, KvQuant)
+        assert codec.calibrated_for == own
+        keys, values = (seen[:, index, which].reshape(-1, 2, 16) for which in (0, 1))
+        ends = np.quantile(keys, [0.05, 0.95], axis=0)
+        for ours, theirs in zip((codec.key_low, codec.key_high), ends, strict=True):
+            np.testing.assert_allclose(ours, theirs, rtol=2e-6)  # float32 sums in another order
+        inner = np.sort(values.reshape(len(values), -1), axis=1)[:, [2, -3]]  # 0.05 * 31 = 1.55: two beyond either end
+        cases = (keys, ends, codec.key_codebook), (values, inner.T[..., None, None], codec.value_codebook)
+        for which, (points, (low, high), codebook) in enumerate(cases):
+            x = (points - (high + low) / 2) / ((high - low) / 2)
+            inside = np.abs(x) <= 1 + 1e-6
+            weights = np.square(slopes[:, index, which].reshape(-1, 2, 16))
+            best = oracle.kmeans(x[inside], weights[inside], 4)
+            signposts, levels = (np.asarray(one, np.float64) for one in (codebook.signposts, codebook.levels))
+            error, least = (oracle.objective(x[inside], weights[inside], book) for book in (signposts, best))
+            assert least * (1 - 1e-9) <= error < least * (1 + 1e-3)  # borders on edges of bins 2^-13 wide
+            rounded = levels[np.abs(x[inside][:, None] - signposts).argmin(axis=1)]
+            assert rounded.mean() == pytest.approx(x[inside].mean(), abs=1e-3)
+            assert rounded.std() == pytest.approx(x[inside].std(), rel=1e-3)
+
+
+def test_text_that_kvquant_cannot_be_calibrated_on() -> None:
+    source = random_model(SHALLOW, jax.random.key(0))
+    with pytest.raises(CalibrationError, match="windows of 12 tokens, of which the first 12 are kept exact"):
+        calibrate_kvquant(source, TOKENS, sinks=12)
+    with pytest.raises(FormatError, match="bits=9 for KVQuant"):
+        calibrate_kvquant(source, TOKENS, bits=9)
+    broken = dataclasses.replace(source, embed_tokens=jnp.full_like(source.embed_tokens, jnp.inf))
+    with pytest.raises(CalibrationError, match=r"layers\.0 gives NaN or infinite activations"):
+        calibrate_kvquant(broken, TOKENS, outliers=0.1, sinks=2)
+
+
 def test_generation_is_one_program_and_ragged_rows_are_alone() -> None:
     model = stack_layers(set_kv_codec(random_model(SMALL, jax.random.key(0)), KIVI))
     prompts = [[5, 9, 100, 3], [7], [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11]]
@@ -145,6 +217,9 @@ def test_a_full_cache_is_said() -> None:
         ("{set_kv_codec: {codec: {per_token_kv: {prompt: half}}}}", RecipeError, "unknown 'half'"),
         ("{set_kv_codec: {}}", RecipeError, "missing key 'codec'"),
         ("{calibrate_razor_kv: {}}", RecipeError, "CalibrateRazorKv needs calibration text"),
+        ("{calibrate_kvquant: {}}", RecipeError, "CalibrateKvQuant needs calibration text"),
+        ("{calibrate_kvquant: {bits: 0}}\ncalibration: {}", FormatError, "bits=0 for KVQuant: give 1 to 8"),
+        ("{calibrate_kvquant: {key_slots: 99}}\ncalibration: {}", FormatError, "a key has 32 numbers; give 0 to 32"),
     ],
 )
 def test_bad_recipes(text: str, error: type[Exception], message: str) -> None:

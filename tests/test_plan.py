@@ -6,6 +6,7 @@ import pytest
 from jquant.costs import (
     Work,
     forward_operations,
+    gradient_nbytes,
     learning_nbytes,
     learning_operations,
     training_nbytes,
@@ -127,6 +128,16 @@ def test_calibrating_a_cache_costs_one_pass_over_the_model() -> None:
     assert figures.peak_nbytes == figures.source_nbytes + layers + activations + working
 
 
+def test_kvquant_costs_one_pass_for_ranges_and_three_for_gradients() -> None:
+    text = "{name: mine, calibration: {samples: 2, length: 16}, passes: [{calibrate_kvquant: {}}]}"
+    model = abstract_llama(tiny_config())
+    figures = plan(model, parse_recipe(text))
+    assert figures.work == Work(forward=4 * 2 * 2 * forward_operations(model.layers[0], model.config, 16)["end"])
+    assert figures.nbytes - figures.source_nbytes == 2 * 4 * (2 * 2 * 16 + 4 * 16)  # thresholds, codebooks, levels
+    activations, working = 2 * 2 * 16 * 64 * 4, gradient_nbytes(model.config, 16)
+    assert figures.peak_nbytes == figures.source_nbytes + figures.store_nbytes + activations + working
+
+
 def test_distillation_costs_the_teachers_pass_and_the_steps() -> None:
     text = """{name: mine, calibration: {samples: 4, length: 16}, passes: [{sequential: {passes: [{distill: {
         training: {steps: 5, batch_size: 2},
@@ -151,7 +162,7 @@ def test_learned_rotations_cost_their_steps_and_a_copy_of_the_model() -> None:
     figures = plan(model, parse_recipe(text))
     assert figures.work == Work(forward=2 * 5 * 2 * learning_operations(model.layers[0], model.config, 16))
     held = figures.source_nbytes + figures.store_nbytes + 2 * 4 * 16 * 64 * 4
-    assert figures.peak_nbytes == held + figures.source_nbytes + learning_nbytes(model.layers[0], model.config, 16)
+    assert figures.peak_nbytes == held + figures.source_nbytes + learning_nbytes(model.config, 16)
 
 
 def test_memory_is_the_larger_of_attention_and_solve() -> None:

@@ -7,6 +7,7 @@ from jquant.calibration.kv import fingerprint as fingerprint
 from jquant.calibration.kv import kv_ranges as kv_ranges
 from jquant.calibration.kv import load_kv_codecs as load_kv_codecs
 from jquant.calibration.kv import put_codecs as put_codecs
+from jquant.calibration.kvquant import calibrate_kvquant as calibrate_kvquant
 from jquant.calibration.learn_rotation import RotationTraining as RotationTraining
 from jquant.calibration.learn_rotation import learn_rotation as learn_rotation
 from jquant.calibration.sequential import check_weights as check_weights

@@ -16,11 +16,11 @@ from jaxtyping import Array, Float, Int
 from jquant.calibration.sequential import dense_kernels
 from jquant.checkpoint import digest, load_model
 from jquant.errors import CheckpointError
-from jquant.kv import ExactKv, KvCodec, Prompt, RazorKv, fit_scale
+from jquant.kv import ExactKv, KvCodec, KvQuant, Prompt, RazorKv, fit_scale
 from jquant.models import Block, Llama, LlamaConfig, blocks, embed, prompt_block, put, set_kv_codec
 from jquant.types import Leaf
 
-_CALIBRATED: Final = (RazorKv,)  # the codecs that have a `calibrated_for`
+_CALIBRATED: Final = (RazorKv, KvQuant)  # the codecs that have a `calibrated_for`
 
 
 class KvRange(NamedTuple):

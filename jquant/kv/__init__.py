@@ -8,6 +8,14 @@ from jquant.kv.exact import ExactCache as ExactCache
 from jquant.kv.exact import ExactKv as ExactKv
 from jquant.kv.kivi import Kivi as Kivi
 from jquant.kv.kivi import KiviCache as KiviCache
+from jquant.kv.kvquant import Codebook as Codebook
+from jquant.kv.kvquant import KvQuant as KvQuant
+from jquant.kv.kvquant import KvQuantCache as KvQuantCache
+from jquant.kv.kvquant import SparseCodes as SparseCodes
+from jquant.kv.kvquant import check_kvquant as check_kvquant
+from jquant.kv.kvquant import normalize_keys as normalize_keys
+from jquant.kv.kvquant import normalize_values as normalize_values
+from jquant.kv.kvquant import outliers_per_side as outliers_per_side
 from jquant.kv.per_token import PerTokenCache as PerTokenCache
 from jquant.kv.per_token import PerTokenKv as PerTokenKv
 from jquant.kv.prompt import PromptView as PromptView

@@ -17,8 +17,8 @@ from jaxtyping import Array, Float, Int, Int32
 from jquant.errors import FormatError
 from jquant.kv.base import KvCodec, Prompt, Rope
 from jquant.kv.exact import ExactCache, ExactKv
-from jquant.kv.vectors import write
-from jquant.numerics import pack, packed_length, razor_integers, safe_scale, shift_bits, unpack, unrazor
+from jquant.kv.vectors import pack_last, unpack_last, write
+from jquant.numerics import packed_length, razor_integers, safe_scale, shift_bits, unrazor
 from jquant.types import Leaf, compute_dtype
 
 
@@ -153,12 +153,12 @@ class RazorKv(KvCodec):
         integers = round_to_scale(x, scale, self.base_bits)
         codes, shifts = razor_integers(integers, self.bits, self.group_size, axis=-1)
         width = shift_bits(self.base_bits, self.bits)
-        return RazoredVectors(pack(codes[..., None], self.bits)[..., 0], pack(shifts[..., None], width)[..., 0])
+        return RazoredVectors(pack_last(codes, self.bits), pack_last(shifts, width))
 
     def _decode(self, stored: RazoredVectors, scale: Float[Array, ""], dim: int) -> Float[Array, "capacity heads dim"]:
         sign, groups = 2 ** (self.bits - 1), dim // self.group_size
-        codes = (unpack(stored.codes[..., None], self.bits, dim)[..., 0].astype(jnp.int32) ^ sign) - sign
-        shifts = unpack(stored.shifts[..., None], shift_bits(self.base_bits, self.bits), groups)[..., 0]
+        codes = (unpack_last(stored.codes, self.bits, dim).astype(jnp.int32) ^ sign) - sign
+        shifts = unpack_last(stored.shifts, shift_bits(self.base_bits, self.bits), groups)
         integers = unrazor(codes.astype(jnp.int8), shifts, axis=-1)
         return jnp.broadcast_to(scale, integers.shape) * integers.astype(scale.dtype)
 

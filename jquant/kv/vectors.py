@@ -18,7 +18,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jaxtyping import Array, Float, Int, UInt8
+from jaxtyping import Array, Float, Int, Integer, UInt8
 
 from jquant.errors import FormatError
 from jquant.numerics import (
@@ -124,7 +124,7 @@ def code_vectors(x: Float[Array, "*batch width"], format: VectorFormat) -> Vecto
         grid = expand(cast_scales(grid, format.scale_dtype), -1)
         codes, scales, zeros = encode(groups, grid, format.bits), grid.scales, grid.zeros.astype(jnp.uint8)
     return Vectors(
-        codes=_pack_last(codes.reshape(x.shape), format.bits),
+        codes=pack_last(codes.reshape(x.shape), format.bits),
         scales=scales[..., 0].astype(format.scale_dtype),
         zeros=None if format.grid == "symmetric" else zeros[..., 0],
     )
@@ -138,7 +138,7 @@ def decode_vectors(vectors: Vectors, format: VectorFormat) -> Float[Array, "*bat
       >>> decode_vectors(code_vectors(jnp.array([-1.0, 0.0, 1.1, 2.0]), format), format).tolist()
       [-1.0, 0.0, 1.0, 2.0]
     """
-    codes = _unpack_last(vectors.codes, format.bits, format.width)
+    codes = unpack_last(vectors.codes, format.bits, format.width)
     groups = codes.reshape(*codes.shape[:-1], -1, format.group_size)
     if format.grid == "float_zero":
         dense = decode_offset(groups, OffsetGrid(vectors.scales[..., None], jnp.asarray(vectors.zeros)[..., None]))
@@ -159,9 +159,11 @@ def write[T](cache: T, new: T, position: Int[Array, ""] | int) -> T:
     return result
 
 
-def _pack_last(codes: UInt8[Array, "*batch width"], bits: int) -> UInt8[Array, "*batch bytes"]:
+def pack_last(codes: Integer[Array, "*batch width"], bits: int) -> UInt8[Array, "*batch bytes"]:
+    """Packs codes along the last axis into a dense little-endian bit stream; see `jquant.numerics.pack`."""
     return pack(codes[..., None], bits)[..., 0]
 
 
-def _unpack_last(packed: UInt8[Array, "*batch bytes"], bits: int, width: int) -> UInt8[Array, "*batch {width}"]:
+def unpack_last(packed: UInt8[Array, "*batch bytes"], bits: int, width: int) -> UInt8[Array, "*batch {width}"]:
+    """Unpacks `width` codes along the last axis; the inverse of `pack_last`."""
     return unpack(packed[..., None], bits, width)[..., 0]

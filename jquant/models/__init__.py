@@ -1,5 +1,7 @@
 """Models of the Llama family: configuration, tree, forward pass, edits. The Flax facade is `jquant.models.views`."""
 
+from jquant.models.block import Taps as Taps
+from jquant.models.block import exact_block as exact_block
 from jquant.models.config import LlamaConfig as LlamaConfig
 from jquant.models.config import RopeConfig as RopeConfig
 from jquant.models.edit import BLOCK_LINEARS as BLOCK_LINEARS
@@ -11,7 +13,6 @@ from jquant.models.edit import map_linears as map_linears
 from jquant.models.edit import put as put
 from jquant.models.edit import set_kv_codec as set_kv_codec
 from jquant.models.llama import Cache as Cache
-from jquant.models.llama import Taps as Taps
 from jquant.models.llama import decode as decode
 from jquant.models.llama import embed as embed
 from jquant.models.llama import forward as forward

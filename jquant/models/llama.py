@@ -1,33 +1,23 @@
 """The forward pass: pure functions that read the tree. None is jitted here; the runtime and the drivers do that."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from jquant.errors import DataError, FormatError
-from jquant.kv import LayerCache, PromptView, Rope, view_chunk, view_prompt
+from jquant.kv import LayerCache, PromptView, view_chunk, view_prompt
 from jquant.matmul import matmul
+from jquant.models.block import Taps, make_rope, run_block
 from jquant.models.config import LlamaConfig
-from jquant.models.layers import apply_rope, attention, causal_mask, linear, rms_norm
-from jquant.models.tree import Attention, Block, Llama, Mlp, Stacked
+from jquant.models.layers import attention, causal_mask, linear, rms_norm
+from jquant.models.tree import Block, Llama, Stacked
 from jquant.types import Leaf, compute_dtype
 
 type Apply = Callable[[Block, jax.Array, Any], tuple[jax.Array, Any]]
-type Valid = Bool[Array, "batch tokens"] | None  # which tokens are no padding; None: all
-type Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, LayerCache]]
-
-
-class Taps(NamedTuple):
-    """What each linear's kernel multiplies, [batch, tokens, features]; free under jit where unused."""
-
-    attention_input: Float[Array, "batch tokens hidden"]
-    attention_output: Float[Array, "batch tokens queries"]
-    mlp_input: Float[Array, "batch tokens hidden"]
-    mlp_hidden: Float[Array, "batch tokens inner"]
 
 
 @struct.dataclass
@@ -197,7 +187,7 @@ def prompt_block(
       The block's output, the filled layer cache (batch first) and the taps.
     """
     codec = layer.self_attn.kv_codec
-    rope = _rope(layer.self_attn, config)
+    rope = make_rope(layer.self_attn, config)
     positions = jnp.arange(x.shape[1])
     valid = positions[None].astype(lengths.dtype) < lengths[:, None]
 
@@ -221,7 +211,7 @@ def prompt_block(
         mask = view.mask & causal_mask(positions, view.positions[0], config.sliding_window)[None]
         return attention(rotate(queries), view.keys, view.values, mask), cache
 
-    return _block(layer, x, valid, attend, config)
+    return run_block(layer, x, valid, attend, config)
 
 
 def chunk_block(
@@ -244,7 +234,7 @@ def chunk_block(
       The block's output and the cache with the chunk in it.
     """
     codec = layer.self_attn.kv_codec
-    rope = _rope(layer.self_attn, config)
+    rope = make_rope(layer.self_attn, config)
     start, lengths = span
     positions = start + jnp.arange(x.shape[1])
     valid = positions[None].astype(lengths.dtype) < lengths[:, None]
@@ -268,7 +258,7 @@ def chunk_block(
         mask = view.mask & causal_mask(positions, view.positions[0], config.sliding_window)[None]
         return attention(rotated, view.keys, view.values, mask), after
 
-    x, filled, _ = _block(layer, x, valid, attend, config)
+    x, filled, _ = run_block(layer, x, valid, attend, config)
     return x, filled
 
 
@@ -281,7 +271,7 @@ def step_block(
 ) -> tuple[Float[Array, "batch 1 hidden"], LayerCache]:
     """Runs one block over one token for each row: push, read and attend, settle."""
     codec = layer.self_attn.kv_codec
-    rope = _rope(layer.self_attn, config)
+    rope = make_rope(layer.self_attn, config)
 
     def attend(
         queries: Float[Array, "batch tokens heads dim"],
@@ -298,63 +288,8 @@ def step_block(
         context = attention(rotated, seen_keys, seen_values, mask)
         return context, jax.vmap(codec.settle)(pushed, positions)
 
-    x, cache, _ = _block(layer, x, None, attend, config)
+    x, cache, _ = run_block(layer, x, None, attend, config)
     return x, cache
-
-
-def _rope(layer: Attention, config: LlamaConfig) -> Rope:
-    """Returns what turns queries and keys by their positions, and then by the layer's rotation if it has one."""
-
-    def rope(
-        heads: Float[Array, "tokens heads dim"], positions: Int[Array, "tokens"]
-    ) -> Float[Array, "tokens heads dim"]:
-        turned = apply_rope(heads, positions, config.rope)
-        return turned if layer.query_key_rotation is None else layer.query_key_rotation(turned)
-
-    return rope
-
-
-def _block(
-    layer: Block, x: Float[Array, "batch tokens hidden"], valid: Valid, attend: Attend, config: LlamaConfig
-) -> tuple[Float[Array, "batch tokens hidden"], LayerCache, Taps]:
-    normed = rms_norm(x, layer.input_layernorm, config.rms_norm_eps)
-    update, cache, attention_input, attention_output = _attention(layer.self_attn, normed, valid, attend, config)
-    x = x + update
-    normed = rms_norm(x, layer.post_attention_layernorm, config.rms_norm_eps)
-    update, mlp_input, mlp_hidden = _mlp(layer.mlp, normed, valid)
-    return x + update, cache, Taps(attention_input, attention_output, mlp_input, mlp_hidden)
-
-
-def _attention(
-    layer: Attention, x: Float[Array, "batch tokens hidden"], valid: Valid, attend: Attend, config: LlamaConfig
-) -> tuple[
-    Float[Array, "batch tokens hidden"],
-    LayerCache,
-    Float[Array, "batch tokens hidden"],
-    Float[Array, "batch tokens queries"],
-]:
-    batch, tokens, _ = x.shape
-    queries, tap = linear(layer.q_proj, x, valid)
-    keys, _ = linear(layer.k_proj, x, valid)
-    values, _ = linear(layer.v_proj, x, valid)
-    queries, keys, values = (y.reshape(batch, tokens, -1, config.head_dim) for y in (queries, keys, values))
-    if layer.q_norm is not None and layer.k_norm is not None:
-        queries = rms_norm(queries, layer.q_norm, config.rms_norm_eps)
-        keys = rms_norm(keys, layer.k_norm, config.rms_norm_eps)
-    context, cache = attend(queries, keys, values)
-    y, output_tap = linear(layer.o_proj, context.reshape(batch, tokens, -1), valid)
-    return y, cache, tap, output_tap
-
-
-def _mlp(
-    layer: Mlp, x: Float[Array, "batch tokens hidden"], valid: Valid
-) -> tuple[
-    Float[Array, "batch tokens hidden"], Float[Array, "batch tokens hidden"], Float[Array, "batch tokens inner"]
-]:
-    gate, tap = linear(layer.gate_proj, x, valid)
-    up, _ = linear(layer.up_proj, x, valid)
-    y, hidden_tap = linear(layer.down_proj, jax.nn.silu(gate) * up, valid)
-    return y, tap, hidden_tap
 
 
 def _through_layers(

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from jquant.errors import FormatError
-from jquant.kv import DynamicRazorKv, ExactKv, Kivi, KvCodec, PerTokenKv, Prompt, RazorKv
+from jquant.kv import Codebook, DynamicRazorKv, ExactKv, Kivi, KvCodec, KvQuant, PerTokenKv, Prompt, RazorKv
 from jquant.models import (
     Cache,
     Llama,
@@ -26,12 +26,14 @@ from jquant.models import (
 from jquant.models.layers import apply_rope
 from jquant.structure import decode_structure, encode_structure
 
+_BOUND, _CODEBOOK = jnp.full((2, 16), 0.2, jnp.float32), Codebook(*[jnp.linspace(-1.0, 1.0, 4)] * 2)
 CODECS: dict[str, KvCodec] = {
     "exact": ExactKv(),
     "per_token": PerTokenKv(bits=4, group_size=8),
     "kivi": Kivi(key_bits=2, value_bits=2, group_size=2, residual_length=4),
     "razor": RazorKv(jnp.float32(0.05), jnp.float32(0.05)),
     "dynamic_razor": DynamicRazorKv(),
+    "kvquant": KvQuant(-_BOUND, _BOUND, _CODEBOOK, _CODEBOOK, bits=2, outliers=0.1, sinks=6),  # more than a chunk
 }
 # A later token of the prompt changes what an earlier one sees: in a model, prompts and steps do not agree.
 ACAUSAL = ("dynamic_razor",)

@@ -1,0 +1,130 @@
+"""One decoder block, its attention left open: what queries attend to, and what is kept of it, is the caller's."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from jquant.kv import LayerCache, Rope
+from jquant.models.config import LlamaConfig
+from jquant.models.layers import apply_rope, attention, causal_mask, linear, rms_norm
+from jquant.models.tree import Attention, Block, Mlp
+
+type Valid = Bool[Array, "batch tokens"] | None  # which tokens are no padding; None: all
+type KeysValues = tuple[jax.Array, jax.Array]
+type Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, LayerCache]]
+
+
+class Taps(NamedTuple):
+    """What each linear's kernel multiplies, [batch, tokens, features]; free under jit where unused."""
+
+    attention_input: Float[Array, "batch tokens hidden"]
+    attention_output: Float[Array, "batch tokens queries"]
+    mlp_input: Float[Array, "batch tokens hidden"]
+    mlp_hidden: Float[Array, "batch tokens inner"]
+
+
+def make_rope(layer: Attention, config: LlamaConfig) -> Rope:
+    """Returns what turns queries and keys by their positions, and then by the layer's rotation if it has one."""
+
+    def rope(
+        heads: Float[Array, "tokens heads dim"], positions: Int[Array, "tokens"]
+    ) -> Float[Array, "tokens heads dim"]:
+        turned = apply_rope(heads, positions, config.rope)
+        return turned if layer.query_key_rotation is None else layer.query_key_rotation(turned)
+
+    return rope
+
+
+def run_block(
+    layer: Block, x: Float[Array, "batch tokens hidden"], valid: Valid, attend: Attend, config: LlamaConfig
+) -> tuple[Float[Array, "batch tokens hidden"], LayerCache, Taps]:
+    """Runs a block, its attention by `attend`.
+
+    Args:
+      layer: the block.
+      x: its input.
+      valid: which tokens are no padding; None if all are.
+      attend: takes queries, keys and values before RoPE; returns what the queries gather, and a cache or what else
+        shall be kept.
+      config: the model's sizes.
+
+    Returns:
+      The block's output, what `attend` keeps, and the taps.
+    """
+    normed = rms_norm(x, layer.input_layernorm, config.rms_norm_eps)
+    update, cache, attention_input, attention_output = _attention(layer.self_attn, normed, valid, attend, config)
+    x = x + update
+    normed = rms_norm(x, layer.post_attention_layernorm, config.rms_norm_eps)
+    update, mlp_input, mlp_hidden = _mlp(layer.mlp, normed, valid)
+    return x + update, cache, Taps(attention_input, attention_output, mlp_input, mlp_hidden)
+
+
+def exact_block(
+    layer: Block,
+    x: Float[Array, "batch tokens hidden"],
+    shifts: tuple[Float[Array, "tokens heads dim"], Float[Array, "tokens heads dim"]],
+    config: LlamaConfig,
+) -> tuple[Float[Array, "batch tokens hidden"], KeysValues]:
+    """Runs one block over whole sequences, its cache left out, with something added to keys and values.
+
+    The gradient with regard to shifts of zero is that with regard to what a codec would be given.
+
+    Args:
+      layer: the block.
+      x: its input.
+      shifts: what is added to each sequence's keys before RoPE and to its values.
+      config: the model's sizes.
+
+    Returns:
+      The block's output, and the keys before RoPE and the values, shifted, [batch, tokens, heads, dim].
+    """
+    rope = make_rope(layer.self_attn, config)
+    positions = jnp.arange(x.shape[1])
+    mask = jnp.broadcast_to(causal_mask(positions, positions, config.sliding_window), (x.shape[0], *2 * (x.shape[1],)))
+
+    def attend(
+        queries: Float[Array, "batch tokens heads dim"],
+        keys: Float[Array, "batch tokens kv_heads dim"],
+        values: Float[Array, "batch tokens kv_heads dim"],
+    ) -> tuple[Float[Array, "batch tokens heads dim"], KeysValues]:
+        keys, values = (one + shift[None] for one, shift in zip((keys, values), shifts, strict=True))
+        rotate = jax.vmap(lambda heads: rope(heads, positions))
+        return attention(rotate(queries), rotate(keys), values, mask), (keys, values)
+
+    y, seen, _ = run_block(layer, x, None, attend, config)
+    return y, seen
+
+
+def _attention(
+    layer: Attention, x: Float[Array, "batch tokens hidden"], valid: Valid, attend: Attend, config: LlamaConfig
+) -> tuple[
+    Float[Array, "batch tokens hidden"],
+    LayerCache,
+    Float[Array, "batch tokens hidden"],
+    Float[Array, "batch tokens queries"],
+]:
+    batch, tokens, _ = x.shape
+    queries, tap = linear(layer.q_proj, x, valid)
+    keys, _ = linear(layer.k_proj, x, valid)
+    values, _ = linear(layer.v_proj, x, valid)
+    queries, keys, values = (y.reshape(batch, tokens, -1, config.head_dim) for y in (queries, keys, values))
+    if layer.q_norm is not None and layer.k_norm is not None:
+        queries = rms_norm(queries, layer.q_norm, config.rms_norm_eps)
+        keys = rms_norm(keys, layer.k_norm, config.rms_norm_eps)
+    context, cache = attend(queries, keys, values)
+    y, output_tap = linear(layer.o_proj, context.reshape(batch, tokens, -1), valid)
+    return y, cache, tap, output_tap
+
+
+def _mlp(
+    layer: Mlp, x: Float[Array, "batch tokens hidden"], valid: Valid
+) -> tuple[
+    Float[Array, "batch tokens hidden"], Float[Array, "batch tokens hidden"], Float[Array, "batch tokens inner"]
+]:
+    gate, tap = linear(layer.gate_proj, x, valid)
+    up, _ = linear(layer.up_proj, x, valid)
+    y, hidden_tap = linear(layer.down_proj, jax.nn.silu(gate) * up, valid)
+    return y, tap, hidden_tap

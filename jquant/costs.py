@@ -141,7 +141,7 @@ def learning_operations(block: Block, config: LlamaConfig, length: int) -> int:
 
 
 def learning_nbytes(config: LlamaConfig, length: int) -> int:
-    """Returns the bytes that learning rotations needs beside models: one window's gradient, logits, orthogonal matrices.
+    """Returns the bytes that learning rotations needs beside models: a window's gradient, logits, matrices.
 
     Args:
       config: the model's sizes.

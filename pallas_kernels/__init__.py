@@ -1,5 +1,16 @@
 """Matrix products for Hopper GPUs on raw arrays, each beside its meaning in plain jax.numpy (`reference`).
 
-`compat` holds what is unstable in Pallas, `order` the permutations of stored codes, `shapes` what tests and benchmarks
-share. No rule of `jquant.matmul` calls a kernel yet.
+`prepare_*` writes a weight once as the kernels read it; `w4a16_matmul` and `integer_matmul` choose the kernel by shape
+(`configs`): `decode` for few tokens, `prefill` for many. `compat` holds what is unstable in Pallas, `order` the
+permutations of stored codes, `shapes` what tests and benchmarks share. No rule of `jquant.matmul` calls a kernel yet.
 """
+
+from pallas_kernels.matmul import integer_matmul as integer_matmul
+from pallas_kernels.matmul import w4a16_matmul as w4a16_matmul
+from pallas_kernels.weights import FloatWeight as FloatWeight
+from pallas_kernels.weights import IntegerWeight as IntegerWeight
+from pallas_kernels.weights import prepare_w4a8 as prepare_w4a8
+from pallas_kernels.weights import prepare_w4a16 as prepare_w4a16
+from pallas_kernels.weights import prepare_w8a8 as prepare_w8a8
+from pallas_kernels.weights import restore_integer as restore_integer
+from pallas_kernels.weights import restore_w4a16 as restore_w4a16

@@ -1,0 +1,172 @@
+"""Which kernel multiplies a shape, and how it divides the work: a table of measured shapes, and a rule for others.
+
+The table `h100.json` holds rows of a kind, a weight's shape and the least and most tokens that the row serves, made
+by `python -m pallas_kernels.bench --tune` on the card that it names.
+"""
+
+import functools
+import importlib.resources
+import json
+import math
+from dataclasses import dataclass
+from typing import Any, Final, Literal
+
+from pallas_kernels import compat
+from pallas_kernels.decode import MOST_TOKENS, DecodeConfig
+from pallas_kernels.prefill import PrefillConfig
+
+type Kind = Literal["w4a16", "w4a8", "w8a8"]
+type Config = DecodeConfig | PrefillConfig
+
+TABLE: Final = "h100.json"
+MULTIPROCESSORS: Final = 132  # of an H100 or H200
+WARPGROUPS_UNDER_WAY: Final = 4 * MULTIPROCESSORS  # for decode: measured, see the file's head
+ONE_BLOCK: Final = 226 * 1024  # bytes of shared memory (227 KiB) that one block of a multiprocessor may plan with
+TWO_BLOCKS: Final = 112 * 1024
+MOST_PARTS: Final = 16
+MOST_STAGES: Final = 8
+MOST_CLUSTER: Final = 8  # blocks of a portable cluster
+PREFILL_FROM: Final = 16  # tokens from which tuning tries the kernels of prefill.py too
+TILE_EFFICIENCY: Final = {  # of the tensor cores, by (tokens, warpgroups): estimates that rank tiles of one shape
+    (256, 2): 1.0,
+    (128, 2): 0.85,
+    (64, 2): 0.6,
+    (256, 1): 0.8,
+    (128, 1): 0.65,
+    (64, 1): 0.45,
+    (32, 2): 0.35,
+    (16, 2): 0.2,
+    (8, 2): 0.1,
+    (32, 1): 0.25,
+    (16, 1): 0.13,
+    (8, 1): 0.07,
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table.
+
+    Attributes:
+      kind: the widths of weight and activations.
+      outputs: rows of the weight.
+      inputs: columns of the weight.
+      least: fewest tokens that the line serves.
+      most: most tokens that the line serves.
+      config: what was fastest.
+    """
+
+    kind: Kind
+    outputs: int
+    inputs: int
+    least: int
+    most: int
+    config: Config
+
+
+@functools.cache
+def choose(kind: Kind, tokens: int, outputs: int, inputs: int, groups: int) -> Config:
+    """Returns the configuration for a product, whose type tells the kernel: the table's where it fits, else the rule's.
+
+    Args:
+      kind: the widths of weight and activations.
+      tokens: rows of the activations.
+      outputs: rows of the weight.
+      inputs: columns of the weight.
+      groups: rows of the scales.
+
+    Raises:
+      ValueError: no kernel multiplies this shape.
+
+    Example:
+      >>> type(choose("w4a16", 1, 4096, 4096, 32)).__name__, type(choose("w8a8", 1, 4096, 4096, 1)).__name__
+      ('DecodeConfig', 'PrefillConfig')
+    """
+    found = _measured(kind, tokens, outputs, inputs)
+    if found is not None and found.fault(outputs, inputs, groups) is None:
+        return found
+    decode = kind != "w8a8" and tokens <= MOST_TOKENS
+    ranked = _decode(kind, tokens, outputs, inputs, groups) if decode else _prefill(kind, tokens, outputs, inputs)
+    for config in ranked:
+        if config.fault(outputs, inputs, groups) is None and (decode or kind == "w4a16" or groups == 1):
+            return config
+    raise ValueError(
+        f"no {kind} kernel multiplies {tokens} tokens by a weight [{outputs}, {inputs}] in {groups} groups: kernels "
+        "want a multiple of 64 outputs and inputs and of 32 inputs in a group, and one group for integers of more than "
+        f"{MOST_TOKENS} tokens; keep the portable layout or pad"
+    )
+
+
+@functools.cache
+def table() -> tuple[Row, ...]:
+    """Returns the rows of the package's table."""
+    text = (importlib.resources.files("pallas_kernels") / TABLE).read_text(encoding="utf-8")
+    return tuple(_row(fields) for fields in json.loads(text)["rows"])
+
+
+def candidates(kind: Kind, tokens: int, outputs: int, inputs: int, groups: int) -> list[Config]:
+    """Returns the configurations among which tuning chooses, the present choice first."""
+    found: list[Config] = [choose(kind, tokens, outputs, inputs, groups)]
+    if kind != "w8a8" and tokens <= MOST_TOKENS:
+        found += _decode(kind, tokens, outputs, inputs, groups)[:8]
+    if kind == "w8a8" or tokens >= PREFILL_FROM:
+        found += _prefill(kind, tokens, outputs, inputs)[:6]
+    return list(dict.fromkeys(config for config in found if config.fault(outputs, inputs, groups) is None))
+
+
+def _row(fields: dict[str, Any]) -> Row:
+    least, most = fields["tokens"]
+    config: type[DecodeConfig | PrefillConfig] = DecodeConfig if fields["kernel"] == "decode" else PrefillConfig
+    return Row(fields["kind"], fields["outputs"], fields["inputs"], least, most, config(**fields["config"]))
+
+
+def _measured(kind: Kind, tokens: int, outputs: int, inputs: int) -> Config | None:
+    """Returns the configuration of the first row that serves so many tokens."""
+    for row in table():
+        if (row.kind, row.outputs, row.inputs) == (kind, outputs, inputs) and row.least <= tokens <= row.most:
+            return row.config
+    return None
+
+
+def _decode(kind: Kind, tokens: int, outputs: int, inputs: int, groups: int) -> list[Config]:
+    """Returns configurations of decode.py, the most promising first: four warpgroups a multiprocessor, deep copies."""
+    width = 2 if kind == "w4a16" else 1
+    columns = 8 * compat.whole_tiles(tokens, 8)
+    tiles = compat.whole_tiles(outputs, compat.ROWS_OF_ACCUMULATOR)
+    wanted = 2 ** max(1, round(math.log2(WARPGROUPS_UNDER_WAY / tiles)))
+    found: list[Config] = []
+    for parts in (2**power for power in range(min(wanted, MOST_PARTS).bit_length() - 1, -1, -1)):
+        for warpgroups in (min(4, parts), max(1, min(4, parts) // 2)):
+            splits = parts // warpgroups
+            room = ONE_BLOCK if tiles * splits <= MULTIPROCESSORS else TWO_BLOCKS
+            room -= 256 * columns * (warpgroups - 1 + (splits - 1 if splits <= MOST_CLUSTER else 0)) + 128 * columns
+            for depth in (256, 128, 64):
+                grids = 64 * 2 * 2 * compat.whole_tiles(depth * groups, inputs)  # scales, and centers or wider scales
+                one = warpgroups * (depth * (32 + columns * width) + grids)
+                stages = min(4, room // one, inputs // (depth * parts))
+                if inputs % (depth * parts) == 0 and (stages >= 2 or stages == inputs // (depth * parts) == 1):
+                    found.append(DecodeConfig(depth, stages, warpgroups, splits, 1 < splits <= MOST_CLUSTER))
+    return list(dict.fromkeys(found))
+
+
+def _prefill(kind: Kind, tokens: int, outputs: int, inputs: int) -> list[Config]:
+    """Returns configurations of prefill.py, those first whose tiles fill the multiprocessors best."""
+    of_x, of_codes = (2 if kind == "w4a16" else 1), (1.0 if kind == "w8a8" else 0.5)
+    ranked: list[tuple[float, PrefillConfig]] = []
+    for (columns, warpgroups), efficiency in TILE_EFFICIENCY.items():
+        for cluster in (2, 1):
+            side = compat.ROWS_OF_ACCUMULATOR * warpgroups
+            if outputs % (side * cluster) or (columns > tokens and columns > 8 * compat.whole_tiles(tokens, 8)):
+                continue
+            rounds = compat.whole_tiles(compat.whole_tiles(tokens, columns) * (outputs // side), MULTIPROCESSORS)
+            cost = rounds * columns * warpgroups / efficiency * (1.0 if cluster == 2 else 1.02)
+            for depth in (64,) if kind == "w4a16" else (128, 64):
+                spill = min(columns, 256 if kind == "w4a16" else 64)
+                room = ONE_BLOCK - 2 * side * spill
+                most = min(MOST_STAGES, math.floor(room / (depth * (columns * of_x + side * of_codes))))
+                stages = max(count for count in range(1, most + 1) if inputs // depth % count == 0)
+                if inputs % depth == 0:
+                    slower = 1.0 if depth == 128 or kind == "w4a16" else 1.06
+                    config = PrefillConfig(columns, depth, stages, warpgroups, cluster, spill=spill)
+                    ranked.append((cost * slower, config))
+    return [config for _, config in sorted(ranked, key=lambda pair: pair[0])]

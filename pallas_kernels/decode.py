@@ -1,0 +1,394 @@
+"""Matrix products of a few tokens with int4 weights, bound by the memory: W4A16 and W4A8, m <= 64.
+
+    y[m, n] = sum_k x[m, k] * scales[k // g, n] * (codes[n, k] - zeros[k // g, n])                         W4A16
+    y[m, n] = token_scales[m] * (sum_k x[m, k] * scales[k // g, n] * codes[n, k] - token_zeros[m] * sums[n])    W4A8
+
+The weight is operand A of the tensor cores' instruction, 64 outputs by `depth` inputs, and x.T is operand B, so that m
+is padded to 8 only. A block makes 64 outputs; its warpgroups, and `splits` blocks, share the inputs:
+
+            inputs, contiguous in memory
+            warpgroup 0       warpgroup 1        ..      each walks its own range, `stages` copies ahead
+    64    | depth | depth |..| depth | depth |..|
+    outputs: int4 -> registers -> bfloat16 or int8 -> wgmma -> float32 [64, m], times the group's scales -> sum
+    then sums of warpgroups meet in shared memory, sums of splits in the first block of a cluster (or in XLA, where
+    `cluster` is off), and are stored transposed, [m, out].
+
+No order of additions depends on time: the same inputs give the same bits.
+
+Roofline: int4 bytes and scales, n * k * (1/2 + 2 / g), over the memory's bandwidth. Measured 2026-11-22 on an H100 80GB
+HBM3 (jax 0.11.2, kernel time by CUPTI, median, weights beyond the cache; a copy of 512 MiB runs at 2937 GB/s):
+
+    m    n x k          config                     us     int4 bytes and scales
+    1    8192 x 8192    4 warpgroups               15.6   2225 GB/s, 76 % of the copy; XLA bfloat16 47.9, 3.1 times
+    1    28672 x 8192   2 warpgroups               50.0   2420 GB/s, 82 %
+    16   28672 x 8192   3 stages                   51.0   2376 GB/s, 81 %
+    1    4096 x 4096    4 warpgroups, cluster of 2  6.4   1352 GB/s, 46 %: 1.8 us of it are a kernel that does nothing
+    1    8192 x 8192    W4A8, 4 warpgroups         14.1   2380 GB/s of int4 bytes
+"""
+
+from dataclasses import dataclass
+from typing import Any, Final
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jaxtyping import Array, BFloat16, Float, Float32, Int, Int8
+
+from pallas_kernels import compat, order
+
+MOST_TOKENS: Final = 64
+PADDED: Final = 8  # the least number of columns of the instruction, and what they are a multiple of
+LEAST_PIECE: Final = 64  # codes, 32 bytes
+SIXTEENTH: Final = 1 / 16  # int4 codes are unpacked as 16 times themselves
+
+
+@dataclass(frozen=True)
+class DecodeConfig:
+    """How the work is divided.
+
+    Attributes:
+      depth: inputs of one copy.
+      stages: copies that a warpgroup has under way.
+      warpgroups: warpgroups of a block, each with its own range of inputs.
+      splits: blocks that share the inputs of the same outputs.
+      cluster: add the splits in the shared memory of a cluster's first block; otherwise XLA adds them.
+    """
+
+    depth: int = 256
+    stages: int = 4
+    warpgroups: int = 1
+    splits: int = 1
+    cluster: bool = False
+
+    def fault(self, outputs: int, inputs: int, groups: int) -> str | None:
+        """Returns why a weight cannot be multiplied with this configuration; None where it can."""
+        group, parts = inputs // groups, self.splits * self.warpgroups
+        if outputs % compat.ROWS_OF_ACCUMULATOR:
+            return f"{outputs} outputs are no multiple of {compat.ROWS_OF_ACCUMULATOR}"
+        if inputs % (self.depth * parts):
+            return f"{inputs} inputs are no multiple of {self.depth * parts}, {parts} ranges of copies of {self.depth}"
+        if self.depth % group and group % self.depth:
+            return f"groups of {group} inputs and copies of {self.depth} do not divide one another"
+        if group % order.RUN or self.depth % LEAST_PIECE:
+            return f"groups of {group} are no multiple of {order.RUN}, or copies of {self.depth} none of {LEAST_PIECE}"
+        return None
+
+
+def w4a16_decode(
+    x: BFloat16[Array, "tokens in"],
+    codes: Int[Array, "out in"],
+    scales: BFloat16[Array, "groups out"],
+    centers: BFloat16[Array, "groups out"] | None = None,
+    *,
+    config: DecodeConfig,
+    simulate: compat.Simulation | None = None,
+) -> BFloat16[Array, "tokens out"]:
+    """Multiplies bfloat16 activations of at most 64 tokens by an int4 weight.
+
+    Args:
+      x: activations.
+      codes: int4 in the order of `order.stored_bf16`.
+      scales: the groups' steps; one group is "per channel".
+      centers: 136 + zeros; None where all zeros are 0.
+      config: how the work is divided.
+      simulate: run in the interpreter on the CPU with these settings.
+
+    Raises:
+      ValueError: the configuration does not fit the weight, or there are too many tokens.
+    """
+    return _run(x, codes, scales, centers, [], None, config, simulate)
+
+
+def w4a8_decode(
+    x: Int8[Array, "tokens in"],
+    token_scales: Float32[Array, "tokens"],
+    token_zeros: Float32[Array, "tokens"] | None,
+    codes: Int[Array, "out in"],
+    scales: Float[Array, "groups out"],
+    sums: Float32[Array, "out"] | None = None,
+    *,
+    config: DecodeConfig,
+    simulate: compat.Simulation | None = None,
+) -> BFloat16[Array, "tokens out"]:
+    """Multiplies int8 activations of at most 64 tokens by an int4 weight, the sums of a group exact in int32.
+
+    Args:
+      x: codes of the activations; 4-bit codes are int8 too.
+      token_scales: the step of each token's grid.
+      token_zeros: the code that stands for 0, for each token; None where all are 0.
+      codes: int4 in the order of `order.stored_int8`.
+      scales: the groups' steps; one group is "per channel".
+      sums: the weight's sums over its inputs, wanted where `token_zeros` are given.
+      config: how the work is divided.
+      simulate: run in the interpreter on the CPU with these settings.
+
+    Raises:
+      ValueError: the configuration does not fit the weight, or there are too many tokens, or `sums` are wanting.
+    """
+    if token_zeros is not None and sums is None:
+        raise ValueError("tokens have zeros but the weight no sums: give what prepare_w4a8 returns")
+    group = x.shape[1] // scales.shape[0]
+    if group < LEAST_PIECE:
+        raise ValueError(f"groups of {group} inputs: int8 products want at least {LEAST_PIECE}; use W4A16")
+    if token_zeros is None:
+        return _run(x, codes, scales, None, [token_scales], None, config, simulate)
+    return _run(x, codes, scales, None, [token_scales, token_zeros], sums, config, simulate)
+
+
+def _run(
+    x: jax.Array,
+    codes: jax.Array,
+    scales: jax.Array,
+    centers: jax.Array | None,
+    of_tokens: list[jax.Array],
+    sums: jax.Array | None,
+    config: DecodeConfig,
+    simulate: compat.Simulation | None,
+) -> jax.Array:
+    (m, k), n, simulated = x.shape, codes.shape[0], simulate is not None
+    fault = config.fault(n, k, scales.shape[0])
+    if m > MOST_TOKENS:
+        fault = f"{m} tokens are more than {MOST_TOKENS}: use the kernels of prefill.py"
+    if fault:
+        raise ValueError(f"decode of a weight [{n}, {k}] with {config}: {fault}")
+    columns = PADDED * compat.whole_tiles(m, PADDED)
+    copied = 32 * compat.whole_tiles(m, 32)  # of the tokens' scales: a copy moves a multiple of 128 bytes
+    if (m > PADDED or simulated) and columns != m:  # fewer than 8 lie outside the array, which copies fill and drop
+        x = jnp.pad(x, ((0, columns - m), (0, 0)))
+    if simulated:
+        of_tokens = [jnp.pad(each, (0, copied - m)) for each in of_tokens]
+    given = [x, codes, scales, *(each for each in (centers, sums) if each is not None), *of_tokens]
+    in_xla = config.splits > 1 and (simulated or not config.cluster)  # the interpreter has no copies between blocks
+    result = jax.ShapeDtypeStruct(
+        (config.splits if in_xla else 1, x.shape[0], n), jnp.float32 if in_xla else jnp.bfloat16
+    )
+    kernel = _Kernel(
+        config=config,
+        columns=columns,
+        inputs=k,
+        group=k // scales.shape[0],
+        copied=copied,
+        centers=centers is not None,
+        sums=sums is not None,
+        tokens=len(of_tokens),
+        clustered=config.cluster and config.splits > 1 and not simulated,
+        simulated=simulated,
+    )
+    splits = {"split": config.splits}
+    blocks = {"tile": n // compat.ROWS_OF_ACCUMULATOR}
+    call = compat.kernel(
+        kernel.body,
+        out=result,
+        scratch=kernel.scratch(x.dtype, scales.dtype, result.dtype),
+        grid=blocks if kernel.clustered else blocks | splits,
+        cluster=splits if kernel.clustered else None,
+        warpgroups=config.warpgroups,
+        simulate=simulate,
+    )
+    parts = call(*given)
+    y = parts.sum(0).astype(jnp.bfloat16) if in_xla else parts[0]
+    return y[:m] if y.shape[0] != m else y
+
+
+@dataclass(frozen=True)
+class _Kernel:
+    """One kernel's sizes and program; `_gmem` names what lies in the GPU's memory, `_smem` in a block's own."""
+
+    config: DecodeConfig
+    columns: int
+    inputs: int
+    group: int
+    copied: int
+    centers: bool
+    sums: bool
+    tokens: int
+    clustered: bool
+    simulated: bool
+
+    @property
+    def steps(self) -> int:
+        return self.inputs // (self.config.depth * self.config.splits * self.config.warpgroups)
+
+    @property
+    def stages(self) -> int:
+        return min(self.config.stages, self.steps)
+
+    @property
+    def chunk(self) -> int:
+        """Inputs of one copy that share their scales."""
+        return min(self.config.depth, self.group)
+
+    @property
+    def piece(self) -> int:
+        """Inputs that are unpacked at once: the least that shared memory can swizzle is 64 codes."""
+        return max(self.chunk, LEAST_PIECE)
+
+    def scratch(self, operand: Any, steps_of_grid: Any, result: Any) -> dict[str, Any]:
+        """Returns the shared memory and barriers, by the names of the body's arguments."""
+        c, shared, rows = self.config, compat.SharedMemory, compat.ROWS_OF_ACCUMULATOR
+        slots, float32 = (c.warpgroups, self.stages), jnp.float32
+        grids = (*slots, c.depth // self.chunk, rows)
+        inner, swizzled = compat.tiled(self.chunk, operand), rows if result == jnp.bfloat16 else rows // 2
+        found = {
+            "x_smem": shared((*slots, self.columns, c.depth), operand, transforms=inner),
+            "codes_smem": shared((*slots, rows, c.depth), jnp.int4, transforms=compat.tiled(self.piece, jnp.int4)),
+            "scales_smem": shared(grids, steps_of_grid),
+            "full": compat.Barrier(num_arrivals=3 + self.centers, num_barriers=c.warpgroups * self.stages),
+            "out_smem": shared((self.columns, rows), result, transforms=compat.tiled(swizzled, result)),
+        }
+        if self.centers:
+            found["centers_smem"] = shared(grids, jnp.bfloat16)
+        if c.warpgroups > 1:
+            found["sums_smem"] = shared((c.warpgroups - 1, rows, self.columns), float32)
+            found["summed"] = compat.Barrier(num_arrivals=c.warpgroups - 1)
+        if self.tokens:
+            found["tokens_smem"] = shared((self.tokens, self.copied), float32)
+            found["told"] = compat.Barrier(num_arrivals=self.tokens)
+        if self.clustered:
+            others = (c.splits - 1, rows, self.columns)
+            found["far_smem"] = shared(others, float32, transforms=compat.tiled(self.columns, float32))
+            found["landed"] = compat.Barrier(num_arrivals=c.splits - 1)
+        if self.simulated:
+            found["bounce"] = shared((c.warpgroups, rows, self.chunk), operand)
+        return found
+
+    def body(self, x_gmem: Any, codes_gmem: Any, scales_gmem: Any, *rest: Any, **memory: Any) -> None:
+        """One warpgroup's program."""
+        *optional, out_gmem = rest
+        centers_gmem = optional.pop(0) if self.centers else None
+        sums_gmem = optional.pop(0) if self.sums else None
+        c, m, rows = self.config, self.columns, compat.ROWS_OF_ACCUMULATOR
+        warpgroup, split, tile = lax.axis_index("wg"), lax.axis_index("split"), lax.axis_index("tile")
+        first = (split * c.warpgroups + warpgroup) * self.steps
+        outputs = pl.ds(tile * rows, rows)
+
+        def fetch(step: Any, slot: Any) -> None:
+            barrier = memory["full"].at[warpgroup * self.stages + slot]
+            start = (first + step) * c.depth
+            inputs, groups = pl.ds(start, c.depth), pl.ds(start // self.group, c.depth // self.chunk)
+            compat.copy_in(codes_gmem.at[outputs, inputs], memory["codes_smem"].at[warpgroup, slot], barrier)
+            compat.copy_in(x_gmem.at[pl.ds(0, m), inputs], memory["x_smem"].at[warpgroup, slot], barrier)
+            compat.copy_in(scales_gmem.at[groups, outputs], memory["scales_smem"].at[warpgroup, slot], barrier)
+            if centers_gmem is not None:
+                compat.copy_in(centers_gmem.at[groups, outputs], memory["centers_smem"].at[warpgroup, slot], barrier)
+
+        for slot in range(self.stages):
+            fetch(slot, slot)
+        if self.tokens:
+
+            @pl.when(warpgroup == 0)
+            def _() -> None:
+                for index, of_tokens in enumerate(optional):
+                    compat.copy_in(of_tokens.at[pl.ds(0, self.copied)], memory["tokens_smem"].at[index], memory["told"])
+
+        def step(index: Any, sum_: Any) -> Any:
+            slot = lax.rem(index, self.stages)
+            compat.wait(memory["full"].at[warpgroup * self.stages + slot])
+            sum_ = self._add(sum_, warpgroup, slot, memory)
+
+            @pl.when(index + self.stages < self.steps)
+            def _() -> None:
+                fetch(index + self.stages, slot)
+
+            return sum_
+
+        nothing = compat.cast(jnp.zeros((rows, m), jnp.float32), compat.C)
+        sum_ = lax.fori_loop(0, self.steps, step, nothing)
+
+        def store(sum_: Any) -> None:
+            row_sums = None
+            if sums_gmem is not None:  # the zeros' part belongs to one split
+                row_sums = compat.load(sums_gmem.at[outputs], compat.ROWS, checked=False)
+                row_sums = row_sums * jnp.where(split == 0, jnp.float32(1), jnp.float32(0))
+            value = self._scaled(sum_, row_sums, memory)
+            target = memory["out_smem"]
+            target.T[...] = compat.cast(value.astype(target.dtype), compat.C_TRANSPOSED)
+            compat.commit()
+            compat.copy_out(target, out_gmem.at[0 if self.clustered else split, pl.ds(0, m), outputs])
+
+        def across_splits(sum_: Any) -> None:
+            if self.tokens:
+                compat.wait(memory["told"])
+            if not self.clustered:
+                store(sum_)
+                return
+            far, landed = memory["far_smem"], memory["landed"]
+
+            @pl.when(split > 0)
+            def _() -> None:
+                compat.send(sum_, far.at[split - 1], landed, cluster_idx=jnp.int32(0), cluster_dim="split")
+
+            @pl.when(split == 0)
+            def _() -> None:
+                compat.wait(landed)
+                total = sum_
+                for other in range(c.splits - 1):
+                    total = total + compat.load(far.at[other], compat.C, checked=False)
+                store(total)
+
+        if c.warpgroups == 1:
+            across_splits(sum_)
+        else:
+
+            @pl.when(warpgroup > 0)
+            def _() -> None:
+                memory["sums_smem"][warpgroup - 1] = sum_
+                compat.arrive(memory["summed"])
+
+            @pl.when(warpgroup == 0)
+            def _() -> None:
+                compat.wait(memory["summed"])
+                total = sum_
+                for other in range(c.warpgroups - 1):
+                    total = total + compat.load(memory["sums_smem"].at[other], compat.C, checked=False)
+                across_splits(total)
+
+        compat.wait_out(0, wait_read_only=True)  # shared memory may go; the end of the kernel waits for the rest
+
+    def _add(self, sum_: Any, warpgroup: Any, slot: Any, memory: dict[str, Any]) -> Any:
+        """Returns the sum and the product of one copy, group by group."""
+        c, rows, chunk, piece = self.config, compat.ROWS_OF_ACCUMULATOR, self.chunk, self.piece
+        bounce = memory["bounce"].at[warpgroup] if self.simulated else None
+        a: Any = None
+        for group in range(c.depth // chunk):
+            scales = compat.load(memory["scales_smem"].at[warpgroup, slot, group], compat.ROWS)
+            centers = None
+            if self.centers:
+                centers = compat.load(memory["centers_smem"].at[warpgroup, slot, group], compat.ROWS)
+            start = group * chunk % piece
+            if start == 0:
+                codes = memory["codes_smem"].at[warpgroup, slot, :, pl.ds(group * chunk, piece)]
+                if self.tokens:
+                    a = compat.unpack_int8(codes, (rows, piece), simulated=self.simulated)
+                else:
+                    inside = centers if piece == chunk else None
+                    a = compat.unpack_bf16(codes, (rows, piece), inside, None, simulated=self.simulated)
+            operand = a if piece == chunk else a[:, start : start + chunk]
+            if centers is not None and piece != chunk:
+                operand = operand - compat.along_rows(centers - jnp.bfloat16(136), (rows, chunk))
+            b = memory["x_smem"].at[warpgroup, slot, :, pl.ds(group * chunk, chunk)].T
+
+            def product(accumulator: Any, operand: Any = operand, b: Any = b) -> Any:
+                compat.multiply(accumulator, operand, b, bounce)
+                return accumulator[...]
+
+            result = jnp.int32 if self.tokens else jnp.float32
+            part = compat.in_scope(product, compat.Accumulator((rows, self.columns), result)).astype(jnp.float32)
+            sum_ = sum_ + part * compat.along_rows(scales.astype(jnp.float32), part.shape)
+        return sum_
+
+    def _scaled(self, value: Any, sums: Any, memory: dict[str, Any]) -> Any:
+        """Returns token_scales * (value / 16 - token_zeros * sums) of integers, and other values as they are."""
+        if not self.tokens:
+            return value
+        of_tokens = [
+            compat.along_columns(
+                compat.load(memory["tokens_smem"].at[index, pl.ds(0, self.columns)], compat.COLUMNS), value.shape
+            )
+            for index in range(self.tokens)
+        ]
+        value = value * SIXTEENTH
+        if sums is not None:
+            value = value - of_tokens[1] * compat.along_rows(sums, value.shape)
+        return value * of_tokens[0]

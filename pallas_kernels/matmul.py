@@ -1,0 +1,71 @@
+"""The products by name: each takes raw arrays and a prepared weight, and chooses kernel and configuration by shape."""
+
+import jax.numpy as jnp
+from jaxtyping import Array, BFloat16, Float32, Int8
+
+from pallas_kernels import configs
+from pallas_kernels.compat import Simulation
+from pallas_kernels.decode import DecodeConfig, w4a8_decode, w4a16_decode
+from pallas_kernels.prefill import integer_prefill, w4a16_prefill
+from pallas_kernels.weights import FloatWeight, IntegerWeight
+
+
+def w4a16_matmul(
+    x: BFloat16[Array, "tokens in"],
+    weight: FloatWeight,
+    *,
+    config: configs.Config | None = None,
+    simulate: Simulation | None = None,
+) -> BFloat16[Array, "tokens out"]:
+    """Multiplies bfloat16 activations by an int4 weight: `reference.float_matmul` up to rounding.
+
+    Args:
+      x: activations.
+      weight: what `prepare_w4a16` returned.
+      config: how the work is divided; None for `configs.choose`.
+      simulate: run in the interpreter on the CPU with these settings; None on an H100 or H200.
+
+    Raises:
+      ValueError: no kernel multiplies this shape.
+    """
+    outputs, inputs = weight.codes.shape
+    chosen = config or configs.choose("w4a16", x.shape[0], outputs, inputs, weight.scales.shape[0])
+    if isinstance(chosen, DecodeConfig):
+        return w4a16_decode(x, weight.codes, weight.scales, weight.centers, config=chosen, simulate=simulate)
+    return w4a16_prefill(x, weight.codes, weight.scales, weight.centers, config=chosen, simulate=simulate)
+
+
+def integer_matmul(
+    x: Int8[Array, "tokens in"],
+    token_scales: Float32[Array, "tokens"],
+    token_zeros: Float32[Array, "tokens"] | None,
+    weight: IntegerWeight,
+    *,
+    config: configs.Config | None = None,
+    simulate: Simulation | None = None,
+) -> BFloat16[Array, "tokens out"]:
+    """Multiplies int8 activations by an int8 or int4 weight: `reference.integer_matmul` up to the last rounding.
+
+    Args:
+      x: codes of the activations; 4-bit codes (W4A4) are int8 too.
+      token_scales: the step of each token's grid.
+      token_zeros: the code that stands for 0, for each token; None where all are 0.
+      weight: what `prepare_w8a8` or `prepare_w4a8` returned.
+      config: how the work is divided; None for `configs.choose`.
+      simulate: run in the interpreter on the CPU with these settings; None on an H100 or H200.
+
+    Raises:
+      ValueError: no kernel multiplies this shape.
+    """
+    (outputs, inputs), groups = weight.codes.shape, weight.scales.shape[0]
+    kind: configs.Kind = "w4a8" if weight.codes.dtype == jnp.int4 else "w8a8"
+    chosen = config or configs.choose(kind, x.shape[0], outputs, inputs, groups)
+    if isinstance(chosen, DecodeConfig):
+        codes, scales, sums = weight
+        return w4a8_decode(x, token_scales, token_zeros, codes, scales, sums, config=chosen, simulate=simulate)
+    if groups > 1:
+        raise ValueError(f"{chosen} takes one scale for each output, given {groups} groups: prepare with one group")
+    scales = weight.scales[0]
+    return integer_prefill(
+        x, token_scales, token_zeros, weight.codes, scales, weight.sums, config=chosen, simulate=simulate
+    )

@@ -1,0 +1,57 @@
+"""The choice of kernels: the table's configurations, and the rule's for odd shapes, lower to CUDA without a GPU."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from pallas_kernels import configs, shapes
+from pallas_kernels.matmul import integer_matmul, w4a16_matmul
+from pallas_kernels.weights import FloatWeight, IntegerWeight
+
+ROWS = configs.table()
+ODD = (  # kind, tokens, outputs, inputs, group: what the rule chooses where the table has no row
+    ("w4a16", 5, 576, 576, 64),
+    ("w4a16", 64, 4096, 14336, 32),
+    ("w4a16", 100, 1536, 576, 32),
+    ("w4a8", 64, 1024, 4096, 64),
+    ("w8a8", 1, 576, 1536, 1536),
+)
+
+
+def lowered(kind: configs.Kind, tokens: int, outputs: int, inputs: int, group: int) -> str:
+    struct = jax.ShapeDtypeStruct
+    wide = (inputs // group, outputs)
+    if kind == "w4a16":
+        grid = struct(wide, jnp.bfloat16)
+        weight = FloatWeight(struct((outputs, inputs), jnp.int4), grid, grid)
+        traced = jax.jit(w4a16_matmul).trace(struct((tokens, inputs), jnp.bfloat16), weight)
+    else:
+        codes = struct((outputs, inputs), jnp.int4 if kind == "w4a8" else jnp.int8)
+        sums, of_tokens = struct((outputs,), jnp.float32), struct((tokens,), jnp.float32)
+        integers = IntegerWeight(codes, struct(wide, jnp.float32), sums)
+        x = struct((tokens, inputs), jnp.int8)
+        traced = jax.jit(integer_matmul).trace(x, of_tokens, of_tokens, integers)
+    return traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row.kind} {row.most} {row.outputs}x{row.inputs}")
+def test_rows_of_the_table_lower_to_cuda(row: configs.Row) -> None:
+    most = min(row.most, 2048)
+    group = 128 if row.kind == "w4a16" else row.inputs
+    assert configs.choose(row.kind, most, row.outputs, row.inputs, row.inputs // group) is row.config
+    assert "mosaic_gpu" in lowered(row.kind, most, row.outputs, row.inputs, group)
+
+
+@pytest.mark.parametrize("case", ODD, ids=lambda case: f"{case[0]} {case[1]} {case[2]}x{case[3]} g{case[4]}")
+def test_odd_shapes_lower_to_cuda(case: tuple[configs.Kind, int, int, int, int]) -> None:
+    assert "mosaic_gpu" in lowered(*case)
+
+
+def test_every_named_shape_has_a_configuration() -> None:
+    for linear in (*shapes.LLAMA_8B, *shapes.LLAMA_70B, *shapes.LUT_GEMM, *shapes.SMALL):
+        group = 128 if linear.inputs % 128 == 0 else 64
+        for tokens in shapes.TOKENS:
+            for kind, groups in (("w4a16", linear.inputs // group), ("w4a8", 1), ("w8a8", 1)):
+                found = configs.candidates(kind, tokens, linear.outputs, linear.inputs, groups)
+                assert found[0] == configs.choose(kind, tokens, linear.outputs, linear.inputs, groups)
+                assert not any(config.fault(linear.outputs, linear.inputs, groups) for config in found)

@@ -17,8 +17,9 @@ Layouts of registers (128 threads, lane l, warp w; `C` the accumulator of 64 row
     packed int4  row 16 w + l / 4 (+ 8), columns 32 j + 8 (l % 4) + 0..7: one register of eight codes
 """
 
+import contextlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final
 
 import jax.numpy as jnp
@@ -278,3 +279,17 @@ def races_found() -> bool:
     from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 
     return bool(gpu_callbacks.get_races().races_found)
+
+
+@contextlib.contextmanager
+def kernel_times() -> Iterator[list[float]]:
+    """Yields a list that holds, after the block, the microseconds of each GPU kernel that ran in it, in order."""
+    from jax._src.lib import mosaic_gpu
+
+    library: Any = vars(mosaic_gpu)["_mosaic_gpu_ext"]
+    found: list[float] = []
+    library._cupti_init()
+    try:
+        yield found
+    finally:
+        found += [1e3 * milliseconds for _, milliseconds in library._cupti_get_timings(True)]

@@ -1,9 +1,10 @@
 """Which kernel multiplies a shape, and how it divides the work: a table of measured shapes, and a rule for others.
 
 The table `h100.json` holds rows of a kind, a weight's shape and the least and most tokens that the row serves, made
-by `python -m pallas_kernels.bench --tune` on the card that it names.
+by `python -m pallas_kernels.bench --tune 8 --table PATH` on the card that it names.
 """
 
+import dataclasses
 import functools
 import importlib.resources
 import json
@@ -54,6 +55,7 @@ class Row:
       least: fewest tokens that the line serves.
       most: most tokens that the line serves.
       config: what was fastest.
+      microseconds: its time with the most tokens that were measured.
     """
 
     kind: Kind
@@ -62,6 +64,7 @@ class Row:
     least: int
     most: int
     config: Config
+    microseconds: float
 
 
 @functools.cache
@@ -104,6 +107,30 @@ def table() -> tuple[Row, ...]:
     return tuple(_row(fields) for fields in json.loads(text)["rows"])
 
 
+def merged(device: str, source: str, measured: list[Row]) -> str:
+    """Returns the text of a table: this package's rows, but `measured` for the same products and tokens."""
+    rows = {(row.kind, row.outputs, row.inputs, row.least): row for row in (*table(), *measured)}
+    lines = []
+    for row in (rows[key] for key in sorted(rows)):
+        kernel = "decode" if isinstance(row.config, DecodeConfig) else "prefill"
+        set_ = {
+            field.name: getattr(row.config, field.name)
+            for field in dataclasses.fields(row.config)
+            if getattr(row.config, field.name) != field.default
+        }
+        line = {"kind": row.kind, "outputs": row.outputs, "inputs": row.inputs, "tokens": [row.least, row.most]}
+        lines.append(
+            "  " + json.dumps(line | {"kernel": kernel, "config": set_, "microseconds": round(row.microseconds, 1)})
+        )
+    head = f' "device": {json.dumps(device)},\n "source": {json.dumps(source)},\n "rows": [\n'
+    return "{\n" + head + ",\n".join(lines) + "\n ]\n}\n"
+
+
+def in_table(config: Config) -> bool:
+    """Tells whether a configuration is a row's own and not the rule's."""
+    return any(row.config is config for row in table())
+
+
 def candidates(kind: Kind, tokens: int, outputs: int, inputs: int, groups: int) -> list[Config]:
     """Returns the configurations among which tuning chooses, the present choice first."""
     found: list[Config] = [choose(kind, tokens, outputs, inputs, groups)]
@@ -117,7 +144,15 @@ def candidates(kind: Kind, tokens: int, outputs: int, inputs: int, groups: int) 
 def _row(fields: dict[str, Any]) -> Row:
     least, most = fields["tokens"]
     config: type[DecodeConfig | PrefillConfig] = DecodeConfig if fields["kernel"] == "decode" else PrefillConfig
-    return Row(fields["kind"], fields["outputs"], fields["inputs"], least, most, config(**fields["config"]))
+    return Row(
+        fields["kind"],
+        fields["outputs"],
+        fields["inputs"],
+        least,
+        most,
+        config(**fields["config"]),
+        fields["microseconds"],
+    )
 
 
 def _measured(kind: Kind, tokens: int, outputs: int, inputs: int) -> Config | None:

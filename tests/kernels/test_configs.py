@@ -1,5 +1,8 @@
 """The choice of kernels: the table's configurations, and the rule's for odd shapes, lower to CUDA without a GPU."""
 
+import dataclasses
+import json
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -55,3 +58,10 @@ def test_every_named_shape_has_a_configuration() -> None:
                 found = configs.candidates(kind, tokens, linear.outputs, linear.inputs, groups)
                 assert found[0] == configs.choose(kind, tokens, linear.outputs, linear.inputs, groups)
                 assert not any(config.fault(linear.outputs, linear.inputs, groups) for config in found)
+
+
+def test_measured_rows_replace_those_of_the_table() -> None:
+    row = dataclasses.replace(ROWS[0], microseconds=1.5)
+    text = json.loads(configs.merged("card", "day", [row]))
+    assert len(text["rows"]) == len(ROWS)
+    assert [line["microseconds"] for line in text["rows"]].count(1.5) == 1

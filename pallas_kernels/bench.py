@@ -1,0 +1,292 @@
+"""Times the kernels beside XLA on this machine's GPU: one line for each product, and a file of JSON lines.
+
+    python -m pallas_kernels.bench                                  the products that issue 6 sets targets for
+    python -m pallas_kernels.bench --kinds w4a16 --shapes 4096x4096 --tokens 1 16 --tune 8
+    python -m pallas_kernels.bench --check 20                       random legal shapes, errors alone
+
+Needs jax, numpy and jaxtyping alone. Times are kernel times by CUPTI, the sum over a call's kernels, the median over
+calls whose weights rotate beyond the second cache. "of peak": bytes of codes over the copy of 512 MiB that this run
+measured (up to 64 tokens), or operations over XLA's product of 8192^3 in bfloat16 or int8. Errors are relative to the
+product in float32, in the Frobenius norm, ours and that of XLA's bfloat16 on the same numbers.
+"""
+
+import argparse
+import dataclasses
+import datetime
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Final
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import compat, configs, shapes
+from pallas_kernels.cases import FEW_TOKENS, KINDS, Case, Product, random_legal_cases, relative_error
+from pallas_kernels.decode import DecodeConfig
+from pallas_kernels.prefill import PrefillConfig
+
+type Target = tuple[configs.Kind, tuple[int, int], tuple[int, ...], float | None, float | None, float | None]
+
+BEYOND_CACHE: Final = 120e6  # bytes of weights that one round reads; an H100's second cache holds 50 MB
+ROUNDS: Final = 5
+ATTEMPTS: Final = 3  # to count kernels while no other thread launches one
+BF16_ROUNDING: Final = 2.0**-8  # relative: the most that operands and output, rounded to bfloat16, are off together
+GROUP: Final = 128
+FAILURES: Final = (ValueError, RuntimeError)  # of compiling and running; a kernel that fails is a row that says so
+SERVED: Final = ((1, 8), (9, 16), (17, 64), (65, 512), (513, 4096), (4097, 1 << 30))  # tokens, by a row of the table
+TARGETS: Final[
+    tuple[Target, ...]
+] = (  # kind, shape, tokens; share of the peak, times XLA's bfloat16, times XLA's best: issue 6
+    ("w4a16", (8192, 8192), (1, 16), 0.75, 3.0, None),
+    ("w4a16", (4096, 4096), (1, 16), 0.55, None, 1.0),
+    ("w8a8", (8192, 8192), (2048,), None, 1.85, 1.3),
+    ("w4a8", (8192, 8192), (2048,), None, 1.85, 1.3),
+    ("w4a16", (8192, 8192), (64,), None, 2.0, None),
+    ("w4a16", (8192, 8192), (256,), None, 1.05, None),
+    ("w4a8", (8192, 8192), (1, 16, 64), None, 2.5, None),
+    ("w4a16", (8192, 8192), (2048,), None, 1.0, None),
+    ("w4a16", (28672, 8192), (1, 16), 0.75, 3.0, None),
+    ("w4a16", (8192, 28672), (1, 16), 0.75, 3.0, None),
+    ("w4a16", (14336, 4096), (1, 16), 0.75, 3.0, None),
+    ("w4a16", (4096, 14336), (1, 16), 0.75, 3.0, None),
+    ("w8a8", (4096, 4096), (2048,), None, 1.85, 1.3),
+    ("w4a8", (4096, 4096), (2048,), None, 1.85, 1.3),
+    ("w4a16", (4096, 4096), (2048,), None, 1.0, None),
+)
+
+
+def main() -> None:
+    """Runs what the command line asks for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, help="with --shapes or --tokens")
+    parser.add_argument("--shapes", nargs="+", help="weights as OUTPUTSxINPUTS; by default Llama-3.1 and LUT-GEMM's")
+    parser.add_argument("--tokens", nargs="+", type=int)
+    parser.add_argument("--tune", type=int, default=0, help="configurations to try where the table has no row")
+    parser.add_argument("--check", type=int, default=0, help="random legal shapes whose errors to compute first")
+    parser.add_argument("--seconds", type=float, default=600.0, help="begin nothing new after so long")
+    parser.add_argument("--results", type=Path, default=Path("benchmarks/results"), help="folder for the JSON lines")
+    parser.add_argument("--table", type=Path, help="a copy of the package's table to write, what was measured in it")
+    arguments = parser.parse_args()
+    end = time.monotonic() + arguments.seconds
+    arguments.results.mkdir(parents=True, exist_ok=True)
+    day = datetime.datetime.now(tz=datetime.UTC).date().isoformat()
+    device = jax.devices()[0].device_kind
+    path = arguments.results / f"{day}-{device.split()[1].lower() if ' ' in device else device}-kernels.jsonl"
+    with path.open("a", encoding="utf-8") as file:
+
+        def write(row: dict[str, Any]) -> None:
+            file.write(json.dumps(row) + "\n")
+            file.flush()
+
+        command = "python -m pallas_kernels.bench " + " ".join(sys.argv[1:])
+        write({"device": device, "date": day, "jax": jax.__version__, "command": command.strip()})
+        chosen = _run(arguments, end, write)
+    if arguments.table:
+        source = f"{day}, jax {jax.__version__}: kernel time by CUPTI, median"
+        arguments.table.write_text(configs.merged(device, source, chosen), encoding="utf-8")
+    print(f"rows are in {path}")
+
+
+def _run(arguments: argparse.Namespace, end: float, write: Callable[[dict[str, Any]], None]) -> list[configs.Row]:
+    """Writes and prints all rows; returns those of the table for what was timed."""
+    bench, chosen = Bench(), []
+    jobs = [(case, [case.config()]) for case in random_legal_cases(0, arguments.check)]
+    jobs += [(case, _tried(case, arguments.tune)) for case in _chosen(arguments)]
+    print(f"{'kernel':34s}      us  of peak  x bf16  x best XLA  error    bf16's   target")
+    with ThreadPoolExecutor(6) as pool:
+        compiled = [(case, [(config, pool.submit(_compile, case, config)) for config in tried]) for case, tried in jobs]
+        for index, (case, variants) in enumerate(compiled):
+            if time.monotonic() > end:
+                print(f"out of time: {len(compiled) - index} of {len(compiled)} products not run")
+                break
+            for row in bench.rows(case, variants, timed=index >= arguments.check):
+                write(row)
+                print(_line(case, row), flush=True)
+                if "chosen" in row and "microseconds" in row:
+                    least, most = next(pair for pair in SERVED if pair[0] <= case.tokens <= pair[1])
+                    config = (DecodeConfig if row["kernel"] == "decode" else PrefillConfig)(**row["config"])
+                    shape = case.kind, case.outputs, case.inputs
+                    chosen.append(configs.Row(*shape, least, most, config, row["microseconds"]))
+        pool.shutdown(wait=False, cancel_futures=True)
+    return chosen
+
+
+def _chosen(arguments: argparse.Namespace) -> Iterator[Case]:
+    if not (arguments.kinds or arguments.shapes or arguments.tokens):
+        if not arguments.check:
+            for kind, (outputs, inputs), tokens, *_ in TARGETS:
+                yield from (_case(kind, count, outputs, inputs) for count in tokens)
+        return
+    named = (*shapes.LLAMA_8B, *shapes.LLAMA_70B, *shapes.LUT_GEMM)
+    sizes = [tuple(map(int, text.split("x"))) for text in arguments.shapes or ()]
+    for kind in arguments.kinds or KINDS:
+        for outputs, inputs in sizes or [(linear.outputs, linear.inputs) for linear in named]:
+            yield from (_case(kind, count, outputs, inputs) for count in arguments.tokens or shapes.TOKENS)
+
+
+def _case(kind: configs.Kind, tokens: int, outputs: int, inputs: int) -> Case:
+    return Case(kind, tokens, outputs, inputs, inputs // GROUP if kind == "w4a16" else 1)
+
+
+def _tried(case: Case, count: int) -> list[configs.Config]:
+    """Returns the configuration in use, and others where it comes from the rule and tuning is wanted."""
+    found = configs.candidates(case.kind, case.tokens, case.outputs, case.inputs, case.groups)
+    return found[: 1 + count] if count and not configs.in_table(found[0]) else found[:1]
+
+
+def _compile(case: Case, config: configs.Config) -> Product:
+    """Compiles a kernel; this needs the processor alone, so that several do at once while another one is timed."""
+    given = jax.eval_shape(lambda: case.operands(0))
+    weight = jax.eval_shape(case.prepare, given)
+    return jax.jit(case.kernel(config)).lower(given.x, given.steps, given.shift, weight).compile()
+
+
+def kernel_microseconds(call: Product, sets: list[tuple[Any, ...]]) -> tuple[float, int]:
+    """Returns the median microseconds of all GPU kernels of a call, and how many kernels there are."""
+    calls = ROUNDS * len(sets)
+    jax.block_until_ready([call(*arguments) for arguments in sets])
+    for _ in range(ATTEMPTS):
+        with compat.kernel_times() as times:
+            for _ in range(ROUNDS):
+                jax.block_until_ready([call(*arguments) for arguments in sets])
+        each = len(times) // calls
+        if each and len(times) % calls == 0:
+            totals = sorted(sum(times[index * each : (index + 1) * each]) for index in range(calls))
+            return totals[calls // 2], each
+    return math.nan, 0
+
+
+class Bench:
+    """What one run measures once: XLA's products and the machine's peaks."""
+
+    def __init__(self) -> None:
+        self._baselines: dict[Any, tuple[Product, float]] = {}
+        self._peaks: dict[str, float] = {}
+
+    def rows(self, case: Case, variants: list[tuple[configs.Config, Future[Any]]], *, timed: bool) -> Iterator[Any]:
+        """Yields a row for each configuration of a product, the fastest last where several are tried."""
+        given = [case.operands(seed) for seed in range(2)]
+        expected = [case.meaning(each) for each in given]
+        sets = [(each.x, each.steps, each.shift, case.prepare(each)) for each in given]
+        copies = max(2, min(14, math.ceil(BEYOND_CACHE / case.bytes_of_codes))) if timed else 2
+        for seed in range(2, copies):
+            other = case.operands(seed)
+            sets.append((other.x, other.steps, other.shift, case.prepare(other)))
+        xla, bf16_error = self._xla(case, given, expected) if timed else ({}, math.nan)
+        found = []
+        for config, future in variants:
+            row = {**dataclasses.asdict(case), "kernel": "decode" if isinstance(config, DecodeConfig) else "prefill"}
+            row["config"] = dataclasses.asdict(config)
+            try:
+                call = future.result()
+                first = call(*sets[0])
+                row["errors"] = [relative_error(first, expected[0]), relative_error(call(*sets[1]), expected[1])]
+                row["same_bits"] = bool((first == call(*sets[0])).all())
+            except FAILURES as error:
+                yield row | {"failure": f"{type(error).__name__}: {error}"[:300]}
+                continue
+            row |= {"bf16_error": bf16_error, "xla": xla}
+            if not row["same_bits"] or not max(row["errors"]) < BF16_ROUNDING:
+                yield row | {"target": f"WRONG: errors {row['errors']}, same bits: {row['same_bits']}"}
+                continue
+            if timed:
+                row["microseconds"], row["kernels"] = kernel_microseconds(call, sets)
+                row |= self._compared(case, row["microseconds"], xla)
+            found.append(row)
+        last = min(found, key=lambda row: row.get("microseconds", 0.0), default=None)
+        yield from (row for row in found if row is not last)
+        if last is not None:
+            yield last | {"chosen": True} | _verdict(case, last)
+
+    def _xla(self, case: Case, given: list[Any], expected: list[Any]) -> tuple[dict[str, float], float]:
+        """Returns microseconds of XLA's formulations, each compiled with the GPU to itself, and bfloat16's error."""
+        times, bf16_error = {}, math.nan
+        for name, (function, arguments) in case.xla().items():
+            key = (name, case.tokens, case.outputs, case.inputs, None if name == "bfloat16" else case.kind)
+            if key not in self._baselines or name == "bfloat16":
+                sets = [arguments(each) for each in given]
+                if key not in self._baselines:
+                    call = jax.jit(function).lower(*sets[0]).compile()
+                    jax.block_until_ready(call(*sets[0]))
+                    several = sets * math.ceil(BEYOND_CACHE / sum(each.nbytes for each in sets[0]) / 2)
+                    self._baselines[key] = call, kernel_microseconds(call, several)[0]
+                if name == "bfloat16":
+                    bf16_error = relative_error(self._baselines[key][0](*sets[0]), expected[0])
+            times[name] = self._baselines[key][1]
+        return times, bf16_error
+
+    def _compared(self, case: Case, microseconds: float, xla: dict[str, float]) -> dict[str, float]:
+        if case.tokens <= FEW_TOKENS:
+            rate, peak = case.bytes_of_codes / microseconds / 1e3, self._peak("copy, GB/s")
+        else:
+            kind = "bfloat16, T/s" if case.kind == "w4a16" else "int8, T/s"
+            rate, peak = case.operations / microseconds / 1e6, self._peak(kind)
+        return {
+            "rate": rate,
+            "peak": peak,
+            "of_peak": rate / peak,
+            "over_bf16": xla["bfloat16"] / microseconds,
+            "over_best_xla": min(xla.values()) / microseconds,
+        }
+
+    def _peak(self, name: str) -> float:
+        if name not in self._peaks:
+            size = 1 << 13
+            if name.startswith("copy"):
+                values = jnp.zeros(1 << 28, jnp.bfloat16)
+                call: Any = jax.jit(lambda x: x + jnp.bfloat16(1))
+                arguments: tuple[jax.Array, ...] = (values,)
+                work = 2e-3 * values.nbytes
+            else:
+                dtype = jnp.bfloat16 if name.startswith("b") else jnp.int8
+                result = jnp.bfloat16 if name.startswith("b") else jnp.int32
+                values = jax.random.randint(jax.random.key(0), (size, size), -100, 100, jnp.int8).astype(dtype)
+
+                def product(a: jax.Array, b: jax.Array) -> jax.Array:
+                    return jax.lax.dot_general(a, b, (((1,), (1,)), ((), ())), preferred_element_type=result)
+
+                call, arguments, work = jax.jit(product), (values, values), 2e-6 * size**3
+            jax.block_until_ready(call(*arguments))
+            self._peaks[name] = work / kernel_microseconds(call, [arguments])[0]
+            print(f"peak: {name[:-5]:28s} {self._peaks[name]:8.0f} {name[-4:]}", flush=True)
+        return self._peaks[name]
+
+
+def _verdict(case: Case, row: dict[str, Any]) -> dict[str, Any]:
+    """Returns which of the issue's targets a right row meets or misses; without times, that it is right."""
+    if "rate" not in row:
+        return {"target": "right"}
+    for kind, shape, tokens, *least in TARGETS:
+        if (kind, shape) == (case.kind, (case.outputs, case.inputs)) and case.tokens in tokens:
+            names = ("of_peak", "over_bf16", "over_best_xla")
+            missed = [f"{name} {row[name]:.2f} < {low}" for name, low in zip(names, least) if low and row[name] < low]
+            return {"target": "missed: " + ", ".join(missed) if missed else "met"}
+    return {}
+
+
+def _line(case: Case, row: dict[str, Any]) -> str:
+    zeros = " zeros" if case.zeros else ""
+    text = f"{case.kind} {case.tokens:5d} x {case.outputs}x{case.inputs} g{case.inputs // case.groups}{zeros}".ljust(34)
+    if "failure" in row:
+        return f"{text} FAILED with {row['config']}: {row['failure'][:200]}"
+    if "rate" in row:
+        text += f"{row['microseconds']:8.1f} {row['of_peak']:7.0%} {row['over_bf16']:8.2f} {row['over_best_xla']:10.2f}"
+    text += f"   {row['errors'][0]:.2e} {row['bf16_error']:.2e} {row.get('target', '')}"
+    changed = {name: value for name, value in row["config"].items() if value != _default(row, name)}
+    return (
+        f"{text} {'' if row['same_bits'] else 'OTHER BITS '}{row['kernel'] if 'chosen' in row else ' tried'} {changed}"
+    )
+
+
+def _default(row: dict[str, Any], name: str) -> Any:
+    config: Any = DecodeConfig() if row["kernel"] == "decode" else PrefillConfig()
+    return getattr(config, name)
+
+
+if __name__ == "__main__":
+    main()

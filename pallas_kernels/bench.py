@@ -136,7 +136,8 @@ def _case(kind: configs.Kind, tokens: int, outputs: int, inputs: int) -> Case:
 def _tried(case: Case, count: int) -> list[configs.Config]:
     """Returns the configuration in use, and others where it comes from the rule and tuning is wanted."""
     found = configs.candidates(case.kind, case.tokens, case.outputs, case.inputs, case.groups)
-    return found[: 1 + count] if count and not configs.in_table(found[0]) else found[:1]
+    wanted = 1 + count if count and not configs.in_table(found[0]) else 1
+    return [found[index * len(found) // wanted] for index in range(wanted)] if wanted < len(found) else found
 
 
 def _compile(case: Case, config: configs.Config) -> Product:

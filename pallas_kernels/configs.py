@@ -24,6 +24,8 @@ MULTIPROCESSORS: Final = 132  # of an H100 or H200
 WARPGROUPS_UNDER_WAY: Final = 4 * MULTIPROCESSORS  # for decode: measured, see the file's head
 ONE_BLOCK: Final = 226 * 1024  # bytes of shared memory (227 KiB) that one block of a multiprocessor may plan with
 TWO_BLOCKS: Final = 112 * 1024
+MANY_OF_FEW: Final = 16  # tokens above which a block of decode.py makes 128 outputs
+FEWEST_BLOCKS: Final = 3 * MULTIPROCESSORS // 4  # below which more blocks are better than more warpgroups in each
 MOST_PARTS: Final = 16
 MOST_STAGES: Final = 8
 MOST_CLUSTER: Final = 8  # blocks of a portable cluster
@@ -89,7 +91,9 @@ def choose(kind: Kind, tokens: int, outputs: int, inputs: int, groups: int) -> C
     if found is not None and found.fault(outputs, inputs, groups) is None:
         return found
     decode = kind != "w8a8" and tokens <= MOST_TOKENS
-    ranked = _decode(kind, tokens, outputs, inputs, groups) if decode else _prefill(kind, tokens, outputs, inputs)
+    ranked = _prefill(kind, tokens, outputs, inputs)
+    if decode:
+        ranked = [each for rows in _rows(tokens) for each in _decode(kind, tokens, outputs, inputs, groups, rows)]
     for config in ranked:
         if config.fault(outputs, inputs, groups) is None and (decode or kind == "w4a16" or groups == 1):
             return config
@@ -135,7 +139,8 @@ def candidates(kind: Kind, tokens: int, outputs: int, inputs: int, groups: int) 
     """Returns the configurations among which tuning chooses, the present choice first."""
     found: list[Config] = [choose(kind, tokens, outputs, inputs, groups)]
     if kind != "w8a8" and tokens <= MOST_TOKENS:
-        found += _decode(kind, tokens, outputs, inputs, groups)[:8]
+        for rows in _rows(tokens):
+            found += _decode(kind, tokens, outputs, inputs, groups, rows)[: 8 // len(_rows(tokens))]
     if kind == "w8a8" or tokens >= PREFILL_FROM:
         found += _prefill(kind, tokens, outputs, inputs)[:6]
     return list(dict.fromkeys(config for config in found if config.fault(outputs, inputs, groups) is None))
@@ -163,24 +168,32 @@ def _measured(kind: Kind, tokens: int, outputs: int, inputs: int) -> Config | No
     return None
 
 
-def _decode(kind: Kind, tokens: int, outputs: int, inputs: int, groups: int) -> list[Config]:
+def _rows(tokens: int) -> tuple[int, ...]:
+    """Returns how many outputs a block of decode.py should make: more where the activations' traffic is felt."""
+    return (128, 64) if tokens > MANY_OF_FEW else (64,)
+
+
+def _decode(kind: Kind, tokens: int, outputs: int, inputs: int, groups: int, rows: int) -> list[Config]:
     """Returns configurations of decode.py, the most promising first: four warpgroups a multiprocessor, deep copies."""
     width = 2 if kind == "w4a16" else 1
     columns = 8 * compat.whole_tiles(tokens, 8)
-    tiles = compat.whole_tiles(outputs, compat.ROWS_OF_ACCUMULATOR)
-    wanted = 2 ** max(1, round(math.log2(WARPGROUPS_UNDER_WAY / tiles)))
+    tiles = compat.whole_tiles(outputs, rows)
+    wanted = 2 ** max(1, round(math.log2(WARPGROUPS_UNDER_WAY * 64 / rows / tiles)))
     found: list[Config] = []
     for parts in (2**power for power in range(min(wanted, MOST_PARTS).bit_length() - 1, -1, -1)):
-        for warpgroups in (min(4, parts), max(1, min(4, parts) // 2)):
+        wide, narrow = min(4, parts), max(1, min(4, parts) // 2)
+        idle = tiles * parts // wide < FEWEST_BLOCKS
+        for warpgroups in (narrow, wide) if idle else (wide, narrow):
             splits = parts // warpgroups
             room = ONE_BLOCK if tiles * splits <= MULTIPROCESSORS else TWO_BLOCKS
-            room -= 256 * columns * (warpgroups - 1 + (splits - 1 if splits <= MOST_CLUSTER else 0)) + 128 * columns
+            others = warpgroups - 1 + (splits - 1 if splits <= MOST_CLUSTER else 0)
+            room -= rows * columns * (4 * others + 2)
             for depth in (256, 128, 64):
-                grids = 64 * 2 * 2 * compat.whole_tiles(depth * groups, inputs)  # scales, and centers or wider scales
-                one = warpgroups * (depth * (32 + columns * width) + grids)
+                grids = rows * 2 * 2 * compat.whole_tiles(depth * groups, inputs)  # scales, and centers or wider scales
+                one = warpgroups * (depth * (rows // 2 + columns * width) + grids)
                 stages = min(4, room // one, inputs // (depth * parts))
                 if inputs % (depth * parts) == 0 and (stages >= 2 or stages == inputs // (depth * parts) == 1):
-                    found.append(DecodeConfig(depth, stages, warpgroups, splits, 1 < splits <= MOST_CLUSTER))
+                    found.append(DecodeConfig(depth, stages, warpgroups, splits, rows, 1 < splits <= MOST_CLUSTER))
     return list(dict.fromkeys(found))
 
 

@@ -4,7 +4,7 @@
     y[m, n] = token_scales[m] * (sum_k x[m, k] * scales[k // g, n] * codes[n, k] - token_zeros[m] * sums[n])    W4A8
 
 The weight is operand A of the tensor cores' instruction, 64 outputs by `depth` inputs, and x.T is operand B, so that m
-is padded to 8 only. A block makes 64 outputs; its warpgroups, and `splits` blocks, share the inputs:
+is padded to 8 only. A block makes 64 or 128 outputs; its warpgroups, and `splits` blocks, share the inputs:
 
             inputs, contiguous in memory
             warpgroup 0       warpgroup 1        ..      each walks its own range, `stages` copies ahead
@@ -52,6 +52,7 @@ class DecodeConfig:
       stages: copies that a warpgroup has under way.
       warpgroups: warpgroups of a block, each with its own range of inputs.
       splits: blocks that share the inputs of the same outputs.
+      rows: outputs of a block, 64 or 128: more of them use the activations that a warpgroup has copied.
       cluster: add the splits in the shared memory of a cluster's first block; otherwise XLA adds them.
     """
 
@@ -59,13 +60,14 @@ class DecodeConfig:
     stages: int = 4
     warpgroups: int = 1
     splits: int = 1
+    rows: int = compat.ROWS_OF_ACCUMULATOR
     cluster: bool = False
 
     def fault(self, outputs: int, inputs: int, groups: int) -> str | None:
         """Returns why a weight cannot be multiplied with this configuration; None where it can."""
         group, parts = inputs // groups, self.splits * self.warpgroups
-        if outputs % compat.ROWS_OF_ACCUMULATOR:
-            return f"{outputs} outputs are no multiple of {compat.ROWS_OF_ACCUMULATOR}"
+        if outputs % self.rows:
+            return f"{outputs} outputs are no multiple of {self.rows}"
         if inputs % (self.depth * parts):
             return f"{inputs} inputs are no multiple of {self.depth * parts}, {parts} ranges of copies of {self.depth}"
         if self.depth % group and group % self.depth:
@@ -176,7 +178,7 @@ def _run(
         simulated=simulated,
     )
     splits = {"split": config.splits}
-    blocks = {"tile": n // compat.ROWS_OF_ACCUMULATOR}
+    blocks = {"tile": n // config.rows}
     call = compat.kernel(
         kernel.body,
         out=result,
@@ -226,10 +228,10 @@ class _Kernel:
 
     def scratch(self, operand: Any, steps_of_grid: Any, result: Any) -> dict[str, Any]:
         """Returns the shared memory and barriers, by the names of the body's arguments."""
-        c, shared, rows = self.config, compat.SharedMemory, compat.ROWS_OF_ACCUMULATOR
+        c, shared, rows = self.config, compat.SharedMemory, self.config.rows
         slots, float32 = (c.warpgroups, self.stages), jnp.float32
         grids = (*slots, c.depth // self.chunk, rows)
-        inner, swizzled = compat.tiled(self.chunk, operand), rows if result == jnp.bfloat16 else rows // 2
+        inner, swizzled = compat.tiled(self.chunk, operand), 64 if result == jnp.bfloat16 else 32
         found = {
             "x_smem": shared((*slots, self.columns, c.depth), operand, transforms=inner),
             "codes_smem": shared((*slots, rows, c.depth), jnp.int4, transforms=compat.tiled(self.piece, jnp.int4)),
@@ -258,7 +260,7 @@ class _Kernel:
         *optional, out_gmem = rest
         centers_gmem = optional.pop(0) if self.centers else None
         sums_gmem = optional.pop(0) if self.sums else None
-        c, m, rows = self.config, self.columns, compat.ROWS_OF_ACCUMULATOR
+        c, m, rows = self.config, self.columns, self.config.rows
         warpgroup, split, tile = lax.axis_index("wg"), lax.axis_index("split"), lax.axis_index("tile")
         first = (split * c.warpgroups + warpgroup) * self.steps
         outputs = pl.ds(tile * rows, rows)
@@ -348,7 +350,7 @@ class _Kernel:
 
     def _add(self, sum_: Any, warpgroup: Any, slot: Any, memory: dict[str, Any]) -> Any:
         """Returns the sum and the product of one copy, group by group."""
-        c, rows, chunk, piece = self.config, compat.ROWS_OF_ACCUMULATOR, self.chunk, self.piece
+        c, rows, chunk, piece = self.config, self.config.rows, self.chunk, self.piece
         bounce = memory["bounce"].at[warpgroup] if self.simulated else None
         a: Any = None
         for group in range(c.depth // chunk):

@@ -22,7 +22,7 @@ def relative(found: jax.Array, expected: jax.Array) -> float:
     ("tokens", "outputs", "group", "config"),
     [
         (3, 64, 32, DecodeConfig(depth=64, stages=2, warpgroups=2, splits=2)),
-        (9, 64, 256, DecodeConfig(depth=128, stages=2)),
+        (9, 128, 256, DecodeConfig(depth=128, stages=2, rows=128)),
     ],
     ids=["groups of 32, shared inputs", "per channel, padded tokens"],
 )

@@ -29,7 +29,7 @@ FEWEST_BLOCKS: Final = 3 * MULTIPROCESSORS // 4  # below which more blocks are b
 MOST_PARTS: Final = 16
 MOST_STAGES: Final = 8
 MOST_CLUSTER: Final = 8  # blocks of a portable cluster
-PREFILL_FROM: Final = 16  # tokens from which tuning tries the kernels of prefill.py too
+PREFILL_FROM: Final = 32  # tokens from which tuning tries the kernels of prefill.py too
 TILE_EFFICIENCY: Final = {  # of the tensor cores, by (tokens, warpgroups): estimates that rank tiles of one shape
     (256, 2): 1.0,
     (128, 2): 0.85,
@@ -140,7 +140,7 @@ def candidates(kind: Kind, tokens: int, outputs: int, inputs: int, groups: int) 
     found: list[Config] = [choose(kind, tokens, outputs, inputs, groups)]
     if kind != "w8a8" and tokens <= MOST_TOKENS:
         for rows in _rows(tokens):
-            found += _decode(kind, tokens, outputs, inputs, groups, rows)[: 8 // len(_rows(tokens))]
+            found += _decode(kind, tokens, outputs, inputs, groups, rows)[: 8 // len(_rows(tokens)) ** 2]
     if kind == "w8a8" or tokens >= PREFILL_FROM:
         found += _prefill(kind, tokens, outputs, inputs)[:6]
     return list(dict.fromkeys(config for config in found if config.fault(outputs, inputs, groups) is None))

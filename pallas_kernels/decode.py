@@ -15,8 +15,9 @@ is padded to 8 only. A block makes 64 or 128 outputs; its warpgroups, and `split
 
 No order of additions depends on time: the same inputs give the same bits.
 
-Roofline: int4 bytes and scales, n * k * (1/2 + 2 / g), over the memory's bandwidth. Measured 2026-11-22 on an H100 80GB
-HBM3 (jax 0.11.2, kernel time by CUPTI, median, weights beyond the cache; a copy of 512 MiB runs at 2937 GB/s):
+Roofline: int4 bytes and scales, n * k * (1/2 + 2 / g), over the memory's bandwidth. Measured with this kernel's draft,
+2026-11-22, on an H100 80GB HBM3 (jax 0.11.2, kernel time by CUPTI, median, weights beyond the cache; a copy of 512 MiB
+runs at 2937 GB/s; `python -m pallas_kernels.bench` measures anew):
 
     m    n x k          config                     us     int4 bytes and scales
     1    8192 x 8192    4 warpgroups               15.6   2225 GB/s, 76 % of the copy; XLA bfloat16 47.9, 3.1 times

@@ -19,8 +19,9 @@ integers come after the exact int32 sums. One warpgroup adds all of a tile's inp
 same bits.
 
 Roofline: 2 m n k over the tensor cores' rate: XLA's bfloat16 product of 8192^3 runs at 821 TFLOP/s on the card that was
-measured, its int8 product at 1570. Measured 2026-11-22 on an H100 80GB HBM3 (jax 0.11.2, kernel time by CUPTI, median),
-m = 2048, n = k = 8192; XLA's bfloat16 product takes 332 us, its int8 product with scales 247:
+measured, its int8 product at 1570. Measured with this kernel's draft, 2026-11-22, on an H100 80GB HBM3 (jax 0.11.2,
+kernel time by CUPTI, median; `python -m pallas_kernels.bench` measures anew), m = 2048, n = k = 8192; XLA's bfloat16
+product takes 332 us, its int8 product with scales 247:
 
     W4A16    329.5 us    834 TFLOP/s    1.01 times XLA's bfloat16
     W8A8     168.3 us   1634 TOP/s      1.97 times, and 1.46 times XLA's int8

@@ -26,6 +26,7 @@ ONE_BLOCK: Final = 226 * 1024  # bytes of shared memory (227 KiB) that one block
 TWO_BLOCKS: Final = 112 * 1024
 MANY_OF_FEW: Final = 16  # tokens above which a block of decode.py makes 128 outputs
 FEWEST_BLOCKS: Final = 3 * MULTIPROCESSORS // 4  # below which more blocks are better than more warpgroups in each
+DEPTHS: Final = (256, 512, 128)  # of decode.py, the most promising first; 64 is slow where a deeper one fits
 MOST_PARTS: Final = 16
 MOST_STAGES: Final = 8
 MOST_CLUSTER: Final = 8  # blocks of a portable cluster
@@ -188,7 +189,7 @@ def _decode(kind: Kind, tokens: int, outputs: int, inputs: int, groups: int, row
             room = ONE_BLOCK if tiles * splits <= MULTIPROCESSORS else TWO_BLOCKS
             others = warpgroups - 1 + (splits - 1 if splits <= MOST_CLUSTER else 0)
             room -= rows * columns * (4 * others + 2)
-            for depth in (256, 128, 64):
+            for depth in DEPTHS if inputs % 128 == 0 and tokens <= MANY_OF_FEW else (*DEPTHS, 64):
                 grids = rows * 2 * 2 * compat.whole_tiles(depth * groups, inputs)  # scales, and centers or wider scales
                 one = warpgroups * (depth * (rows // 2 + columns * width) + grids)
                 stages = min(4, room // one, inputs // (depth * parts))

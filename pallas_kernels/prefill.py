@@ -143,7 +143,7 @@ def integer_prefill(
     rows, columns = [scales], [token_scales]
     if token_zeros is not None:
         if sums is None:
-            raise ValueError("tokens have zeros but the weight no sums: give what `prepare` returns")
+            raise ValueError("tokens have zeros but the weight no sums: give what prepare_w8a8 or prepare_w4a8 returns")
         rows, columns = [scales, sums], [token_scales, token_zeros]
     return _run("w4a8" if codes.dtype == jnp.int4 else "w8a8", x, codes, [], rows, columns, config, simulate)
 

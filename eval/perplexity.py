@@ -8,7 +8,6 @@ model's logits.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Final
 
 import jax
 import jax.numpy as jnp
@@ -16,11 +15,9 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Integer
 
 from jquant.errors import CalibrationError, DataError
-from jquant.models import Llama, Stacked, head, hidden_states
+from jquant.models import Llama, Stacked, hidden_states, next_token_losses
 
 type OnWindow = Callable[[int, int, float], None]  # (windows done, windows in all, perplexity so far)
-
-_POSITIONS: Final = 256  # whose float32 logits are held at once: 0.13 GB for a vocabulary of 128k
 
 
 @dataclass(frozen=True)
@@ -96,25 +93,8 @@ def perplexity(
 
 @jax.jit
 def _window_losses(model: Llama, windows: Int[Array, "batch length"]) -> Float[Array, "batch"]:
-    """Return each window's mean loss, taking the head over a few positions at a time."""
-    rows, predicted = windows.shape[0], windows.shape[1] - 1
-    pieces = -(-predicted // _POSITIONS)
-    size = -(-predicted // pieces)
-    padding = pieces * size - predicted
-    states = jnp.pad(hidden_states(model, windows)[:, :-1], ((0, 0), (0, padding), (0, 0)))
-    targets = jnp.pad(windows[:, 1:], ((0, 0), (0, padding)))
-
-    def piece_losses(piece: tuple[jax.Array, jax.Array]) -> jax.Array:
-        logits = head(model, piece[0]).astype(jnp.float32)
-        chosen = jnp.take_along_axis(logits, piece[1][:, :, None], axis=-1)[:, :, 0]
-        return jax.nn.logsumexp(logits, axis=-1) - chosen
-
-    by_piece = (
-        jnp.moveaxis(states.reshape(rows, pieces, size, -1), 1, 0),
-        jnp.moveaxis(targets.reshape(rows, pieces, size), 1, 0),
-    )
-    losses = jnp.moveaxis(jax.lax.map(piece_losses, by_piece), 0, 1).reshape(rows, pieces * size)
-    return jnp.mean(losses[:, :predicted], axis=-1)
+    """Return each window's mean loss."""
+    return jnp.mean(next_token_losses(model, hidden_states(model, windows), windows), axis=-1)
 
 
 def _exp_mean(losses: list[float]) -> float:

@@ -11,7 +11,6 @@ and back, and adds to a histogram a layer, so that the block inputs of one windo
 """
 
 import functools
-from typing import Final
 
 import jax
 import jax.numpy as jnp
@@ -23,12 +22,10 @@ from jquant.calibration.sequential import advance, dense_kernels
 from jquant.errors import CalibrationError
 from jquant.kv import Codebook, ExactKv, KvQuant, Prompt, check_kvquant, normalize_keys, normalize_values
 from jquant.kv.vectors import ScaleDtype
-from jquant.models import BLOCK_LINEARS, Block, Llama, LlamaConfig, blocks, embed, exact_block, head, put
+from jquant.models import BLOCK_LINEARS, Block, Llama, LlamaConfig, blocks, embed, exact_block, next_token_losses, put
 from jquant.numerics import Histogram, count_values, match_spread, weighted_kmeans
 
 type Ranges = tuple[Float[Array, "heads dim"], Float[Array, "heads dim"]]
-
-_POSITIONS: Final = 256  # whose float32 logits are held at once
 
 
 def calibrate_kvquant(
@@ -165,23 +162,7 @@ def _loss_slope(
 
     The sum instead of the mean: a factor changes no codebook, and squares of small gradients keep their digits.
     """
-    predicted = window.shape[0] - 1
-    padding = -predicted % _POSITIONS
-    targets = jnp.pad(window[1:], (0, padding)).reshape(-1, min(_POSITIONS, predicted + padding))
-    real = (jnp.arange(predicted + padding) < predicted).reshape(targets.shape)
-
-    @jax.checkpoint
-    def piece_loss(piece: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
-        states, target, counted = piece
-        logits = head(model, states).astype(jnp.float32)
-        chosen = jnp.take_along_axis(logits, target[:, None], axis=-1)[:, 0]
-        return jnp.sum(jnp.where(counted, jax.nn.logsumexp(logits, axis=-1) - chosen, 0.0))
-
-    def loss(states: Float[Array, "1 tokens hidden"]) -> Float[Array, ""]:
-        by_piece = jnp.pad(states[0, :-1], ((0, padding), (0, 0))).reshape(*targets.shape, -1)
-        return jnp.sum(jax.lax.map(piece_loss, (by_piece, targets, real)))
-
-    return jax.grad(loss)(x)
+    return jax.grad(lambda states: jnp.sum(next_token_losses(model, states, window[None])))(x)
 
 
 @functools.partial(jax.jit, static_argnums=(4, 5))

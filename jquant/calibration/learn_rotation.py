@@ -20,7 +20,7 @@ Liu et al. 2024, SpinQuant: LLM quantization with learned rotations, arXiv:2405.
 import functools
 import math
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,11 +29,9 @@ from jaxtyping import Array, Float, Int
 
 from jquant.calibration.turned import turn_rounding
 from jquant.errors import CalibrationError, RecipeError
-from jquant.models import Block, Llama, embed, head, prompt_block
+from jquant.models import Block, Llama, embed, next_token_losses, prompt_block
 from jquant.numerics import cayley_sgd
 from jquant.types import compute_dtype
-
-_POSITIONS: Final = 256  # whose logits are held at once
 
 type Matrices = dict[str, Float[Array, "..."]]  # "residual" [hidden, hidden], "values" [layers, head_dim, head_dim]
 
@@ -150,18 +148,7 @@ def rounded_loss(matrices: Matrices, model: Llama, window: Int[Array, "length"])
         return prompt_block(turned, x, lengths, window.shape[0], model.config)[0], None
 
     states, _ = jax.lax.scan(through, embed(model, window[None]), (model.layers.block, matrices["values"]))  # type: ignore[union-attr]
-    predicted = window.shape[0] - 1
-    pieces = -(-predicted // _POSITIONS)
-    padding = -predicted % pieces
-    targets = jnp.pad(window[1:], (0, padding)).reshape(pieces, -1)
-    rows = jnp.pad(states[0, :-1], ((0, padding), (0, 0))).reshape(pieces, targets.shape[1], -1)
-
-    @jax.checkpoint
-    def losses(piece: tuple[Array, Array]) -> Array:
-        logits = head(model, piece[0])
-        return jax.nn.logsumexp(logits, axis=-1) - jnp.take_along_axis(logits, piece[1][:, None], axis=-1)[:, 0]
-
-    return jnp.mean(jax.lax.map(losses, (rows, targets)).reshape(-1)[:predicted])
+    return jnp.mean(next_token_losses(model, states, window[None]))
 
 
 def _optimizer(training: RotationTraining) -> optax.GradientTransformation:

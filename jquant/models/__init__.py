@@ -21,6 +21,7 @@ from jquant.models.llama import hidden_states as hidden_states
 from jquant.models.llama import prefill as prefill
 from jquant.models.llama import prompt_block as prompt_block
 from jquant.models.llama import step_block as step_block
+from jquant.models.loss import next_token_losses as next_token_losses
 from jquant.models.random import Family as Family
 from jquant.models.random import random_model as random_model
 from jquant.models.random import tiny_config as tiny_config

@@ -44,11 +44,13 @@ class RotationTraining:
       steps: updates; 0 leaves the rotations as they were drawn. 100 as in the paper.
       learning_rate: of the first update; it falls linearly to 0. 1.5 as in the paper.
       batch_size: windows in one step. 8 as in the paper's runs.
+      accumulation: parts of a batch that pass the model one after the other: more take less memory and longer.
     """
 
     steps: int = 100
     learning_rate: float = 1.5
     batch_size: int = 8
+    accumulation: int = 1
 
     def __post_init__(self) -> None:
         """Refuses what is no training."""
@@ -56,6 +58,8 @@ class RotationTraining:
             raise RecipeError(
                 f"steps={self.steps}, batch_size={self.batch_size}: give 0 steps or more, 1 window or more"
             )
+        if self.accumulation < 1 or self.batch_size % self.accumulation:
+            raise RecipeError(f"accumulation={self.accumulation}: give what divides batch_size={self.batch_size}")
         if not (self.learning_rate > 0 and math.isfinite(self.learning_rate)):
             raise RecipeError(f"learning_rate={self.learning_rate}: give a positive rate")
 
@@ -121,34 +125,35 @@ def train_step(
       The matrices after the update, the optimizer's state, and the loss before it.
     """
 
-    def add(sums: Any, window: Array) -> tuple[Any, None]:
-        return jax.tree.map(jnp.add, sums, jax.value_and_grad(rounded_loss)(matrices, model, window)), None
+    def add(sums: Any, part: Array) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, sums, jax.value_and_grad(rounded_loss)(matrices, model, part)), None
 
-    nothing = jax.tree.map(jnp.zeros_like, (jax.eval_shape(rounded_loss, matrices, model, tokens[0]), matrices))
-    sums, _ = jax.lax.scan(add, nothing, tokens)
-    loss, gradients = jax.tree.map(lambda total: total / tokens.shape[0], sums)
+    parts = tokens.reshape(training.accumulation, -1, tokens.shape[1])
+    nothing = jax.tree.map(jnp.zeros_like, (jax.eval_shape(rounded_loss, matrices, model, parts[0]), matrices))
+    sums, _ = jax.lax.scan(add, nothing, parts)
+    loss, gradients = jax.tree.map(lambda total: total / training.accumulation, sums)
     with jax.numpy_dtype_promotion("standard"):  # optax's schedules mix counts and floats
         updates, state = _optimizer(training).update(gradients, state, matrices)
     return optax.apply_updates(matrices, updates), state, loss
 
 
-def rounded_loss(matrices: Matrices, model: Llama, window: Int[Array, "length"]) -> Float[Array, ""]:
-    """Returns the mean loss of a window's tokens in the model whose rotations are turned by the matrices.
+def rounded_loss(matrices: Matrices, model: Llama, windows: Int[Array, "batch length"]) -> Float[Array, ""]:
+    """Returns the mean loss of the windows' tokens in the model whose rotations are turned by the matrices.
 
     Args:
       matrices: T of the residual stream and T_l of each layer.
       model: as `learn_rotation` has it.
-      window: token ids.
+      windows: token ids.
     """
-    lengths = jnp.full(1, window.shape[0], jnp.int32)
+    lengths = jnp.full(windows.shape[0], windows.shape[1], jnp.int32)
 
     @jax.checkpoint
-    def through(x: Float[Array, "1 length hidden"], layer: tuple[Block, Array]) -> tuple[Array, None]:
+    def through(x: Float[Array, "batch length hidden"], layer: tuple[Block, Array]) -> tuple[Array, None]:
         turned = turn_rounding(layer[0], matrices["residual"], layer[1])
-        return prompt_block(turned, x, lengths, window.shape[0], model.config)[0], None
+        return prompt_block(turned, x, lengths, windows.shape[1], model.config)[0], None
 
-    states, _ = jax.lax.scan(through, embed(model, window[None]), (model.layers.block, matrices["values"]))  # type: ignore[union-attr]
-    return jnp.mean(next_token_losses(model, states, window[None]))
+    states, _ = jax.lax.scan(through, embed(model, windows), (model.layers.block, matrices["values"]))  # type: ignore[union-attr]
+    return jnp.mean(next_token_losses(model, states, windows))
 
 
 def _optimizer(training: RotationTraining) -> optax.GradientTransformation:

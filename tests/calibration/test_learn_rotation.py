@@ -71,9 +71,14 @@ def test_loss_is_that_of_the_model_rotated_by_the_matrices(source: Llama) -> Non
         -jnp.take_along_axis(jax.nn.log_softmax(logits[:, :-1]), TOKENS[:, 1:, None], axis=2).mean()
         for logits in map(jax.jit(forward), (rotated, base), (TOKENS, TOKENS))
     )
-    _, _, found = train_step(base, TOKENS, matrices, cayley_sgd(1.0).init(matrices), TRAINING)
+    state = cayley_sgd(1.0).init(matrices)
+    stepped, _, found = train_step(base, TOKENS, matrices, state, TRAINING)
     np.testing.assert_allclose(found, losses, rtol=2e-3)
     assert abs(plain - losses) > 10 * abs(found - losses)
+    by_two = dataclasses.replace(TRAINING, accumulation=2)
+    parted, _, total = jax.jit(lambda *given: train_step.__wrapped__(*given, by_two))(base, TOKENS, matrices, state)
+    np.testing.assert_allclose(total, found, rtol=1e-6)
+    jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, atol=1e-5), parted, stepped)
 
 
 def test_gradients_pass_the_rounding_as_if_it_were_not_there() -> None:
@@ -141,6 +146,7 @@ def test_bad_settings_are_refused(source: Llama) -> None:
     for wrong, complaint in (
         ({"steps": -1}, "0 steps or more"),
         ({"batch_size": 0}, "1 window or more"),
+        ({"batch_size": 4, "accumulation": 3}, "divides batch_size=4"),
         ({"learning_rate": 0.0}, "positive rate"),
         ({"learning_rate": float("nan")}, "positive rate"),
     ):

@@ -1,7 +1,7 @@
 """What a foreign checkpoint looks like to the converter, whichever kind of file it lies in."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,9 +29,15 @@ class Source:
       config: as in Hugging Face's config.json.
       headers: shape and dtype of every tensor, by its Hugging Face name.
       read: reads one tensor, by that name, into memory.
+      files: the file that each tensor lies in, by that name; empty where the location is the file.
     """
 
     location: Path
     config: Mapping[str, Any]
     headers: Mapping[str, Header]
     read: Callable[[str], np.ndarray]
+    files: Mapping[str, Path] = field(default_factory=dict)
+
+    def place(self, name: str) -> str:
+        """Returns a tensor's file and name, for messages."""
+        return f"{self.files.get(name, self.location)}: {name}"

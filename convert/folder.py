@@ -31,11 +31,6 @@ def open_folder(folder: Path) -> Source:
     """
     files = _weight_files(folder)
     config = _read_json(folder / "config.json")
-    if "quantization_config" in config:
-        method = dict(config["quantization_config"]).get("quant_method", "unknown")
-        raise ConversionError(
-            f"{folder} is already quantized ({method}); give the full-precision checkpoint it was made from"
-        )
     shards: dict[str, Path] = {}
     headers: dict[str, Header] = {}
     for file in sorted(set(files)):
@@ -50,7 +45,7 @@ def open_folder(folder: Path) -> Source:
         with safe_open(shards[name], framework="numpy") as tensors:
             return tensors.get_tensor(name)
 
-    return Source(folder, config, headers, read)
+    return Source(folder, config, headers, read, shards)
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -58,7 +53,13 @@ def _weight_files(folder: Path) -> list[Path]:
         index = _read_json(folder / _INDEX)
         if not isinstance(index.get("weight_map"), dict):
             raise ConversionError(f"{folder / _INDEX} has no weight_map; download that file again")
-        files = [folder / str(shard) for shard in index["weight_map"].values()]
+        names = {str(shard) for shard in index["weight_map"].values()}
+        outside = sorted(name for name in names if name != Path(name).name or not Path(name).name)
+        if outside:
+            raise ConversionError(
+                f"{folder / _INDEX} names {outside[0]!r}, which is no file of this folder; none is read"
+            )
+        files = [folder / name for name in names]
         missing = sorted({file.name for file in files if not file.is_file()})
         if missing:
             raise ConversionError(f"{folder} lacks {', '.join(missing)}, which {_INDEX} names; download them")

@@ -1,5 +1,6 @@
 """A foreign checkpoint into the tree: check every header first, then read one tensor at a time."""
 
+import dataclasses
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,30 +9,39 @@ from typing import Any, Final, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Shaped
 
 from convert.base import Header, Source
 from convert.names import hf_name, is_transposed
+from convert.packed import PackedScheme, Slot
+from convert.quantized import linear_name, linear_shapes, read_linear, read_packing
 from convert.source import open_source
 from jquant.errors import ConversionError
-from jquant.models import Llama, LlamaConfig, build
+from jquant.models import Llama, LlamaConfig, build, get, put
 
 type StoredDtype = Literal["auto", "float32", "bfloat16", "float16"]
 
-_READABLE: Final = ("float32", "bfloat16", "float16")
 _BUFFER: Final = re.compile(
     r"(model\.layers\.\d+\.self_attn|model)\.rotary_emb\.inv_freq"
 )  # old exports keep it; recomputed
 _HEAD: Final = "lm_head.weight"
 _EMBEDDING: Final = "model.embed_tokens.weight"
+_KERNEL: Final = ".kernel"
+_WEIGHT: Final = ".weight"
+_BIAS: Final = ".bias"  # AutoGPTQ writes one for every linear, zeros where the model has none
+_SCALES: Final = ("scale", "scales")  # how the name of a packed linear's scales ends
 _LISTED: Final = 20  # problems spelt out in one message
 
 
 def load_model(path: str | Path, *, dtype: StoredDtype = "auto") -> Llama:
     """Loads a model of the Llama family into the tree.
 
+    Linears that compressed-tensors, GPTQ or AWQ have packed stay packed, as nodes of the tree.
+
     Args:
       path: a Hugging Face folder with safetensors, a .gguf file, or a hub id.
-      dtype: of every array; "auto" leaves each tensor in the dtype it is stored in (float32 for GGUF).
+      dtype: of every array that is not packed; "auto" leaves each tensor in the dtype it is stored in (float32 for
+        GGUF).
 
     Returns:
       The model, with kernels [in, out].
@@ -41,10 +51,19 @@ def load_model(path: str | Path, *, dtype: StoredDtype = "auto") -> Llama:
         surplus or misshapen (all are listed), or a weight is not finite.
     """
     source = open_source(path)
-    config = _checked_config(source)
+    config, packing = check_source(source)
     if config.tie_word_embeddings and _HEAD in source.headers:
         _check_tied(source)
-    return build(config, lambda node, shape: _load(source, hf_name(node), dtype, transposed=is_transposed(node)))
+
+    def make(node: str, shape: tuple[int, ...]) -> Any:
+        return None if node.removesuffix(_KERNEL) in packing else read_array(source, node, dtype)
+
+    model = build(config, make)
+    shapes = linear_shapes(config)
+    for linear, scheme in packing.items():
+        read = read_linear(source, linear, scheme, shapes[linear])
+        model = put(model, linear, dataclasses.replace(read, bias=get(model, linear).bias))
+    return model
 
 
 def abstract_model(path: str | Path, dtype: StoredDtype = "auto") -> Llama:
@@ -54,23 +73,39 @@ def abstract_model(path: str | Path, dtype: StoredDtype = "auto") -> Llama:
       ConversionError: as `load_model`, as far as headers show.
     """
     source = open_source(path)
+    config, packing = check_source(source)
 
     def make(node: str, shape: tuple[int, ...]) -> Any:
+        if node.removesuffix(_KERNEL) in packing:
+            return None
         return jax.ShapeDtypeStruct(shape, jnp.dtype(_resolve(dtype, source.headers[hf_name(node)])))
 
-    return build(_checked_config(source), make)
+    model = build(config, make)
+    shapes = linear_shapes(config)
+    for linear, scheme in packing.items():
+        scales = next(slot for slot in scheme.slots(shapes[linear]) if slot.endswith(_SCALES))
+        read = scheme.abstract(shapes[linear], source.headers[f"{linear_name(linear)}.{scales}"].dtype)
+        model = put(model, linear, dataclasses.replace(read, bias=get(model, linear).bias))
+    return model
 
 
-def _checked_config(source: Source) -> LlamaConfig:
+def check_source(source: Source) -> tuple[LlamaConfig, Mapping[str, PackedScheme]]:
+    """Returns the configuration of a checkpoint and how its linears are packed; headers alone are looked at.
+
+    Raises:
+      ConversionError: tensors are missing, surplus, misshapen or unreadable (all are listed), or the configuration asks
+        for what is not built here.
+    """
     config = LlamaConfig.from_hf(source.config)
-    expected = _expected_shapes(config)
+    packing = read_packing(source, config)
+    expected = _expected(config, packing)
+    missing = sorted(expected.keys() - source.headers.keys())
+    surplus = [name for name in sorted(source.headers.keys() - expected.keys()) if not _is_harmless(name, config)]
+    empty = [name for name in surplus if packing and name.endswith(_BIAS) and not source.read(name).any()]
     problems = [
-        *_listing("missing", sorted(expected.keys() - source.headers.keys())),
-        *_listing(
-            "surplus",
-            [name for name in sorted(source.headers.keys() - expected.keys()) if not _is_harmless(name, config)],
-        ),
-        *_misfits(expected, source.headers),
+        *_listing("missing", missing),
+        *[f"surplus: {name}{_file(source, name)}" for name in surplus if name not in empty],
+        *_misfits(expected, source),
     ]
     if problems:
         shown = "\n  ".join(problems[:_LISTED])
@@ -79,14 +114,19 @@ def _checked_config(source: Source) -> LlamaConfig:
             f"{source.location}: {len(problems)} tensors are not what its configuration ({config.model_type}, "
             f"{config.num_hidden_layers} layers) asks for; check that both come from the same model:\n  {shown}{rest}"
         )
-    return config
+    return config, packing
 
 
-def _expected_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
-    expected: dict[str, tuple[int, ...]] = {}
+def _expected(config: LlamaConfig, packing: Mapping[str, PackedScheme]) -> dict[str, Slot]:
+    expected: dict[str, Slot] = {}
 
     def note(node: str, shape: tuple[int, ...]) -> Any:
-        expected[hf_name(node)] = shape[::-1] if is_transposed(node) else shape
+        scheme = packing.get(node.removesuffix(_KERNEL))
+        if scheme is not None:
+            name = hf_name(node).removesuffix(_WEIGHT)
+            expected.update({f"{name}.{suffix}": slot for suffix, slot in scheme.slots((shape[0], shape[1])).items()})
+        else:
+            expected[hf_name(node)] = Slot(shape[::-1] if is_transposed(node) else shape)
         return jax.ShapeDtypeStruct(shape, jnp.float32)
 
     build(config, note)
@@ -97,15 +137,23 @@ def _listing(word: str, names: list[str]) -> list[str]:
     return [f"{word}: {name}" for name in names]
 
 
-def _misfits(expected: Mapping[str, tuple[int, ...]], headers: Mapping[str, Header]) -> list[str]:
+def _misfits(expected: Mapping[str, Slot], source: Source) -> list[str]:
     misfits = []
-    for name in sorted(expected.keys() & headers.keys()):
-        shape, dtype = headers[name]
-        if shape != expected[name]:
-            misfits.append(f"misshapen: {name} is {list(shape)}, expected {list(expected[name])}")
-        if dtype not in _READABLE:
-            misfits.append(f"unreadable: {name} is {dtype}, expected one of {', '.join(_READABLE)}")
+    for name in sorted(expected.keys() & source.headers.keys()):
+        shape, dtype = source.headers[name]
+        if shape != expected[name].shape:
+            asked = list(expected[name].shape)
+            misfits.append(f"misshapen: {name} is {list(shape)}, expected {asked}{_file(source, name)}")
+        if dtype not in expected[name].dtypes:
+            misfits.append(
+                f"unreadable: {name} is {dtype}, expected one of {', '.join(expected[name].dtypes)}"
+                f"{_file(source, name)}"
+            )
     return misfits
+
+
+def _file(source: Source, name: str) -> str:
+    return f", in {source.files[name].name}" if name in source.files else ""
 
 
 def _is_harmless(name: str, config: LlamaConfig) -> bool:
@@ -120,18 +168,27 @@ def _check_tied(source: Source) -> None:
         )
 
 
-def _load(source: Source, name: str, dtype: StoredDtype, *, transposed: bool) -> jax.Array:
+def read_array(source: Source, node: str, dtype: StoredDtype = "auto") -> Shaped[Array, "..."]:
+    """Reads one array of the tree that is not packed.
+
+    Args:
+      source: the opened checkpoint.
+      node: its path, as `jquant.models.build` spells it.
+      dtype: as of `load_model`.
+
+    Raises:
+      ConversionError: a value is not finite, or does not fit in the dtype.
+    """
+    name, transposed = hf_name(node), is_transposed(node)
     stored = source.read(name)
     with np.errstate(over="ignore"):  # what overflows is found below, and named
         values = stored.astype(_resolve(dtype, source.headers[name]), copy=False)
     if not np.isfinite(values).all():
         place = [int(index) for index in np.argwhere(~np.isfinite(values))[0]]
         if np.isfinite(stored[tuple(place)]):
-            raise ConversionError(
-                f"{source.location}: {name} does not fit in {dtype} (at {place}); use bfloat16 or float32"
-            )
+            raise ConversionError(f"{source.place(name)} does not fit in {dtype} (at {place}); use bfloat16 or float32")
         raise ConversionError(
-            f"{source.location}: {name} is not finite at {place}; the checkpoint is damaged, download it again"
+            f"{source.place(name)} is not finite at {place}; the checkpoint is damaged, download it again"
         )
     return jnp.array(values.T if transposed else values)  # a copy: `values` may be a mapped file
 

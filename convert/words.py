@@ -15,6 +15,7 @@ from jaxtyping import Int32, UInt8
 
 WORD: Final = 32  # bits in a word
 _BYTES: Final = 4  # in a word
+_BYTE: Final = 8  # bits
 _NIBBLE: Final = 4  # AWQ's GEMM kernels know 4 bits alone
 _INTERLEAVED: Final = (0, 2, 4, 6, 1, 3, 5, 7)  # AutoAWQ, `WQLinear_GEMM.from_linear`: order_map
 
@@ -60,6 +61,8 @@ def pack_words(codes: UInt8[np.ndarray, "rows n"], bits: int) -> Int32[np.ndarra
       '0x9f16a09f'
     """
     rows, count = codes.shape
+    if bits == _BYTE:
+        return np.ascontiguousarray(words_of_bytes(np.ascontiguousarray(codes.T)).T)
     single = np.unpackbits(codes[..., None], axis=-1, count=bits, bitorder="little").reshape(rows, count * bits)
     packed = np.packbits(single, axis=-1, bitorder="little")
     return np.ascontiguousarray(words_of_bytes(np.ascontiguousarray(packed.T)).T)
@@ -68,6 +71,8 @@ def pack_words(codes: UInt8[np.ndarray, "rows n"], bits: int) -> Int32[np.ndarra
 def unpack_words(words: Int32[np.ndarray, "rows words"], bits: int, count: int) -> UInt8[np.ndarray, "rows {count}"]:
     """Returns the first `count` codes along the last axis; the inverse of `pack_words`."""
     stream = np.ascontiguousarray(words).astype("<i4", copy=False).view(np.uint8)
+    if bits == _BYTE:
+        return np.ascontiguousarray(stream[:, :count])
     single = np.unpackbits(stream, axis=-1, count=count * bits, bitorder="little")
     return np.packbits(single.reshape(len(words), count, bits), axis=-1, bitorder="little")[..., 0]
 

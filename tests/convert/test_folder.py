@@ -126,9 +126,12 @@ def test_broken_config_is_named(tmp_path: Path, text: str, complaint: str) -> No
         open_folder(tmp_path)
 
 
-def test_quantized_checkpoint_is_refused(tmp_path: Path) -> None:
-    write_folder(tmp_path, CONFIG | {"quantization_config": {"quant_method": "gptq"}}, TENSORS)
-    with pytest.raises(ConversionError, match=r"already quantized \(gptq\)"):
+@pytest.mark.parametrize("name", ["../model.safetensors", "/etc/passwd", "sub/model.safetensors", ""])
+def test_index_that_leaves_the_folder_is_refused(tmp_path: Path, name: str) -> None:
+    write_shards(tmp_path, CONFIG, TENSORS, shards=2)
+    index = {"weight_map": dict.fromkeys(TENSORS, name)}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ConversionError, match="no file of this folder; none is read"):
         open_folder(tmp_path)
 
 

@@ -1,0 +1,95 @@
+"""Quantized folders of others: which linear is packed how, from `quantization_config`; and one linear read as it is."""
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+import jax
+import jax.numpy as jnp
+
+from convert import awq, compressed_tensors, gptq
+from convert.base import Source
+from convert.names import hf_name, is_transposed
+from convert.packed import PackedScheme
+from jquant.errors import ConversionError, FormatError
+from jquant.models import Linear, LlamaConfig, build
+
+SECTION: Final = "quantization_config"
+_METHODS: Final = ("compressed-tensors", "gptq", "awq")
+_WORDS: Final = ".qweight"  # how the packed weight of GPTQ and AWQ is called
+
+
+def read_packing(source: Source, config: LlamaConfig) -> dict[str, PackedScheme]:
+    """Returns how each packed linear of a checkpoint is packed, by its path in the tree; {} if none is.
+
+    Args:
+      source: the opened checkpoint.
+      config: its configuration.
+
+    Raises:
+      ConversionError: the checkpoint is quantized by a method, or with settings, that are not read.
+    """
+    section = source.config.get(SECTION)
+    if section is None:
+        return {}
+    place = f"{source.location / 'config.json'}: {SECTION}"
+    if not isinstance(section, Mapping) or section.get("quant_method") not in _METHODS:
+        method = section.get("quant_method", "unknown") if isinstance(section, Mapping) else section
+        raise ConversionError(
+            f"{place}: the checkpoint is quantized by {method!r}, which is not read; those that are: "
+            f"{', '.join(_METHODS)}. Give one of them, or the full-precision checkpoint it was made from"
+        )
+    shapes = linear_shapes(config)
+    paths = {linear_name(path): path for path in shapes}
+    try:
+        schemes = _read_schemes(section, source, list(paths))
+        for name, scheme in schemes.items():
+            scheme.slots(shapes[paths[name]])
+    except (ConversionError, FormatError) as error:
+        raise ConversionError(f"{place}: {error}") from error
+    return {paths[name]: scheme for name, scheme in schemes.items()}
+
+
+def read_linear(source: Source, path: str, scheme: PackedScheme, shape: tuple[int, int]) -> Linear:
+    """Reads one packed linear, without its bias.
+
+    Raises:
+      ConversionError: what it holds contradicts its scheme; file and tensor are named.
+    """
+    name = linear_name(path)
+    arrays = {slot: source.read(f"{name}.{slot}") for slot in scheme.slots(shape)}
+    try:
+        return scheme.decode(arrays, shape)
+    except ConversionError as error:
+        first = next(iter(arrays))
+        raise ConversionError(f"{source.place(f'{name}.{first}').removesuffix(f'.{first}')}: {error}") from error
+
+
+def linear_name(path: str) -> str:
+    """Returns the Hugging Face name of a linear of the tree.
+
+    >>> linear_name("layers.0.mlp.up_proj")
+    'model.layers.0.mlp.up_proj'
+    """
+    return hf_name(f"{path}.kernel").removesuffix(".weight")
+
+
+def linear_shapes(config: LlamaConfig) -> dict[str, tuple[int, int]]:
+    """Returns (in, out) of every linear by its path in the tree, the head among them where it is not tied."""
+    shapes: dict[str, tuple[int, int]] = {}
+
+    def note(node: str, shape: tuple[int, ...]) -> Any:
+        if is_transposed(node):
+            shapes[node.removesuffix(".kernel")] = (shape[0], shape[1])
+        return jax.ShapeDtypeStruct(shape, jnp.dtype("float32"))
+
+    build(config, note)
+    return shapes
+
+
+def _read_schemes(section: Mapping[str, Any], source: Source, names: list[str]) -> Mapping[str, PackedScheme]:
+    packed = frozenset(name.removesuffix(_WORDS) for name in source.headers if name.endswith(_WORDS))
+    if section["quant_method"] == "gptq":
+        return gptq.read_schemes(section, names, packed)
+    if section["quant_method"] == "awq":
+        return awq.read_schemes(section, names, packed)
+    return compressed_tensors.read_schemes(section, names)

@@ -135,3 +135,30 @@ def permute(tensor: UniformTensor, groups: Int32[np.ndarray, "in"]) -> PermutedT
     codes = codes_of_stream(np.asarray(tensor.codes), bits, inputs)[order]
     inner: QuantizedTensor = tensor.replace(codes=jnp.array(stream_along_inputs(codes, bits)))  # type: ignore[attr-defined]
     return PermutedTensor(inner=inner, order=jnp.array(order[:, None]), shape=tensor.shape)
+
+
+def same_weight(one: Any, other: Any) -> bool:
+    """Tells whether two tensors stand for the same weight, bit for bit in float32."""
+    plain = isinstance(one, UniformTensor) and isinstance(other, UniformTensor)
+    if plain and (one.zeros is None) == (other.zeros is None):
+        pairs = ((one.codes, other.codes), (one.zeros, other.zeros), (one.scales, other.scales))
+        return all(np.array_equal(_wide(left), _wide(right)) for left, right in pairs if left is not None)
+    return np.array_equal(dense_on_host(one), dense_on_host(other))
+
+
+def dense_on_host(tensor: QuantizedTensor) -> Float[np.ndarray, "in out"]:
+    """Returns scales * (codes - zeros) in float32 of a uniform tensor, permuted or not, without compiling anything."""
+    if isinstance(tensor, PermutedTensor):
+        dense = dense_on_host(tensor.inner)
+        return dense[np.argsort(np.asarray(tensor.order)[:, 0])]
+    assert isinstance(tensor, UniformTensor), "no other is packed"
+    inputs, outputs = tensor.shape
+    codes = codes_of_stream(np.asarray(tensor.codes), tensor.format.bits, inputs).astype(np.float32)
+    scales, zeros = _wide(tensor.scales)[:, None], zeros_of(tensor).astype(np.float32)[:, None]
+    return (scales * (codes.reshape(len(scales), -1, outputs) - zeros)).reshape(inputs, outputs)
+
+
+def _wide(array: Any) -> np.ndarray:
+    """Returns float32 for the narrower floats, which hold the same numbers, and integers as they are."""
+    host = np.asarray(array)
+    return host if host.dtype == np.uint8 else host.astype(np.float32)

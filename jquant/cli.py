@@ -15,6 +15,8 @@ _COMMANDS: Final = {
     "convert": "Write a Hugging Face folder, a GGUF file or a hub model as a jquant checkpoint.",
     "quantize": "Quantize a model by a recipe.",
     "plan": "Show what a recipe will give and cost on a model, from headers alone.",
+    "export": "Write a checkpoint as a Hugging Face folder for transformers, vLLM or GPTQModel.",
+    "verify": "Check that a Hugging Face folder is what a reader reads.",
     "inspect": "List the linears of a checkpoint: format, bits, error.",
     "eval": "Measure the perplexity of a model.",
     "needle": "Ask a model for needles in haystacks, by length and depth.",

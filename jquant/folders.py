@@ -9,15 +9,18 @@ import tempfile
 from pathlib import Path
 from typing import Any, Final
 
-from convert import abstract_model, load_tokenizer, save_tokenizer
+from convert import abstract_model, load_tokenizer, locate, save_tokenizer
 from convert import load_model as load_foreign
 from convert.huggingface import StoredDtype
-from jquant.checkpoint import abstract_tree, is_checkpoint, load_model
+from jquant.checkpoint import ARRAYS, STRUCTURE, abstract_tree, is_checkpoint, load_model
 from jquant.errors import CheckpointError, FormatError
 from jquant.models import Llama, stack_layers
 
 RECIPE: Final = "recipe.yaml"
 REPORT: Final = "report.json"
+# What a folder of a model holds besides its other files: weights, and what is written anew with them.
+_WEIGHTS: Final = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".index.json")
+_REWRITTEN: Final = ("config.json", "quantize_config.json", STRUCTURE)
 _RESERVE: Final = 64 * 2**20  # bytes on disk beyond the arrays: tokenizer, structure, report
 
 
@@ -129,6 +132,26 @@ def open_tokenizer(source: str | Path) -> tuple[Any, dict[str, bytes]]:
     with tempfile.TemporaryDirectory() as folder:
         names = save_tokenizer(source, Path(folder))
         return load_tokenizer(folder), {name: (Path(folder) / name).read_bytes() for name in names}
+
+
+def other_files(source: str | Path) -> dict[str, bytes]:
+    """Returns all files of a checkpoint but its weights and configuration: name -> content.
+
+    Those of a folder are as they are; a GGUF file gives its tokenizer.
+
+    Raises:
+      ConversionError: there is no such checkpoint, or a GGUF file's tokenizer cannot be read.
+    """
+    place = locate(source)
+    if not place.is_dir():
+        return open_tokenizer(source)[1]
+    names = {file: file.relative_to(place) for file in place.rglob("*") if file.is_file()}
+    return {
+        name.as_posix(): file.read_bytes()
+        for file, name in sorted(names.items())
+        if name.parts[0] != ARRAYS and not name.name.startswith(".") and not name.parts[0].startswith(".")
+        if not name.name.endswith(_WEIGHTS) and name.as_posix() not in _REWRITTEN
+    }
 
 
 def _require_own_dtype(source: str | Path, dtype: StoredDtype) -> None:

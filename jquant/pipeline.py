@@ -18,14 +18,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int32
 
+from convert import Consumer, ExportFormat, Verified, export_model, locate, open_source
 from convert.huggingface import StoredDtype
 from jquant.calibration import BlockStore
-from jquant.checkpoint import digest, save_model
+from jquant.checkpoint import digest, is_checkpoint, save_model
 from jquant.data import TextTokenizer, load_text, load_windows, token_windows
 from jquant.errors import CalibrationError, CheckpointError, DataError, JquantError
-from jquant.folders import RECIPE, REPORT, open_abstract, open_model, open_tokenizer, prepare_output
+from jquant.folders import RECIPE, REPORT, open_abstract, open_model, open_tokenizer, other_files, prepare_output
 from jquant.formats import tree_nbytes
-from jquant.models import Llama, LlamaConfig
+from jquant.models import Llama, LlamaConfig, abstract_llama
 from jquant.passes import Context, run_passes
 from jquant.plan import Plan, plan
 from jquant.progress import OnProgress, Progress, ignore
@@ -67,6 +68,44 @@ def convert_checkpoint(
     details = (("source", str(source)), ("bytes", tree_nbytes(model)), ("seconds", time.monotonic() - started))
     save_model(model, out, files=files | {REPORT: Report(details=details).to_json().encode()})
     return model
+
+
+def export_checkpoint(
+    source: str | Path,
+    out: Path,
+    *,
+    format: ExportFormat,
+    consumer: Consumer = "transformers",
+    dtype: StoredDtype = "auto",
+    on_progress: OnProgress = ignore,
+) -> Verified:
+    """Writes a checkpoint as a Hugging Face folder that others read, with all its other files.
+
+    Args:
+      source: a jquant checkpoint, or whatever `open_model` takes.
+      out: the folder to make; it must not exist, or be empty.
+      format: of the folder.
+      consumer: the reader that it is checked for.
+      dtype: of the arrays that are not packed; "auto" keeps what they have.
+      on_progress: called at each stage.
+
+    Returns:
+      What verifying the folder found.
+
+    Raises:
+      ConversionError: the source cannot be read, the format cannot hold it, or the reader could not read the result.
+      CheckpointError: `out` cannot be written, or the disk has not enough room.
+    """
+    abstract = open_abstract(source)
+    stored = abstract.embed_tokens.dtype if dtype == "auto" else dtype
+    whole = abstract_llama(abstract.config, stored) if format == "safetensors" else abstract
+    prepare_output(out, nbytes=tree_nbytes(whole))
+    on_progress(Progress("reading the model"))
+    model = open_model(source)
+    config = open_source(source).config if locate(source).is_dir() and not is_checkpoint(source) else None
+    on_progress(Progress("writing, then reading back"))
+    files = other_files(source)
+    return export_model(model, out, format=format, consumer=consumer, dtype=dtype, config=config, files=files)
 
 
 def quantize(

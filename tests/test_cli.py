@@ -15,7 +15,20 @@ from jquant.tables import report_table
 from tests.checkpoints import write_checkpoint
 
 RULE: Final = "passes[0].sequential.passes[0].quantize_weights.rules[0]"
-COMMANDS: Final = ("convert", "quantize", "plan", "inspect", "eval", "needle", "compare", "generate", "chat", "demo")
+COMMANDS: Final = (
+    "convert",
+    "quantize",
+    "plan",
+    "export",
+    "verify",
+    "inspect",
+    "eval",
+    "needle",
+    "compare",
+    "generate",
+    "chat",
+    "demo",
+)
 SMALL: Final = ("--recipe", "rtn-w4g64", "--set", f"{RULE}.quantizer.rtn.format.group_size=32")
 
 
@@ -69,6 +82,21 @@ def test_convert(source: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert "full: llama, 2 blocks" in capsys.readouterr().out
     assert run("inspect", str(tmp_path / "full")) == 0
     assert "bfloat16" in capsys.readouterr().out
+
+
+def test_export_then_verify(quantized: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = str(tmp_path / "theirs")
+    assert run("export", quantized, out, "--format", "compressed-tensors", "--for", "vllm") == 0
+    shown = capsys.readouterr().out
+    assert "theirs: compressed-tensors, 14 linears packed, 63 tensors, verified for vllm" in shown
+    assert "note: some linears do not fit Marlin's tiles" in shown
+    assert run("verify", out) == 0
+    shown = capsys.readouterr().out
+    assert "63 tensors, 14 linears packed: transformers can read it" in shown
+    assert "note: asymmetric packed weights: load with" in shown
+    assert run("export", quantized, str(tmp_path / "refused"), "--format", "gptq", "--for", "vllm") == 2
+    assert "nearest: compressed-tensors" in capsys.readouterr().err
+    assert run("verify", quantized) == 2
 
 
 def test_plan_writes_nothing(source: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,14 +14,15 @@ import pytest
 from convert import load_tokenizer
 from jquant.checkpoint import is_checkpoint, load_model, recorded_digest
 from jquant.errors import CalibrationError, CheckpointError, ConversionError, DataError, RecipeError
-from jquant.folders import open_abstract, open_for_use, read_report
+from jquant.folders import open_abstract, open_for_use, open_model, read_report
 from jquant.formats import UniformTensor
 from jquant.measure import measure
 from jquant.models import Stacked, forward
-from jquant.pipeline import convert_checkpoint, quantize
+from jquant.pipeline import convert_checkpoint, export_checkpoint, quantize
 from jquant.progress import Progress
 from jquant.recipe import Recipe, load_recipe, parse_recipe
 from tests.checkpoints import write_checkpoint
+from tests.test_demo import write_model
 
 ROOT: Final = Path(__file__).resolve().parent.parent
 RULE: Final = "passes[0].sequential.passes[0].quantize_weights.rules[0]"
@@ -257,3 +258,40 @@ def test_perplexity_of_a_checkpoint(source: Path) -> None:
     assert measured.perplexity.windows == 3
     assert 10 < measured.perplexity.value < 10_000
     assert measured.provenance["source"].startswith("pydoc_data.topics")
+
+
+def test_exported_checkpoint_has_all_other_files_and_goes_on_as_a_source(source: Path, tmp_path: Path) -> None:
+    (source / "preprocessor_config.json").write_text("{}")
+    (source / ".cache").mkdir()
+    (source / ".cache" / "lock").write_text("")
+    quantize(source, tmp_path / "ours", rtn())
+    verified = export_checkpoint(tmp_path / "ours", tmp_path / "theirs", format="compressed-tensors")
+    assert verified.packed == 14
+    kept = sorted(file.name for file in (tmp_path / "theirs").iterdir())
+    assert {"config.json", "model.safetensors", "recipe.yaml", "report.json"} < set(kept)
+    assert (tmp_path / "theirs" / "tokenizer.json").read_bytes() == (source / "tokenizer.json").read_bytes()
+    assert load_tokenizer(tmp_path / "theirs").chat_template == load_tokenizer(source).chat_template
+    kernel = open_model(tmp_path / "theirs").layers[0].mlp.up_proj.kernel
+    np.testing.assert_array_equal(kernel.codes, load_model(tmp_path / "ours").layers[0].mlp.up_proj.kernel.codes)
+
+    export_checkpoint(source, tmp_path / "plain", format="safetensors", dtype="bfloat16")
+    assert (tmp_path / "plain" / "preprocessor_config.json").exists()
+    assert not (tmp_path / "plain" / ".cache").exists()
+    before, after = (json.loads((folder / "config.json").read_text()) for folder in (source, tmp_path / "plain"))
+    assert after == before | {"dtype": "bfloat16", "tie_word_embeddings": False}
+    converted = convert_checkpoint(tmp_path / "theirs", tmp_path / "again")
+    assert isinstance(converted.layers[0].mlp.up_proj.kernel, UniformTensor)
+
+
+def test_export_of_a_gguf_file_rebuilds_its_tokenizer(tmp_path: Path) -> None:
+    file = write_model(tmp_path / "m.gguf")
+    export_checkpoint(file, tmp_path / "out", format="safetensors")
+    assert load_tokenizer(tmp_path / "out")("ab")["input_ids"] == load_tokenizer(file)("ab")["input_ids"]
+    assert open_abstract(tmp_path / "out").config == open_abstract(file).config
+
+
+def test_export_is_refused_before_any_work(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").write_text("")
+    with pytest.raises(CheckpointError, match="not empty"):
+        export_checkpoint(source, tmp_path / "out", format="safetensors")

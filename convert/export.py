@@ -1,0 +1,244 @@
+"""A model of the tree as a Hugging Face folder that others read: what it holds is checked, written, and read back.
+
+The folder is written under another name beside its place and renamed when its reader's rules hold and what was read
+back is, bit for bit, what was to be written: a folder that exists is whole.
+"""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, Final
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from convert.base import Header, Source
+from convert.compressed_tensors import CompressedScheme, describe_config
+from convert.folder import open_folder
+from convert.gptq import GptqScheme
+from convert.hf_config import hf_config
+from convert.huggingface import StoredDtype, check_source
+from convert.names import hf_name, is_transposed
+from convert.packed import PackedScheme, same_weight
+from convert.quantized import SECTION, linear_name, linear_shapes, read_linear
+from convert.refusals import Consumer, ExportFormat, check_export
+from convert.shards import LIMIT, Part, write_shards
+from convert.verify import Verified, verify_folder
+from jquant.activations import PerToken, StaticTensor
+from jquant.errors import CheckpointError, ConversionError
+from jquant.formats import PermutedTensor, QuantizedTensor, UniformFormat, UniformTensor
+from jquant.models import Linear, Llama, build, get
+
+QUANTIZE_CONFIG: Final = "quantize_config.json"  # GPTQ's copy of its section
+_KERNEL: Final = ".kernel"
+_HEAD: Final = "lm_head"
+_INTEGER_BITS: Final = 8  # weights and activations of int8 kernels
+_TOKENS: Final = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+def export_model(
+    model: Llama,
+    out: Path,
+    *,
+    format: ExportFormat,
+    consumer: Consumer = "transformers",
+    dtype: StoredDtype = "auto",
+    config: Mapping[str, Any] | None = None,
+    files: Mapping[str, bytes] | None = None,
+    limit: int = LIMIT,
+) -> Verified:
+    """Writes a model as a Hugging Face folder, whole or not at all.
+
+    Args:
+      model: its layers not stacked; rotations of queries and keys are left out, as scores do not depend on them.
+      out: the folder to make; its parent must exist, it must not.
+      format: "compressed-tensors", "gptq" (version 1 where symmetric, 2 where not), or "safetensors" (dequantized).
+      consumer: whose rules the folder must meet.
+      dtype: of the arrays that are not packed, and of compressed-tensors' scales; "auto" keeps what they have.
+      config: config.json to begin with, such as the source's own; None to write one from the model's configuration.
+      files: name inside the folder -> content, such as the tokenizer's; written as they are.
+      limit: bytes of tensors in one file.
+
+    Returns:
+      What verifying found, with notes for the user.
+
+    Raises:
+      ConversionError: the format cannot hold the model, or the reader could not read the result; every reason is given.
+      CheckpointError: the folder exists and is not empty, or cannot be written.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise CheckpointError(f"{out} exists and is not empty; give another path, or delete it first")
+    stored = str(model.embed_tokens.dtype) if dtype == "auto" else dtype
+    check_export(model, format, consumer, stored)
+    schemes = _schemes(model, format)
+    parts = list(_parts(model, schemes, dtype, stored))
+    try:
+        place = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
+    except OSError as error:
+        raise CheckpointError(f"cannot write {out}: {error}; choose another folder") from error
+    try:
+        for name, content in (files or {}).items():
+            (place / name).parent.mkdir(parents=True, exist_ok=True)
+            (place / name).write_bytes(content)
+        write_shards(place, parts, limit=limit)
+        _write_config(place, model, schemes, stored, config)
+        verified = verify_folder(place, consumer)
+        _check_read_back(open_folder(place), model, schemes, parts)
+        place.chmod(0o755)
+        os.replace(place, out)
+    except OSError as error:
+        raise CheckpointError(f"cannot write {out}: {error}; free space or choose another folder") from error
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
+    return verified
+
+
+def _schemes(model: Llama, format: ExportFormat) -> dict[str, PackedScheme]:
+    if format == "safetensors":
+        return {}
+    linears = {path: get(model, path) for path in linear_shapes(model.config)}
+    packed = {path: linear for path, linear in linears.items() if isinstance(linear.kernel, QuantizedTensor)}
+    make = _compressed_scheme if format == "compressed-tensors" else _gptq_scheme
+    return {path: make(linear) for path, linear in packed.items()}
+
+
+def _compressed_scheme(linear: Linear) -> PackedScheme:
+    kernel: Any = linear.kernel
+    assert isinstance(kernel, UniformTensor), "refused before"
+    method: Any = None if linear.input_quantizer is None else linear.input_quantizer.method
+    if isinstance(method, PerToken):
+        symmetry: Any = "asymmetric" if method.symmetry == "asymmetric" else "symmetric_full"
+        method = PerToken(method.bits, symmetry, group_size=method.group_size)
+    elif isinstance(method, StaticTensor):
+        method = StaticTensor(method.bits)
+    integer = method is not None and method.bits == kernel.format.bits == _INTEGER_BITS
+    plain = kernel.format.group_size is None and getattr(method, "group_size", None) is None
+    return CompressedScheme("int-quantized" if integer and plain else "pack-quantized", _grid(kernel), method)
+
+
+def _gptq_scheme(linear: Linear) -> PackedScheme:
+    kernel: Any = linear.kernel
+    inner: Any = kernel.inner if isinstance(kernel, PermutedTensor) else kernel
+    version: Any = "gptq" if inner.zeros is None else "gptq_v2"
+    return GptqScheme(_grid(inner), version, reordered=isinstance(kernel, PermutedTensor))
+
+
+def _grid(kernel: UniformTensor) -> UniformFormat:
+    """Returns a kernel's format without what files do not say: how its range was chosen and its scales' dtype."""
+    symmetry: Any = "symmetric_full" if kernel.zeros is None else "asymmetric"
+    return UniformFormat(kernel.format.bits, kernel.format.group_size, symmetry)
+
+
+def _parts(model: Llama, schemes: Mapping[str, PackedScheme], dtype: StoredDtype, stored: str) -> Iterator[Part]:
+    """Yields what to write, in the order of the tree; nothing is computed before its turn."""
+    nodes: list[str] = []
+    build(model.config, lambda node, shape: nodes.append(node))
+    for node in nodes:
+        path, leaf = node.removesuffix(_KERNEL), get(model, node)
+        if path in schemes:
+            scheme, linear, name = schemes[path], get(model, path), linear_name(path)
+            headers = {
+                f"{name}.{suffix}": Header(slot.shape, _stored_dtype(suffix, slot.dtypes, scheme, stored))
+                for suffix, slot in scheme.slots(leaf.shape).items()
+            }
+            yield Part(headers, partial(_make_packed, name, scheme, linear, stored))
+        else:
+            target = stored if isinstance(leaf, QuantizedTensor) or dtype != "auto" else str(leaf.dtype)
+            shape = leaf.shape[::-1] if is_transposed(node) else leaf.shape
+            yield Part({hf_name(node): Header(tuple(shape), target)}, partial(_make_dense, node, leaf, target))
+
+
+def _stored_dtype(suffix: str, dtypes: tuple[str, ...], scheme: PackedScheme, stored: str) -> str:
+    if len(dtypes) == 1:
+        return dtypes[0]
+    if isinstance(scheme, GptqScheme):
+        return "float16"
+    return "float32" if suffix == "input_scale" else stored
+
+
+def _make_packed(name: str, scheme: PackedScheme, linear: Linear, stored: str) -> dict[str, np.ndarray]:
+    if isinstance(scheme, GptqScheme):
+        arrays = scheme.encode(linear)
+    else:
+        assert isinstance(scheme, CompressedScheme), "the two formats that are written"
+        arrays = scheme.encode(linear, stored)
+    return {f"{name}.{suffix}": array for suffix, array in arrays.items()}
+
+
+def _make_dense(node: str, leaf: Any, dtype: str) -> dict[str, np.ndarray]:
+    values = _dequantize(leaf) if isinstance(leaf, QuantizedTensor) else leaf
+    host = np.asarray(values)
+    with np.errstate(over="ignore"):  # what overflows is found below
+        array = host.astype(jnp.dtype(dtype))
+    if not np.isfinite(array.astype(np.float32)).all():
+        raise ConversionError(f"{hf_name(node)} does not fit in {dtype}; export with --dtype bfloat16 or float32")
+    return {hf_name(node): np.ascontiguousarray(array.T) if is_transposed(node) else array}
+
+
+@jax.jit
+def _dequantize(tensor: QuantizedTensor) -> Any:
+    return tensor.dequantize(jnp.float32)
+
+
+def _write_config(
+    folder: Path,
+    model: Llama,
+    schemes: Mapping[str, PackedScheme],
+    stored: str,
+    config: Mapping[str, Any] | None,
+) -> None:
+    written = dict(hf_config(model.config, stored) | _token_ids(folder) if config is None else config)
+    written.pop(SECTION, None)
+    written.pop("torch_dtype", None)
+    written |= {"dtype": stored, "tie_word_embeddings": model.config.tie_word_embeddings}
+    compressed = {linear_name(path): scheme for path, scheme in schemes.items() if isinstance(scheme, CompressedScheme)}
+    if compressed:
+        names = [linear_name(path) for path in (*linear_shapes(model.config), _HEAD)]
+        dense = [name for name in dict.fromkeys(names) if name not in compressed]
+        written[SECTION] = describe_config(compressed, dense)
+    elif schemes:
+        first = next(iter(schemes.values()))
+        assert isinstance(first, GptqScheme), "the other format that packs"
+        written[SECTION] = first.describe()
+        (folder / QUANTIZE_CONFIG).write_text(json.dumps(written[SECTION], indent=2), "utf-8")
+    (folder / "config.json").write_text(json.dumps(written, indent=2), "utf-8")
+
+
+def _token_ids(folder: Path) -> dict[str, Any]:
+    """Returns the ids of special tokens that generation_config.json, copied before, gives."""
+    file = folder / "generation_config.json"
+    content = json.loads(file.read_text("utf-8")) if file.is_file() else {}
+    return {name: content[name] for name in _TOKENS if content.get(name) is not None}
+
+
+def _check_read_back(source: Source, model: Llama, schemes: Mapping[str, PackedScheme], parts: list[Part]) -> None:
+    """Compares what the importer reads with the model: packed linears by meaning, everything else bit for bit."""
+    config, packing = check_source(source)
+    if packing.keys() != schemes.keys():
+        odd = sorted(packing.keys() ^ schemes.keys())
+        raise ConversionError(f"{source.location}: read back, other linears are packed than written: {odd[:3]}")
+    shapes = linear_shapes(config)
+    for path, scheme in packing.items():
+        read, written = read_linear(source, path, scheme, shapes[path]), get(model, path)
+        if not same_weight(read.kernel, written.kernel) or not _same_scale(read, written):
+            raise ConversionError(f"{source.place(linear_name(path))}: read back, it is not what was written")
+    for part in parts:
+        names = set(part.headers)
+        if len(names) == 1:
+            (name,) = names
+            if not np.array_equal(source.read(name), part.make()[name]):
+                raise ConversionError(f"{source.place(name)}: read back, it is not what was written")
+
+
+def _same_scale(read: Linear, written: Linear) -> bool:
+    return all(
+        np.array_equal(np.asarray(one), np.asarray(other))
+        for one, other in zip(
+            jax.tree.leaves(read.input_quantizer), jax.tree.leaves(written.input_quantizer), strict=True
+        )
+    )

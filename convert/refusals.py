@@ -1,0 +1,158 @@
+"""What an exported folder cannot hold, said before anything is written: linear by linear, with the nearest that can.
+
+Dynamic activations are measured by the reader: for a symmetric token compressed-tensors, and so transformers, takes
+2 max|x| / (2^b - 1) where vLLM takes max|x| / (2^(b-1) - 1), neither clips, and the file cannot say otherwise. So the
+reader must be known, and another grid is refused.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any, Final, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from convert import gptq
+from convert.quantized import linear_shapes
+from jquant.activations import PerToken, TensorQuantizer, TokenQuantizer
+from jquant.errors import ConversionError
+from jquant.formats import PermutedTensor, QuantizedTensor, UniformTensor
+from jquant.kv import ExactKv
+from jquant.models import Linear, Llama, blocks, get
+
+type ExportFormat = Literal["compressed-tensors", "gptq", "safetensors"]
+type Consumer = Literal["transformers", "vllm", "gptqmodel"]
+
+_TOKEN_GRIDS: Final[Mapping[str, str]] = {"transformers": "symmetric_full", "vllm": "symmetric"}
+_GPTQ_MULTIPLE: Final = 32  # inputs and outputs fill whole words at every width
+_SHOWN: Final = 3  # paths named for one reason
+
+
+def check_export(model: Llama, format: ExportFormat, consumer: Consumer, dtype: str) -> None:
+    """Refuses what a format, or the reader that it is meant for, cannot hold.
+
+    Args:
+      model: what shall be written.
+      format: the format.
+      consumer: who shall read it.
+      dtype: of the arrays that are not packed.
+
+    Raises:
+      ConversionError: something cannot be held; every reason is given, with where and with what to do.
+    """
+    found: dict[str, list[str]] = {}
+    for path, reason in _refusals(model, format, consumer, dtype):
+        found.setdefault(reason, []).append(path)
+    if found:
+        listed = "\n  ".join(f"{_listed(paths)}: {reason}" for reason, paths in found.items())
+        raise ConversionError(f"{format} for {consumer} cannot hold this model:\n  {listed}")
+
+
+def _refusals(model: Llama, format: ExportFormat, consumer: Consumer, dtype: str) -> Iterator[tuple[str, str]]:
+    if consumer == "gptqmodel" and format == "compressed-tensors":
+        yield "format", "gptqmodel reads gptq; export for transformers or vllm, or as gptq"
+    for index, block in enumerate(blocks(model)):
+        codec = type(block.self_attn.kv_codec).__name__
+        if codec != ExactKv.__name__:
+            reason = f"its KV cache is {codec}, which no exported format holds; quantize without the pass that sets it"
+            yield f"layers.{index}.self_attn", reason
+    kinds = set()
+    for path in linear_shapes(model.config):
+        linear: Linear = get(model, path)
+        kernel: Any = linear.kernel
+        if linear.input_rotation is not None:
+            yield (
+                path,
+                (
+                    f"its input is rotated online ({linear.input_rotation.describe()}), which readers do not; use the "
+                    "rotations that fold away alone: rotate with parts: [residual]"
+                ),
+            )
+        yield from _of_activations(path, linear, format, consumer)
+        if isinstance(kernel, QuantizedTensor) and format != "safetensors":
+            yield from _of_weight(path, kernel, format, dtype)
+        elif linear.input_quantizer is not None and not isinstance(kernel, QuantizedTensor):
+            yield path, "its input is quantized but its weight is not, which no format here can say"
+        kinds.add(_kind(kernel))
+        if format == "gptq" and isinstance(kernel, QuantizedTensor) == (path == "lm_head"):
+            yield path, "gptq quantizes all linears of all blocks and not the head; nearest: compressed-tensors"
+    kinds.discard(_kind(None))
+    if format == "gptq" and len(kinds) > 1:
+        yield (
+            "layers",
+            "its linears differ in bits, groups or symmetry, gptq has one for all; nearest: compressed-tensors",
+        )
+
+
+def _of_activations(path: str, linear: Linear, format: str, consumer: str) -> Iterator[tuple[str, str]]:
+    quantizer = linear.input_quantizer
+    if quantizer is None:
+        return
+    if format != "compressed-tensors":
+        yield path, f"its input is quantized, which {format} cannot say; nearest: compressed-tensors"
+        return
+    if isinstance(quantizer, TensorQuantizer):
+        return
+    if not isinstance(quantizer, TokenQuantizer):
+        name = type(quantizer.method).__name__
+        yield path, f"its input is quantized by {name}, which no format here holds; it stays a jquant checkpoint"
+        return
+    method: PerToken = quantizer.method
+    own = _TOKEN_GRIDS.get(consumer, "")
+    fits = (own,) if method.group_size is not None else (own, "asymmetric")
+    if method.symmetry not in fits or method.clip_ratio != 1:
+        given = f"symmetry {method.symmetry}, clip_ratio {method.clip_ratio}"
+        wanted = f"symmetry {' or '.join(fits)}, clip_ratio 1.0"
+        yield path, f"its tokens have grids by {given}, but {consumer} measures by {wanted}; quantize with those"
+
+
+def _of_weight(path: str, kernel: Any, format: str, dtype: str) -> Iterator[tuple[str, str]]:
+    permuted = isinstance(kernel, PermutedTensor)
+    inner = kernel.inner if permuted else kernel
+    if not isinstance(inner, UniformTensor):
+        name = type(inner).__name__
+        yield path, f"its weight is a {name}, which {format} cannot hold; nearest: safetensors, dequantized"
+        return
+    bits, (inputs, outputs) = inner.format.bits, inner.shape
+    if format == "compressed-tensors":
+        if permuted:
+            order = "its groups follow the activation order (PermutedTensor), which compressed-tensors has given up"
+            yield path, f"{order}; nearest: gptq, or solve with groups: static"
+        if bits == 1:
+            yield path, "its codes have 1 bit, compressed-tensors is written with 2 to 8; nearest: safetensors"
+    else:
+        if bits not in gptq.BITS:
+            yield (
+                path,
+                f"its codes have {bits} bits, gptq has {', '.join(map(str, gptq.BITS))}; nearest: compressed-tensors",
+            )
+        if inputs % _GPTQ_MULTIPLE or outputs % _GPTQ_MULTIPLE:
+            yield (
+                path,
+                f"its shape {inputs} x {outputs} is no multiple of 32, as gptq wants; nearest: compressed-tensors",
+            )
+    target = "float16" if format == "gptq" else dtype
+    if not _holds(target, inner.scales):
+        other = "nearest: compressed-tensors" if format == "gptq" else "export with --dtype float32 or float16"
+        scales = f"its scales ({inner.scales.dtype}) are not all {target} numbers, as which they would be read"
+        yield path, f"{scales}; quantize with scale_dtype: {target}, or {other}"
+
+
+def _holds(dtype: str, scales: jax.Array) -> bool:
+    host = np.asarray(scales)
+    with np.errstate(over="ignore"):
+        return np.array_equal(host.astype(jnp.dtype(dtype)).astype(np.float32), host.astype(np.float32))
+
+
+def _kind(kernel: Any) -> Any:
+    """Returns what GPTQ says once for all linears."""
+    permuted = isinstance(kernel, PermutedTensor)
+    inner = kernel.inner if permuted else kernel
+    if not isinstance(inner, UniformTensor):
+        return None
+    return inner.format.bits, inner.format.group_size, inner.zeros is None, permuted
+
+
+def _listed(paths: list[str]) -> str:
+    rest = len(paths) - _SHOWN
+    return ", ".join(paths[:_SHOWN]) + (f" and {rest} more" if rest > 0 else "")

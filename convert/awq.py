@@ -39,6 +39,8 @@ class AwqScheme(PackedScheme):
     def slots(self, shape: tuple[int, int]) -> Mapping[str, Slot]:
         inputs, outputs = shape
         groups = self._format("float16").groups(inputs)
+        if outputs % _PER_WORD:
+            raise ConversionError(f"a linear of {outputs} outputs does not fill AWQ's words of {_PER_WORD}")
         return {
             "qweight": Slot((inputs, outputs // _PER_WORD), ("I32",)),
             "qzeros": Slot((groups, outputs // _PER_WORD), ("I32",)),

@@ -214,7 +214,9 @@ def read_schemes(config: Mapping[str, Any], names: Sequence[str]) -> dict[str, C
     schemes = {}
     for group in groups.values():
         scheme = _read_group(group, config.get("format"))
-        targets = group.get("targets") or []
+        targets = group.get("targets")
+        if not isinstance(targets, list):
+            raise ConversionError(f"the targets of one of its config_groups are {targets!r}, not a list")
         for name in names:
             if name not in schemes and _matches(name, targets) and not _matches(name, ignored):
                 schemes[name] = scheme

@@ -9,6 +9,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from convert.base import Header, Source
+from convert.damage import describe_damage
 from jquant.errors import ConversionError
 
 _SINGLE: Final = "model.safetensors"
@@ -91,7 +92,7 @@ def _read_json(file: Path) -> Mapping[str, Any]:
         raise ConversionError(f"{file} is missing; copy it from where the checkpoint came from")
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConversionError(f"{file} is not valid JSON ({error}); download it again") from error
     if not isinstance(content, dict):
         raise ConversionError(f"{file} holds a {type(content).__name__} where an object is expected; download it again")
@@ -104,9 +105,9 @@ def _read_headers(file: Path) -> dict[str, Header]:
             slices = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118 (not a dict)
             return {name: _header(part) for name, part in slices.items()}
     except SafetensorError as error:
-        size = file.stat().st_size
+        size, damage = file.stat().st_size, describe_damage(file) or error
         raise ConversionError(
-            f"{file} cannot be read ({error}); it has {size} bytes, and is truncated or damaged; download it again"
+            f"{file} cannot be read: {damage}; it has {size} bytes, and is truncated or damaged; download it again"
         ) from error
 
 

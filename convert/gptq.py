@@ -156,7 +156,7 @@ def read_schemes(config: Mapping[str, Any], names: Sequence[str], packed: frozen
     Args:
       config: the section of config.json.
       names: Hugging Face names of all linears.
-      packed: the names whose qweight is in the folder.
+      packed: the names that have packed tensors in the folder.
 
     Returns:
       The scheme of each quantized linear, by its name.
@@ -166,7 +166,7 @@ def read_schemes(config: Mapping[str, Any], names: Sequence[str], packed: frozen
     """
     bits, size = config.get("bits"), config.get("group_size")
     version: Any = config.get("checkpoint_format") or config.get("format") or "gptq"
-    if bits not in BITS or not isinstance(size, int) or size == 0 or size < -1:
+    if not isinstance(bits, int) or bits not in BITS or not isinstance(size, int) or size == 0 or size < -1:
         raise ConversionError(f"bits {bits!r} with group_size {size!r}: bits {', '.join(map(str, BITS))} are read")
     if version not in ("gptq", "gptq_v2"):
         raise ConversionError(f"checkpoint_format {version!r} is not supported; supported: gptq, gptq_v2")

@@ -15,7 +15,7 @@ from jquant.models import Linear, LlamaConfig, build
 
 SECTION: Final = "quantization_config"
 _METHODS: Final = ("compressed-tensors", "gptq", "awq")
-_WORDS: Final = ".qweight"  # how the packed weight of GPTQ and AWQ is called
+_PACKED: Final = (".qweight", ".qzeros")  # a linear of GPTQ or AWQ that has either is packed
 
 
 def read_packing(source: Source, config: LlamaConfig) -> dict[str, PackedScheme]:
@@ -87,7 +87,7 @@ def linear_shapes(config: LlamaConfig) -> dict[str, tuple[int, int]]:
 
 
 def _read_schemes(section: Mapping[str, Any], source: Source, names: list[str]) -> Mapping[str, PackedScheme]:
-    packed = frozenset(name.removesuffix(_WORDS) for name in source.headers if name.endswith(_WORDS))
+    packed = frozenset(name.rpartition(".")[0] for name in source.headers if name.endswith(_PACKED))
     if section["quant_method"] == "gptq":
         return gptq.read_schemes(section, names, packed)
     if section["quant_method"] == "awq":

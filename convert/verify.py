@@ -156,7 +156,8 @@ def _of_schemes(schemes: Mapping[str, CompressedScheme]) -> Iterator[str]:
 
 def _of_gptq(consumer: Consumer, section: Mapping[str, Any], packing: Mapping[str, PackedScheme]) -> Iterator[str]:
     schemes = [scheme for scheme in packing.values() if isinstance(scheme, GptqScheme)]
-    if not 0 < section.get("damp_percent", 0.01) < 1:
+    damping = section.get("damp_percent", 0.01)
+    if not isinstance(damping, float | int) or not 0 < damping < 1:
         yield "damp_percent is not between 0 and 1, as transformers wants"
     if any(scheme.version == "gptq" and scheme.format.symmetry == "asymmetric" for scheme in schemes):
         yield "its zeros are asymmetric in version 1, where zeros of 0 are lost; write gptq_v2"

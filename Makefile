@@ -38,12 +38,13 @@ format: $(ready) ## rewrite files as `make lint` wants them
 	@$(python) -m ruff check --fix-only --quiet .
 	@$(python) -m ruff format .
 
-reference: $(reference_ready) ## make .venv-reference: Python 3.11 with torch, which tests compare with
+reference: $(reference_ready) ## make .venv-reference: Python 3.11 with torch and readers of formats, which tests compare with
 
-$(reference_ready): .ci/reference.txt
+$(reference_ready): .ci/reference.txt .ci/reference-gptqmodel.txt
 	@interpreter=$$(.ci/find-python 3.11 exact); echo "environment: .venv-reference with $$interpreter"; \
 	  [ -x .venv-reference/bin/python ] || "$$interpreter" -m venv .venv-reference
 	@.venv-reference/bin/python $(pip) --requirement .ci/reference.txt
+	@.venv-reference/bin/python $(pip) --no-deps --requirement .ci/reference-gptqmodel.txt
 	@touch $@
 
 clean: ## remove the environments and everything that was built or cached

@@ -1,0 +1,137 @@
+"""Real compressed-tensors, transformers and GPTQModel read and write folders; run by `make reference`'s interpreter.
+
+Usage: formats.py JOBS.json
+
+JOBS.json has lists of jobs; arrays go to the .npz file that a job names as `result`:
+
+  read        {folder, tokens, dtype, dequantize, linear, result}: logits; input, output and weight of one linear
+  write       {folder, tokens, group, out, result}: quantizes a dense folder by a config group, saves it, gives logits
+  gptq_read   {folder, linear, shape, result}: the weight of one linear, dequantized by GPTQModel
+  gptq_write  {bits, group_size, symmetric, reordered, version, arrays, result}: packs the linear of an .npz file
+"""
+
+import json
+import logging
+import sys
+import warnings
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from compressed_tensors.compressors import ModelCompressor
+from compressed_tensors.quantization import QuantizationConfig, QuantizationStatus, apply_quantization_config
+from compressed_tensors.quantization.utils import calculate_qparams
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM
+from transformers.utils.quantization_config import CompressedTensorsConfig
+
+
+def load(folder: str, dtype: str, **settings: Any) -> Any:
+    """Load a folder as a user does."""
+    loaded = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=getattr(torch, dtype), attn_implementation="eager", **settings
+    )
+    return loaded.eval()
+
+
+def logits(model: Any, tokens: str) -> np.ndarray:
+    """Return float32 logits on ids that a file holds."""
+    with torch.no_grad():
+        return model(torch.from_numpy(np.load(tokens)).long()).logits.float().numpy()
+
+
+def read(job: dict[str, Any]) -> dict[str, np.ndarray]:
+    """Read a folder, by default or with its weights dequantized at once; say how a failure was called."""
+    settings = {"quantization_config": CompressedTensorsConfig(dequantize=True)} if job["dequantize"] else {}
+    try:
+        model = load(job["folder"], job["dtype"], **settings)
+    except RuntimeError as error:
+        return {"error": np.array(str(error))}
+    linear, seen = model.get_submodule(job["linear"]), {}
+
+    def keep(_: Any, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
+        seen.update(input=inputs[0].float().numpy(), output=output.float().numpy())
+
+    linear.register_forward_hook(keep)
+    result = logits(model, job["tokens"])
+    return {"logits": result, "weight": linear.weight.detach().float().numpy()} | seen
+
+
+def write(job: dict[str, Any]) -> dict[str, np.ndarray]:
+    """Quantize a dense folder to nearest by compressed-tensors itself and save it as it saves."""
+    model = load(job["folder"], "float32")
+    config = QuantizationConfig(config_groups={"group_0": job["group"]}, ignore=["lm_head"])
+    apply_quantization_config(model, config, show_progress=False)
+    for module in model.modules():
+        scheme = getattr(module, "quantization_scheme", None)
+        if scheme is None:
+            continue
+        grouped = module.weight.detach().unflatten(-1, (-1, scheme.weights.group_size or module.in_features))
+        scales, zeros = calculate_qparams(grouped.amin(-1), grouped.amax(-1), scheme.weights)
+        module.weight_scale.data.copy_(scales)
+        module.weight_zero_point.data.copy_(zeros)
+        if scheme.input_activations is not None and not scheme.input_activations.dynamic:
+            module.input_scale.data.fill_(1 / 32)
+            module.input_zero_point.data.zero_()
+        module.quantization_status = QuantizationStatus.FROZEN
+    result = logits(model, job["tokens"])
+    compressor = ModelCompressor.from_pretrained_model(model, quantization_format=job["group"].get("format"))
+    compressor.compress_model(model)
+    model.save_pretrained(job["out"])
+    compressor.update_config(job["out"])
+    return {"logits": result}
+
+
+def gptq_module(bits: int, group_size: int, symmetric: bool, reordered: bool, shape: tuple[int, int]) -> Any:
+    """Return GPTQModel's plain linear of a shape (in, out)."""
+    from gptqmodel.nn_modules.qlinear.torch import TorchLinear
+
+    return TorchLinear(
+        bits=bits,
+        group_size=group_size,
+        sym=symmetric,
+        desc_act=reordered,
+        in_features=shape[0],
+        out_features=shape[1],
+    )
+
+
+def gptq_read(job: dict[str, Any]) -> dict[str, np.ndarray]:
+    """Dequantize one linear as GPTQModel does after reading it, the conversion to version 2 included."""
+    from gptqmodel.utils.model import convert_gptq_v1_to_v2_format_module
+
+    config = json.loads((Path(job["folder"]) / "quantize_config.json").read_text())
+    module = gptq_module(config["bits"], config["group_size"], config["sym"], config["desc_act"], job["shape"])
+    with safe_open(Path(job["folder"]) / "model.safetensors", "pt") as tensors:
+        for name in ("qweight", "qzeros", "scales", "g_idx"):
+            getattr(module, name).copy_(tensors.get_tensor(f"{job['linear']}.{name}"))
+    if config["checkpoint_format"] == "gptq":
+        convert_gptq_v1_to_v2_format_module(module, config["bits"], torch.int32)
+    return {"weight": module.eval().dequantize_weight().float().numpy()}
+
+
+def gptq_write(job: dict[str, Any]) -> dict[str, np.ndarray]:
+    """Pack a weight [out, in] that lies on its grids as GPTQModel packs it."""
+    from gptqmodel.utils.model import convert_gptq_v2_to_v1_format_module
+
+    with np.load(job["arrays"]) as arrays:
+        weight, scales, zeros, groups = (torch.from_numpy(arrays[x]) for x in ("weight", "scales", "zeros", "groups"))
+    linear = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+    linear.weight.data = weight
+    module = gptq_module(job["bits"], job["group_size"], job["symmetric"], job["reordered"], weight.T.shape)
+    module.pack_original(linear, scales, zeros, groups)
+    if job["version"] == 1:
+        convert_gptq_v2_to_v1_format_module(module, SimpleNamespace(bits=job["bits"], pack_dtype=torch.int32))
+    names = ("qweight", "qzeros", "scales", "g_idx")
+    return {name: getattr(module, name).numpy() for name in names}
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+    torch.set_num_threads(1)
+    for kind, jobs in json.loads(Path(sys.argv[1]).read_text()).items():
+        for job in jobs:
+            np.savez(job["result"], **globals()[kind](job))

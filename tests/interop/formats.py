@@ -8,6 +8,7 @@ JOBS.json has lists of jobs; arrays go to the .npz file that a job names as `res
   write       {folder, tokens, group, out, result}: quantizes a dense folder by a config group, saves it, gives logits
   gptq_read   {folder, linear, shape, result}: the weight of one linear, dequantized by GPTQModel
   gptq_write  {bits, group_size, symmetric, reordered, version, arrays, result}: packs the linear of an .npz file
+  awq_write   {arrays, result}: packs the codes and zeros of an .npz file
 """
 
 import json
@@ -126,6 +127,15 @@ def gptq_write(job: dict[str, Any]) -> dict[str, np.ndarray]:
         convert_gptq_v2_to_v1_format_module(module, SimpleNamespace(bits=job["bits"], pack_dtype=torch.int32))
     names = ("qweight", "qzeros", "scales", "g_idx")
     return {name: getattr(module, name).numpy() for name in names}
+
+
+def awq_write(job: dict[str, Any]) -> dict[str, np.ndarray]:
+    """Pack codes [in, out] and zeros [groups, out] as GPTQModel does, which took AutoAWQ over."""
+    from gptqmodel.quantization.awq.utils.packing_utils import pack_awq
+
+    with np.load(job["arrays"]) as arrays:
+        packed = pack_awq(*(torch.from_numpy(arrays[name].astype(np.int32)) for name in ("codes", "zeros")), bits=4)
+        return {"qweight": packed[0].numpy(), "qzeros": packed[1].numpy(), "scales": arrays["scales"]}
 
 
 if __name__ == "__main__":

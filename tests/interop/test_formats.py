@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 from convert import ExportFormat, export_model, load_model
+from convert.awq import AwqScheme
 from convert.gptq import GptqScheme
 from convert.packed import dense_on_host
 from jquant.activations import PerToken, StaticTensor
@@ -171,7 +172,13 @@ def results(reference_python: Path, tmp_path_factory: pytest.TempPathFactory) ->
     root = tmp_path_factory.mktemp("formats")
     np.save(root / "tokens.npy", TOKENS)
     shared = {"tokens": str(root / "tokens.npy"), "linear": LINEAR}
-    jobs: dict[str, list[dict[str, Any]]] = {"read": [], "write": [], "gptq_read": [], "gptq_write": []}
+    jobs: dict[str, list[dict[str, Any]]] = {
+        "read": [],
+        "write": [],
+        "gptq_read": [],
+        "gptq_write": [],
+        "awq_write": [],
+    }
 
     def add(kind: str, name: str, **job: Any) -> None:
         jobs[kind].append(shared | job | {"result": str(root / f"{kind} {name}.npz")})
@@ -194,6 +201,9 @@ def results(reference_python: Path, tmp_path_factory: pytest.TempPathFactory) ->
         np.savez(root / f"{name}.npz", weight=grids.dense().T, groups=grids.groups, **given)
         settings = {"symmetric": symmetric, "reordered": reordered, "version": version}
         add("gptq_write", name, bits=bits, group_size=size, arrays=str(root / f"{name}.npz"), **settings)
+    awq = random_grids(4, 32, symmetric=False)
+    np.savez(root / "awq.npz", codes=awq.codes, zeros=awq.zeros, scales=awq.scales)
+    add("awq_write", "w4g32", arrays=str(root / "awq.npz"))
     (root / "jobs.json").write_text(json.dumps(jobs))
     command = [reference_python, SCRIPT, root / "jobs.json"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=root)
@@ -297,4 +307,10 @@ def test_what_gptqmodel_packs_is_read_as_it_was_meant(results: dict[str, Any], n
     format = uniform(bits, size, "symmetric_full" if symmetric else "asymmetric")
     scheme = GptqScheme(format, "gptq" if version == 1 else "gptq_v2", reordered)
     linear = scheme.decode(results["gptq_write"][name], grids.codes.shape)
+    np.testing.assert_array_equal(dense_on_host(linear.kernel), grids.dense())
+
+
+def test_what_gptqmodel_packs_as_awq_is_read_as_it_was_meant(results: dict[str, Any]) -> None:
+    grids = random_grids(4, 32, symmetric=False)
+    linear = AwqScheme(group_size=32).decode(results["awq_write"]["w4g32"], grids.codes.shape)
     np.testing.assert_array_equal(dense_on_host(linear.kernel), grids.dense())

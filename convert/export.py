@@ -16,6 +16,7 @@ from typing import Any, Final
 import jax
 import jax.numpy as jnp
 import numpy as np
+from tokenizers import Tokenizer
 
 from convert.base import Header, Source
 from convert.compressed_tensors import CompressedScheme, describe_config
@@ -39,6 +40,7 @@ _KERNEL: Final = ".kernel"
 _HEAD: Final = "lm_head"
 _INTEGER_BITS: Final = 8  # weights and activations of int8 kernels
 _TOKENS: Final = ("bos_token_id", "eos_token_id", "pad_token_id")
+_TOKEN_FILES: Final = ("generation_config.json", "tokenizer_config.json", "tokenizer.json")
 
 
 def export_model(
@@ -210,10 +212,19 @@ def _write_config(
 
 
 def _token_ids(folder: Path) -> dict[str, Any]:
-    """Returns the ids of special tokens that generation_config.json, copied before, gives."""
-    file = folder / "generation_config.json"
-    content = json.loads(file.read_text("utf-8")) if file.is_file() else {}
-    return {name: content[name] for name in _TOKENS if content.get(name) is not None}
+    """Returns the ids of special tokens by the files copied before: generation_config.json, else the tokenizer's."""
+    generation, settings, vocabulary = (folder / name for name in _TOKEN_FILES)
+    if generation.is_file():
+        content = json.loads(generation.read_text("utf-8"))
+        return {name: content[name] for name in _TOKENS if content.get(name) is not None}
+    if not (settings.is_file() and vocabulary.is_file()):
+        return {}
+    named = json.loads(settings.read_text("utf-8"))
+    tokenizer = Tokenizer.from_file(str(vocabulary))
+    words = {name: named.get(name.removesuffix("_id")) for name in _TOKENS}
+    texts = {name: word.get("content") if isinstance(word, dict) else word for name, word in words.items()}
+    ids = {name: tokenizer.token_to_id(text) for name, text in texts.items() if isinstance(text, str)}
+    return {name: index for name, index in ids.items() if index is not None}
 
 
 def _check_read_back(source: Source, model: Llama, schemes: Mapping[str, PackedScheme], parts: list[Part]) -> None:

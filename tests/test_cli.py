@@ -84,19 +84,17 @@ def test_convert(source: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert "bfloat16" in capsys.readouterr().out
 
 
-def test_export_then_verify(quantized: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_export_then_verify(source: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = str(tmp_path / "theirs")
-    assert run("export", quantized, out, "--format", "compressed-tensors", "--for", "vllm") == 0
-    shown = capsys.readouterr().out
-    assert "theirs: compressed-tensors, 14 linears packed, 63 tensors, verified for vllm" in shown
-    assert "note: some linears do not fit Marlin's tiles" in shown
+    assert run("export", source, out, "--format", "safetensors", "--for", "vllm", "--dtype", "bfloat16") == 0
+    assert "theirs: safetensors, 0 linears packed, 21 tensors, verified for vllm" in capsys.readouterr().out
     assert run("verify", out) == 0
-    shown = capsys.readouterr().out
-    assert "63 tensors, 14 linears packed: transformers can read it" in shown
-    assert "note: asymmetric packed weights: load with" in shown
-    assert run("export", quantized, str(tmp_path / "refused"), "--format", "gptq", "--for", "vllm") == 2
+    assert "21 tensors, 0 linears packed: transformers can read it" in capsys.readouterr().out
+    assert run("export", source, str(tmp_path / "float32"), "--format", "safetensors", "--for", "vllm") == 0
+    assert "note: vLLM rounds float32 arrays" in capsys.readouterr().out
+    assert run("export", source, str(tmp_path / "refused"), "--format", "gptq") == 2
     assert "nearest: compressed-tensors" in capsys.readouterr().err
-    assert run("verify", quantized) == 2
+    assert run("verify", str(tmp_path)) == 2
 
 
 def test_plan_writes_nothing(source: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

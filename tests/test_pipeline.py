@@ -288,6 +288,8 @@ def test_export_of_a_gguf_file_rebuilds_its_tokenizer(tmp_path: Path) -> None:
     export_checkpoint(file, tmp_path / "out", format="safetensors")
     assert load_tokenizer(tmp_path / "out")("ab")["input_ids"] == load_tokenizer(file)("ab")["input_ids"]
     assert open_abstract(tmp_path / "out").config == open_abstract(file).config
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (written["bos_token_id"], written["eos_token_id"]) == (0, 1)
 
 
 def test_export_is_refused_before_any_work(source: Path, tmp_path: Path) -> None:

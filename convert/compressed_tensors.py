@@ -28,6 +28,7 @@ from convert.packed import (
     Slot,
     abstract_uniform,
     codes_of_stream,
+    read_flag,
     stream_along_inputs,
     uniform_of_arrays,
     zeros_of,
@@ -233,11 +234,15 @@ def _read_group(group: Any, fallback: Any) -> CompressedScheme:
     strategy, size, bits = weights.get("strategy"), weights.get("group_size"), weights.get("num_bits")
     if weights.get("type", "int") != "int" or not isinstance(bits, int) or not 2 <= bits <= 8:
         raise ConversionError(f"weights of {bits} bits, type {weights.get('type')!r}: integers of 2 to 8 bits are read")
-    if strategy not in ("group", "channel") or (strategy == "group" and not (isinstance(size, int) and size > 0)):
-        raise ConversionError(f"strategy {strategy!r} with group_size {size!r}: group and channel are read")
+    fits = size in (None, -1) if strategy == "channel" else strategy == "group" and isinstance(size, int) and size > 0
+    if not fits or read_flag(weights, "dynamic", default=False):
+        raise ConversionError(
+            f"strategy {strategy!r} with group_size {size!r}, dynamic {weights.get('dynamic')}: group with a size and "
+            "channel without are read, not dynamic"
+        )
     if weights.get("actorder") in ("group", "dynamic", True):
         raise ConversionError("actorder 'group' is not read, compressed-tensors itself has removed it")
-    symmetric = bool(weights.get("symmetric", True))
+    symmetric = read_flag(weights, "symmetric", default=True)
     format = UniformFormat(bits, size if strategy == "group" else None, "symmetric_full" if symmetric else "asymmetric")
     return CompressedScheme(layout, format, _read_activations(group.get("input_activations")))
 
@@ -267,13 +272,13 @@ def _read_activations(described: Any) -> ActivationMethod | None:
     if not isinstance(described, Mapping):
         raise ConversionError("its input_activations are no object")
     bits, strategy, size = described.get("num_bits"), described.get("strategy"), described.get("group_size")
-    symmetric, dynamic = described.get("symmetric", True), described.get("dynamic", False)
+    symmetric, dynamic = (read_flag(described, key, default=key == "symmetric") for key in ("symmetric", "dynamic"))
     if described.get("type", "int") == "int" and isinstance(bits, int) and 2 <= bits <= 8:
-        if strategy == "token" and dynamic is True:
+        if strategy == "token" and dynamic:
             return PerToken(bits, "symmetric_full" if symmetric else "asymmetric")
-        if strategy == "group" and dynamic is True and symmetric and isinstance(size, int):
+        if strategy == "group" and dynamic and symmetric and isinstance(size, int):
             return PerToken(bits, "symmetric_full", group_size=size)
-        if strategy == "tensor" and dynamic is False and symmetric:
+        if strategy == "tensor" and not dynamic and symmetric:
             return StaticTensor(bits)
     raise ConversionError(
         f"input_activations {dict(described)} are not supported; supported: integers of 2 to 8 bits, dynamic for each "

@@ -28,6 +28,7 @@ from convert.packed import (
     abstract_uniform,
     codes_of_stream,
     permute,
+    read_flag,
     stream_along_inputs,
     uniform_of_arrays,
     zeros_of,
@@ -172,7 +173,7 @@ def read_schemes(config: Mapping[str, Any], names: Sequence[str], packed: frozen
         raise ConversionError(f"checkpoint_format {version!r} is not supported; supported: gptq, gptq_v2")
     if any(not str(key).startswith("-:") for key in config.get("dynamic") or {}):
         raise ConversionError("its dynamic section gives linears settings of their own, which are not read")
-    symmetric = bool(config.get("sym", True))
+    symmetric = read_flag(config, "sym", default=True)
     format = UniformFormat(bits, None if size == -1 else size, "symmetric_full" if symmetric else "asymmetric")
-    reordered = bool(config.get("desc_act", False)) and size != -1
+    reordered = read_flag(config, "desc_act", default=False) and size != -1
     return {name: GptqScheme(format, version, reordered) for name in names if name in packed}

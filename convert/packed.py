@@ -54,6 +54,18 @@ class PackedScheme(abc.ABC):
         """Returns the linear that `decode` would, with `jax.ShapeDtypeStruct` for arrays."""
 
 
+def read_flag(section: Mapping[str, Any], key: str, *, default: bool) -> bool:
+    """Returns an entry that is true or false.
+
+    Raises:
+      ConversionError: it is something else.
+    """
+    value = section.get(key, default)
+    if not isinstance(value, bool):
+        raise ConversionError(f"{key} is {value!r}, neither true nor false")
+    return value
+
+
 def abstract_uniform(format: UniformFormat, shape: tuple[int, int]) -> UniformTensor:
     """Returns a uniform tensor with `jax.ShapeDtypeStruct` for arrays."""
     inputs, outputs = shape

@@ -77,6 +77,8 @@ def _refusals(model: Llama, format: ExportFormat, consumer: Consumer, dtype: str
         if format == "gptq" and isinstance(kernel, QuantizedTensor) == (path == "lm_head"):
             yield path, "gptq quantizes all linears of all blocks and not the head; nearest: compressed-tensors"
     kinds.discard(_kind(None))
+    if format != "safetensors" and not kinds:
+        yield "layers", f"nothing is quantized, so that nothing would be {format}; nearest: safetensors"
     if format == "gptq" and len(kinds) > 1:
         yield (
             "layers",

@@ -1,7 +1,7 @@
 """Is a folder what its reader wants? Files, names, dtypes, shapes and numbers; then what each reader alone asks.
 
-The rules of readers are those of transformers 5.23 (with compressed-tensors 0.20), GPTQModel 7.7 and vLLM 0.33, read in
-their sources; each is one line with its reason.
+The rules are those of transformers 5.23 with compressed-tensors 0.20 and of GPTQModel 7.7, which `tests/interop` runs,
+and of vLLM 0.33 as its source has them, which is not run here; each is one line with its reason.
 """
 
 import json

@@ -20,7 +20,7 @@ RECIPE: Final = "recipe.yaml"
 REPORT: Final = "report.json"
 # What a folder of a model holds besides its other files: weights, and what is written anew with them.
 _WEIGHTS: Final = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".index.json")
-_REWRITTEN: Final = ("config.json", "quantize_config.json", STRUCTURE)
+_REWRITTEN: Final = ("config.json", "quantize_config.json", "quant_config.json", STRUCTURE)
 _RESERVE: Final = 64 * 2**20  # bytes on disk beyond the arrays: tokenizer, structure, report
 
 

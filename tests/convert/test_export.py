@@ -270,6 +270,12 @@ REFUSED: Final[Mapping[str, tuple[ExportFormat, Consumer, Make, str]]] = {
         lambda: quantized_model(W4, dtype=jnp.dtype("bfloat16")),
         r"scales \(float16\) are not all bfloat16 numbers.*scale_dtype: bfloat16, or export with --dtype",
     ),
+    "nothing quantized": (
+        "compressed-tensors",
+        "transformers",
+        dense_model,
+        "nothing is quantized.*nearest: safetensors",
+    ),
     "reader": ("compressed-tensors", "gptqmodel", lambda: quantized_model(W4), "gptqmodel reads gptq"),
     "asymmetric activations of packed zeros": (
         "compressed-tensors",

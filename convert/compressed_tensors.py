@@ -224,6 +224,26 @@ def read_schemes(config: Mapping[str, Any], names: Sequence[str]) -> dict[str, C
     return schemes
 
 
+def check_packing(scheme: CompressedScheme, shape: tuple[int, int], found: tuple[int, ...]) -> None:
+    """Refuses the packing of versions before 0.18, which did not fill words of 3, 5, 6 and 7 bits.
+
+    Args:
+      scheme: of a linear.
+      shape: (in, out) of the linear.
+      found: the shape of its weight_packed.
+
+    Raises:
+      ConversionError: the words are as many as those versions wrote, and not as many as newer ones write.
+    """
+    inputs, outputs = shape
+    bits = scheme.format.bits
+    if found == (outputs, -(-inputs // (words.WORD // bits))) and found[1] != words.word_count(inputs, bits):
+        raise ConversionError(
+            f"its {bits}-bit weights were packed by compressed-tensors before 0.18, whose words have gaps; load and "
+            "save it with compressed-tensors 0.18 or later"
+        )
+
+
 def _read_group(group: Any, fallback: Any) -> CompressedScheme:
     if not isinstance(group, Mapping) or not isinstance(group.get("weights"), Mapping):
         raise ConversionError("one of its config_groups has no weights")

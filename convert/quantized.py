@@ -44,6 +44,9 @@ def read_packing(source: Source, config: LlamaConfig) -> dict[str, PackedScheme]
         schemes = _read_schemes(section, source, list(paths))
         for name, scheme in schemes.items():
             scheme.slots(shapes[paths[name]])
+            packed = source.headers.get(f"{name}.weight_packed")
+            if isinstance(scheme, compressed_tensors.CompressedScheme) and packed is not None:
+                compressed_tensors.check_packing(scheme, shapes[paths[name]], packed.shape)
     except (ConversionError, FormatError) as error:
         raise ConversionError(f"{place}: {error}") from error
     return {paths[name]: scheme for name, scheme in schemes.items()}

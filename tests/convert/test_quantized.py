@@ -207,6 +207,13 @@ def test_what_cannot_be_read_is_named(
         load_model(given.write_packed(tmp_path, section, tensors))
 
 
+def test_words_of_old_compressed_tensors_are_named(tmp_path: Path) -> None:
+    section, grids, tensors = CASES["pack-quantized w3g64 asymmetric"]()
+    tensors["weight_packed"] = np.zeros((grids.codes.shape[1], -(-grids.codes.shape[0] // 10)), np.int32)
+    with pytest.raises(ConversionError, match=r"3-bit weights were packed by compressed-tensors before 0\.18"):
+        load_model(given.write_packed(tmp_path, section, tensors))
+
+
 @pytest.mark.parametrize("groups", [[-1], [9], [0]])
 def test_damaged_activation_order_is_named(tmp_path: Path, groups: list[int]) -> None:
     section, _, tensors = GPTQ4()

@@ -23,6 +23,7 @@ from convert.packed import dense_on_host
 from jquant.activations import PerToken, StaticTensor
 from jquant.formats import QuantizedTensor, UniformFormat
 from jquant.models import Linear, Llama, forward, get, map_linears, tiny_hf_config
+from jquant.transforms import fold_norms, rotate, untie
 from tests.convert.folders import random_tensors, write_folder
 from tests.convert.packed_folders import Grids, random_grids
 from tests.convert.quantized_models import dense_model, quantized_model
@@ -69,6 +70,11 @@ def activations(format: UniformFormat, method: Any) -> Written:
     return Written(lambda: quantized_model(format, method))
 
 
+def rotated() -> Llama:
+    """Return a model with its residual stream rotated, folded away, and its queries and keys, which is left out."""
+    return rotate(fold_norms(untie(dense_model("smollm2"))), parts=("residual", "keys"), seed=1)
+
+
 WRITTEN: Final[Mapping[str, Written]] = {
     "w2g32 asymmetric": weights(2, 32, "asymmetric"),
     "w3g32": weights(3, 32),
@@ -100,6 +106,7 @@ WRITTEN: Final[Mapping[str, Written]] = {
     "w4a8 groups": activations(uniform(4, 32), PerToken(8, "symmetric_full", group_size=32)),
     "dequantized": Written(lambda: quantized_model(only_mlp), format="safetensors"),
     "dense": Written(lambda: dense_model("qwen3"), format="safetensors"),
+    "rotated": Written(rotated, format="safetensors"),
 }
 
 TIED: Final = ("w8a8", "w4a4", "w4a8 groups")  # tokens on the symmetric grid, whose end is a tie

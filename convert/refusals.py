@@ -133,11 +133,13 @@ def _of_weight(path: str, kernel: Any, format: str, dtype: str) -> Iterator[tupl
                 path,
                 f"its shape {inputs} x {outputs} is no multiple of 32, as gptq wants; nearest: compressed-tensors",
             )
-    target = "float16" if format == "gptq" else dtype
-    if not _holds(target, inner.scales):
-        other = "nearest: compressed-tensors" if format == "gptq" else "export with --dtype float32 or float16"
-        scales = f"its scales ({inner.scales.dtype}) are not all {target} numbers, as which they would be read"
-        yield path, f"{scales}; quantize with scale_dtype: {target}, or {other}"
+    for target in ("float16", dtype) if format == "gptq" else (dtype,):  # readers take them in the model's dtype
+        if not _holds(target, inner.scales):
+            stored = format == "gptq" and target == "float16"
+            other = "nearest: compressed-tensors" if stored else "export with --dtype float32 or float16"
+            scales = f"its scales ({inner.scales.dtype}) are not all {target} numbers, as which they would be read"
+            yield path, f"{scales}; quantize with scale_dtype: {target}, or {other}"
+            return
 
 
 def _holds(dtype: str, scales: jax.Array) -> bool:

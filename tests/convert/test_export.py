@@ -264,6 +264,12 @@ REFUSED: Final[Mapping[str, tuple[ExportFormat, Consumer, Make, str]]] = {
         lambda: quantized_model(UniformFormat(4, 32, "symmetric", "float32")),
         r"its scales \(float32\) are not all float16.*scale_dtype: float16, or nearest: compressed-tensors",
     ),
+    "scales of gptq in bfloat16": (
+        "gptq",
+        "vllm",
+        lambda: quantized_model(W4, dtype=jnp.dtype("bfloat16")),
+        r"scales \(float16\) are not all bfloat16 numbers.*export with --dtype",
+    ),
     "scales of another dtype": (
         "compressed-tensors",
         "vllm",

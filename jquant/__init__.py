@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from jquant.recipe import load_recipe as load_recipe
     from jquant.runtime import generate as generate
     from jquant.sampling import Sampler as Sampler
+    from jquant.targets import Target as Target
+    from jquant.targets import prepare as prepare
 
 _HOMES: Final = {
     "load_model": "jquant.checkpoint",
@@ -33,6 +35,8 @@ _HOMES: Final = {
     "load_recipe": "jquant.recipe",
     "generate": "jquant.runtime",
     "Sampler": "jquant.sampling",
+    "Target": "jquant.targets",
+    "prepare": "jquant.targets",
 }
 
 __all__ = list(_HOMES)

@@ -7,7 +7,7 @@ from typing import Any, Final
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, BFloat16, Float, Float32, Int, Int8, Shaped
 
 from jquant.errors import FormatError
 from jquant.formats import (
@@ -15,6 +15,8 @@ from jquant.formats import (
     CenteredTensor,
     Layout,
     PermutedTensor,
+    PreparedFloatTensor,
+    PreparedIntegerTensor,
     QuantizedActivation,
     QuantizedTensor,
     RazoredActivation,
@@ -46,6 +48,9 @@ def matmul(x: Activation, weight: Any) -> Float[Array, "*batch out"]:
     Of a quantized activation, x is what it dequantizes to. Sums are float32 (float64 for float64 activations), of
     products of integers int32 with the scales after; the result has the activation's dtype.
 
+    Weights that are prepared for kernels take x rounded to bfloat16, where it is numbers, and give products rounded to
+    bfloat16, whatever the activation's dtype.
+
     Args:
       x: activations [..., in], as numbers or as a `QuantizedActivation`.
       weight: an array [in, out] or a `QuantizedTensor` of that shape.
@@ -62,7 +67,7 @@ def matmul(x: Activation, weight: Any) -> Float[Array, "*batch out"]:
     """
     operand = type(x) if isinstance(x, QuantizedActivation) else jax.Array
     kind = type(weight) if isinstance(weight, QuantizedTensor) else jax.Array
-    layout = weight.layout if isinstance(weight, UniformTensor) else Layout.PORTABLE  # a jax.Array has another `layout`
+    layout = weight.layout if isinstance(weight, QuantizedTensor) else Layout.PORTABLE
     rule = _RULES.get((operand, kind, layout))
     if rule is None:
         raise FormatError(
@@ -151,6 +156,62 @@ def _permuted_integer(x: UniformActivation, weight: PermutedTensor) -> jax.Array
     return matmul(dataclasses.replace(x, codes=x.codes[..., weight.order[:, 0]]), weight.inner)
 
 
+def _float_kernel(x: jax.Array, weight: PreparedFloatTensor) -> jax.Array:
+    """Multiplies numbers by the W4A16 kernel that suits their count; x is rounded to bfloat16, as is the product."""
+    *batch, inputs = x.shape
+    rows = math.prod(batch)
+    y = _w4a16(x.reshape(rows, inputs).astype(jnp.bfloat16), weight) if rows else jnp.zeros((0, weight.shape[1]))
+    return y.reshape(*batch, weight.shape[1]).astype(x.dtype)
+
+
+@jax.jit  # so that layers of one shape share one kernel, traced and lowered once
+def _w4a16(x: BFloat16[Array, "rows in"], weight: PreparedFloatTensor) -> BFloat16[Array, "rows out"]:
+    from pallas_kernels import FloatWeight, w4a16_matmul
+
+    padded = _pad_inputs(x, weight.codes)
+    operand = FloatWeight(weight.codes, weight.scales, weight.centers)
+    return w4a16_matmul(padded, operand, simulate=_simulation(weight.layout))[:, : weight.shape[1]]
+
+
+def _integer_kernel(x: UniformActivation, weight: PreparedIntegerTensor) -> jax.Array:
+    """Multiplies integers by the W4A8 or W8A8 kernel that suits their count; groups of a token's inputs have none."""
+    if x.scales.shape[-1] > 1:
+        return _dequantized(x, weight)
+    *batch, inputs = x.codes.shape
+    rows = math.prod(batch)
+    scales = x.scales.reshape(rows).astype(jnp.float32)
+    zeros = None if x.zeros is None else x.zeros.reshape(rows).astype(jnp.float32)
+    codes = x.codes.reshape(rows, inputs)
+    y = _integers(codes, scales, zeros, weight) if rows else jnp.zeros((0, weight.shape[1]))
+    return y.reshape(*batch, weight.shape[1]).astype(x.dtype)
+
+
+@jax.jit
+def _integers(
+    codes: Int8[Array, "rows in"],
+    scales: Float32[Array, "rows"],
+    zeros: Float32[Array, "rows"] | None,
+    weight: PreparedIntegerTensor,
+) -> BFloat16[Array, "rows out"]:
+    from pallas_kernels import IntegerWeight, integer_matmul
+
+    padded = _pad_inputs(codes, weight.codes)
+    operand = IntegerWeight(weight.codes, weight.scales, weight.sums)
+    y = integer_matmul(padded, scales, zeros, operand, simulate=_simulation(weight.layout))
+    return y[:, : weight.shape[1]]
+
+
+def _pad_inputs(x: Shaped[Array, "rows in"], codes: Int[Array, "out padded"]) -> Shaped[Array, "rows padded"]:
+    return jnp.pad(x, ((0, 0), (0, codes.shape[1] - x.shape[1])))
+
+
+def _simulation(layout: Layout) -> Any:
+    """Returns what makes a kernel run in the interpreter; None where the GPU shall run it."""
+    from pallas_kernels.compat import Simulation
+
+    return Simulation() if layout is Layout.SIMULATED else None
+
+
 def _split(x: SplitActivation, weight: Any) -> jax.Array:
     """Adds the product of the integers and that of the outliers, in float32 or wider."""
     wide = compute_dtype(x.dtype)
@@ -160,7 +221,9 @@ def _split(x: SplitActivation, weight: Any) -> jax.Array:
 
 # Every pair of an activation and a weight. Integers on grids multiply as integers. What `_dequantized` serves has no
 # such rule: razored integers have a scale for every few inputs, binary codes eight signs, rotations no integers at all.
+# Kernels take what `prepare` gives them: numbers for one of the two prepared tensors, integers for the other.
 _PORTABLE: Final = Layout.PORTABLE
+_PREPARED: Final = (Layout.HOPPER, Layout.SIMULATED)
 _WEIGHTS: Final = (
     jax.Array,
     UniformTensor,
@@ -185,4 +248,12 @@ _RULES: Final[Mapping[tuple[type, type, Layout], MatmulRule]] = {
     (UniformActivation, PermutedTensor, _PORTABLE): _permuted_integer,
     **{(RazoredActivation, weight, _PORTABLE): _dequantized for weight in _WEIGHTS},
     **{(SplitActivation, weight, _PORTABLE): _split for weight in _WEIGHTS},
+    **{(jax.Array, PreparedFloatTensor, layout): _float_kernel for layout in _PREPARED},
+    **{(UniformActivation, PreparedFloatTensor, layout): _dequantized for layout in _PREPARED},
+    **{(RazoredActivation, PreparedFloatTensor, layout): _dequantized for layout in _PREPARED},
+    **{(SplitActivation, PreparedFloatTensor, layout): _split for layout in _PREPARED},
+    **{(jax.Array, PreparedIntegerTensor, layout): _reference for layout in _PREPARED},
+    **{(UniformActivation, PreparedIntegerTensor, layout): _integer_kernel for layout in _PREPARED},
+    **{(RazoredActivation, PreparedIntegerTensor, layout): _dequantized for layout in _PREPARED},
+    **{(SplitActivation, PreparedIntegerTensor, layout): _split for layout in _PREPARED},
 }

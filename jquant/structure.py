@@ -26,6 +26,8 @@ _NODES: Final[Mapping[str, type]] = {
         models.Mlp,
         models.Linear,
         formats.UniformTensor,
+        formats.PreparedFloatTensor,
+        formats.PreparedIntegerTensor,
         formats.PermutedTensor,
         formats.BinaryTensor,
         formats.RazoredTensor,

@@ -2,7 +2,7 @@
 
 `prepare_*` writes a weight once as the kernels read it; `w4a16_matmul` and `integer_matmul` choose the kernel by shape
 (`configs`): `decode` for few tokens, `prefill` for many. `compat` holds what is unstable in Pallas, `order` the
-permutations of stored codes, `shapes` what tests and benchmarks share. No rule of `jquant.matmul` calls a kernel yet.
+permutations of stored codes, `shapes` what tests and benchmarks share. `jquant.prepare` writes a model's weights so.
 """
 
 from pallas_kernels.matmul import integer_matmul as integer_matmul

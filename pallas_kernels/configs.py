@@ -12,7 +12,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
-from pallas_kernels import compat
+from pallas_kernels import compat, order
 from pallas_kernels.decode import MOST_TOKENS, DecodeConfig
 from pallas_kernels.prefill import PrefillConfig
 
@@ -27,6 +27,7 @@ TWO_BLOCKS: Final = 112 * 1024
 MANY_OF_FEW: Final = 16  # tokens above which a block of decode.py makes 128 outputs
 FEWEST_BLOCKS: Final = 3 * MULTIPROCESSORS // 4  # below which more blocks are better than more warpgroups in each
 DEPTHS: Final = (256, 512, 128)  # of decode.py, the most promising first; 64 is slow where a deeper one fits
+LEAST_DEPTH: Final = 64  # inputs of the shallowest copy, and outputs of the least block
 MOST_PARTS: Final = 16
 MOST_STAGES: Final = 8
 MOST_CLUSTER: Final = 8  # blocks of a portable cluster
@@ -105,6 +106,29 @@ def choose(kind: Kind, tokens: int, outputs: int, inputs: int, groups: int) -> C
     )
 
 
+def fault(kind: Kind, outputs: int, inputs: int, groups: int) -> str | None:
+    """Returns why no kernel multiplies a weight by any number of tokens; None where `choose` finds one for each number.
+
+    Args:
+      kind: the widths of weight and activations.
+      outputs: rows of the weight.
+      inputs: columns of the weight.
+      groups: rows of the scales.
+
+    Example:
+      >>> fault("w4a16", 4096, 4096, 32), fault("w8a8", 100, 4096, 1)
+      (None, '100 outputs are no multiple of 64')
+    """
+    for count, what in ((outputs, "outputs"), (inputs, "inputs")):
+        if count % LEAST_DEPTH:
+            return f"{count} {what} are no multiple of {LEAST_DEPTH}"
+    if groups > 1 and kind != "w4a16":
+        return f"{groups} groups of inputs, kernels of integers take one scale for each output"
+    if inputs % groups or not _fits(inputs // groups, LEAST_DEPTH):
+        return f"groups of {inputs / groups:g} inputs, kernels take {order.RUN} or a multiple of {LEAST_DEPTH}"
+    return None
+
+
 @functools.cache
 def table() -> tuple[Row, ...]:
     """Returns the rows of the package's table."""
@@ -179,6 +203,7 @@ def _decode(kind: Kind, tokens: int, outputs: int, inputs: int, groups: int, row
     width = 2 if kind == "w4a16" else 1
     columns = 8 * compat.whole_tiles(tokens, 8)
     tiles = compat.whole_tiles(outputs, rows)
+    deep = inputs % 128 == 0 and tokens <= MANY_OF_FEW and _fits(inputs // groups, 128)
     wanted = 2 ** max(1, round(math.log2(WARPGROUPS_UNDER_WAY * 64 / rows / tiles)))
     found: list[Config] = []
     for parts in (2**power for power in range(min(wanted, MOST_PARTS).bit_length() - 1, -1, -1)):
@@ -189,13 +214,18 @@ def _decode(kind: Kind, tokens: int, outputs: int, inputs: int, groups: int, row
             room = ONE_BLOCK if tiles * splits <= MULTIPROCESSORS else TWO_BLOCKS
             others = warpgroups - 1 + (splits - 1 if splits <= MOST_CLUSTER else 0)
             room -= rows * columns * (4 * others + 2)
-            for depth in DEPTHS if inputs % 128 == 0 and tokens <= MANY_OF_FEW else (*DEPTHS, 64):
+            for depth in DEPTHS if deep else (*DEPTHS, LEAST_DEPTH):
                 grids = rows * 2 * 2 * compat.whole_tiles(depth * groups, inputs)  # scales, and centers or wider scales
                 one = warpgroups * (depth * (rows // 2 + columns * width) + grids)
                 stages = min(4, room // one, inputs // (depth * parts))
                 if inputs % (depth * parts) == 0 and (stages >= 2 or stages == inputs // (depth * parts) == 1):
                     found.append(DecodeConfig(depth, stages, warpgroups, splits, rows, 1 < splits <= MOST_CLUSTER))
     return list(dict.fromkeys(found))
+
+
+def _fits(group: int, depth: int) -> bool:
+    """Tells whether copies of a depth hold whole groups, or groups whole copies, in runs of 32 inputs."""
+    return group % order.RUN == 0 and (group % depth == 0 or depth % group == 0)
 
 
 def _prefill(kind: Kind, tokens: int, outputs: int, inputs: int) -> list[Config]:

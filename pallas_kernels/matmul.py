@@ -1,12 +1,14 @@
 """The products by name: each takes raw arrays and a prepared weight, and chooses kernel and configuration by shape."""
 
+import dataclasses
+
 import jax.numpy as jnp
 from jaxtyping import Array, BFloat16, Float32, Int8
 
 from pallas_kernels import configs
 from pallas_kernels.compat import Simulation
 from pallas_kernels.decode import DecodeConfig, w4a8_decode, w4a16_decode
-from pallas_kernels.prefill import integer_prefill, w4a16_prefill
+from pallas_kernels.prefill import PrefillConfig, integer_prefill, w4a16_prefill
 from pallas_kernels.weights import FloatWeight, IntegerWeight
 
 
@@ -29,7 +31,7 @@ def w4a16_matmul(
       ValueError: no kernel multiplies this shape.
     """
     outputs, inputs = weight.codes.shape
-    chosen = config or configs.choose("w4a16", x.shape[0], outputs, inputs, weight.scales.shape[0])
+    chosen = config or _choose("w4a16", (x.shape[0], outputs, inputs), weight.scales.shape[0], simulate)
     if isinstance(chosen, DecodeConfig):
         return w4a16_decode(x, weight.codes, weight.scales, weight.centers, config=chosen, simulate=simulate)
     return w4a16_prefill(x, weight.codes, weight.scales, weight.centers, config=chosen, simulate=simulate)
@@ -59,7 +61,7 @@ def integer_matmul(
     """
     (outputs, inputs), groups = weight.codes.shape, weight.scales.shape[0]
     kind: configs.Kind = "w4a8" if weight.codes.dtype == jnp.int4 else "w8a8"
-    chosen = config or configs.choose(kind, x.shape[0], outputs, inputs, groups)
+    chosen = config or _choose(kind, (x.shape[0], outputs, inputs), groups, simulate)
     if isinstance(chosen, DecodeConfig):
         codes, scales, sums = weight
         return w4a8_decode(x, token_scales, token_zeros, codes, scales, sums, config=chosen, simulate=simulate)
@@ -69,3 +71,13 @@ def integer_matmul(
     return integer_prefill(
         x, token_scales, token_zeros, weight.codes, scales, weight.sums, config=chosen, simulate=simulate
     )
+
+
+def _choose(
+    kind: configs.Kind, sizes: tuple[int, int, int], groups: int, simulate: Simulation | None
+) -> configs.Config:
+    """Returns the choice for sizes (tokens, out, in); simulated, without clusters: on some, the interpreter hangs."""
+    chosen = configs.choose(kind, *sizes, groups)
+    if simulate is not None and isinstance(chosen, PrefillConfig):
+        return dataclasses.replace(chosen, cluster=1)
+    return chosen

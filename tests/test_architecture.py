@@ -21,7 +21,7 @@ FLOORS: Final = (
     ("jquant.kv", "jquant.activations", "jquant.quantizers"),
     ("jquant.models",),
     ("jquant.structure",),
-    ("jquant.transforms", "jquant.blocks", "jquant.runtime", "jquant.checkpoint", "jquant.sharding"),
+    ("jquant.transforms", "jquant.blocks", "jquant.runtime", "jquant.targets", "jquant.checkpoint", "jquant.sharding"),
     ("convert", "jquant.calibration", "jquant.costs", "jquant.inspection", "eval"),
     ("jquant.passes", "jquant.folders", "jquant.progress"),
     ("jquant.exact_passes", "jquant.kv_passes"),

@@ -9,6 +9,8 @@ from jquant import matmul as module
 from jquant.formats import (
     Layout,
     PermutedTensor,
+    PreparedFloatTensor,
+    PreparedIntegerTensor,
     QuantizedActivation,
     QuantizedTensor,
     UniformFormat,
@@ -88,6 +90,13 @@ def test_a_permuted_weight_is_gathered_by_input_and_not_unpacked_twice() -> None
 
 
 def test_every_pair_of_an_activation_and_a_weight_has_a_rule() -> None:
+    prepared = {PreparedFloatTensor, PreparedIntegerTensor}
     weights = {jax.Array, *QuantizedTensor.__subclasses__()}
     activations = {jax.Array, *QuantizedActivation.__subclasses__()}
-    assert set(module._RULES) == {(x, weight, Layout.PORTABLE) for x in activations for weight in weights}
+    assert set(module._RULES) == {
+        (x, weight, layout)
+        for x in activations
+        for weight in weights
+        for layout in Layout
+        if (weight in prepared) == (layout is not Layout.PORTABLE)
+    }

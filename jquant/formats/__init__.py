@@ -15,6 +15,14 @@ from jquant.formats.binary import quantize_binary as quantize_binary
 from jquant.formats.centered import CenteredTensor as CenteredTensor
 from jquant.formats.centered import quantize_centered as quantize_centered
 from jquant.formats.composed import PermutedTensor as PermutedTensor
+from jquant.formats.prepared import PreparedFloatTensor as PreparedFloatTensor
+from jquant.formats.prepared import PreparedIntegerTensor as PreparedIntegerTensor
+from jquant.formats.prepared import float_fault as float_fault
+from jquant.formats.prepared import integer_fault as integer_fault
+from jquant.formats.prepared import integer_kind as integer_kind
+from jquant.formats.prepared import padded_shape as padded_shape
+from jquant.formats.prepared import prepare_float as prepare_float
+from jquant.formats.prepared import prepare_integer as prepare_integer
 from jquant.formats.razored import RazoredFormat as RazoredFormat
 from jquant.formats.razored import RazoredTensor as RazoredTensor
 from jquant.formats.razored import quantize_razored as quantize_razored

@@ -16,9 +16,17 @@ from jquant.errors import FormatError
 
 
 class Layout(enum.Enum):
-    """How packed codes lie in memory. `runtime.prepare` alone writes anything but PORTABLE."""
+    """How a weight lies in memory, by which `matmul` knows what multiplies it. `prepare` alone writes new ones.
+
+    Attributes:
+      PORTABLE: the one that algorithms write and checkpoints hold; XLA multiplies it, on any machine.
+      HOPPER: as the kernels of `pallas_kernels` read it on an H100 or H200.
+      SIMULATED: like HOPPER, for the same kernels in Pallas' interpreter on a CPU: slow, for tests.
+    """
 
     PORTABLE = "portable"
+    HOPPER = "hopper"
+    SIMULATED = "simulated"
 
 
 class QuantizedTensor(abc.ABC):
@@ -28,18 +36,20 @@ class QuantizedTensor(abc.ABC):
     Invariants, checked for every subclass by `tests/contracts/test_formats.py`:
 
     * `shape` is the logical (in, out) and static: packing, stacking, vmap and sharding never change it;
-    * every leaf ends in an axis of size `out`, of size `out / g` where g neighbouring outputs share an entry, or of
-      size 1 where all of them do;
+    * in the portable layout, every leaf ends in an axis of size `out`, of size `out / g` where g neighbouring outputs
+      share an entry, or of size 1 where all of them do;
     * `dequantize` is pure and jittable, and is the meaning of the tensor: every kernel must agree with it.
 
     Attributes:
       shape: (in, out).
+      layout: PORTABLE, unless the subclass has a static field that tells otherwise.
       mixes_outputs: whether each output depends on leaves of others, so that the tensor cannot be cut.
     """
 
     mixes_outputs: ClassVar[bool] = False
 
     shape: tuple[int, int] = struct.field(pytree_node=False)
+    layout: Layout = Layout.PORTABLE
 
     @abc.abstractmethod
     def dequantize(self, dtype: jax.typing.DTypeLike = jnp.float32) -> Float[Array, "in out"]:
@@ -59,10 +69,16 @@ class QuantizedTensor(abc.ABC):
 def tree_nbytes(tree: object) -> int:
     """Returns the bytes that the arrays of a tree take; `jax.ShapeDtypeStruct` leaves count too.
 
+    Two numbers of int4 take one byte, as they do in a device's memory, whatever `itemsize` says.
+
     >>> tree_nbytes({"codes": jnp.zeros((4, 2), jnp.uint8), "scales": jnp.zeros((1, 2), jnp.float16)})
     12
     """
-    return sum(math.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree))
+    return sum(-(-math.prod(leaf.shape) * _bits(leaf.dtype) // 8) for leaf in jax.tree.leaves(tree))
+
+
+def _bits(dtype: jax.typing.DTypeLike) -> int:
+    return int(jnp.iinfo(dtype).bits) if jnp.issubdtype(dtype, jnp.integer) else 8 * jnp.dtype(dtype).itemsize
 
 
 def split_outputs[T: QuantizedTensor](tensor: T, sizes: Sequence[int]) -> tuple[T, ...]:
@@ -77,7 +93,7 @@ def split_outputs[T: QuantizedTensor](tensor: T, sizes: Sequence[int]) -> tuple[
 
     Raises:
       FormatError: the sizes do not sum to the number of outputs, or cut through outputs that share an entry or that the
-        format mixes.
+        format mixes; or the tensor is not portable.
     """
     outputs = tensor.shape[1]
     if sum(sizes) != outputs:
@@ -92,6 +108,8 @@ def split_outputs[T: QuantizedTensor](tensor: T, sizes: Sequence[int]) -> tuple[
 def _slice_outputs[T: QuantizedTensor](tensor: T, start: int, size: int) -> T:
     if size == tensor.shape[1]:
         return tensor
+    if tensor.layout is not Layout.PORTABLE:
+        raise FormatError(f"cannot cut a {type(tensor).__name__} in layout {tensor.layout.value}: restore it first")
     if tensor.mixes_outputs:
         raise FormatError(f"cannot cut a {type(tensor).__name__}, which mixes outputs: quantize each part alone")
 

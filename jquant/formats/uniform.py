@@ -71,7 +71,7 @@ class UniformTensor(QuantizedTensor):
         is 2^(bits-1).
       format: the static description.
       shape: (in, out).
-      layout: PORTABLE unless `runtime.prepare` rewrote the codes.
+      layout: PORTABLE; what `prepare` makes of such a tensor are nodes of their own (`prepared.py`).
     """
 
     codes: Leaf

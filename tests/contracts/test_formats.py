@@ -17,7 +17,10 @@ from jquant.formats import (
     BinaryFormat,
     BinaryTensor,
     CenteredTensor,
+    Layout,
     PermutedTensor,
+    PreparedFloatTensor,
+    PreparedIntegerTensor,
     QuantizedTensor,
     RazoredFormat,
     RazoredTensor,
@@ -27,6 +30,8 @@ from jquant.formats import (
     StatisticCodes,
     UniformFormat,
     UniformTensor,
+    prepare_float,
+    prepare_integer,
     quantize_binary,
     quantize_centered,
     quantize_razored,
@@ -137,6 +142,19 @@ def spqr(inputs: int, format: SpqrFormat) -> tuple[SpqrTensor, np.ndarray]:
     return tensor, np.where(mask, values, dense)
 
 
+def for_floats(inputs: int, format: UniformFormat) -> tuple[PreparedFloatTensor, np.ndarray]:
+    """Both sides are filled up to 64; the meaning is that of scales in bfloat16."""
+    tensor, _ = uniform(inputs, format)
+    rounded = dataclasses.replace(tensor, scales=tensor.scales.astype(jnp.bfloat16))
+    with jax.enable_x64(True):
+        return prepare_float(tensor, Layout.HOPPER), np.asarray(rounded.dequantize(jnp.float64))
+
+
+def for_integers(inputs: int, format: UniformFormat) -> tuple[PreparedIntegerTensor, np.ndarray]:
+    tensor, dense = uniform(inputs, format)
+    return prepare_integer(tensor, Layout.HOPPER), dense
+
+
 # 45 inputs: no multiple of 8 / bits, and 3 groups of 15 whose packed zeros end inside a byte.
 CASES = {
     **{f"{bits} bits, 3 ragged groups": (uniform, 45, UniformFormat(bits, 15)) for bits in range(1, 9)},
@@ -160,10 +178,14 @@ CASES = {
     "spqr 3 bits": (spqr, 48, SpqrFormat(3, 16, second_group_size=2)),
     "spqr 2 bits, numbers for scales": (spqr, 45, SpqrFormat(2, 15, None, 5, 2, "float32")),
     "spqr, outliers": (spqr, 48, SpqrFormat(3, 8, 2, 4, second_group_size=1)),
+    "for floats, 3 groups": (for_floats, 96, UniformFormat(4, 32)),
+    "for floats, 3 bits, symmetric": (for_floats, 45, UniformFormat(3, None, "symmetric", "bfloat16")),
+    **{f"for {bits}-bit integers": (for_integers, 45, UniformFormat(bits, None, "symmetric")) for bits in (4, 7)},
 }
 
 MIXING = {case for case, row in CASES.items() if row[0] is turned}  # their sums round, and their outputs hang together
-CUTTABLE = {case: row for case, row in CASES.items() if case not in MIXING}
+PREPARED = {case for case, row in CASES.items() if row[0] in (for_floats, for_integers)}  # codes lie [out, in]
+CUTTABLE = {case: row for case, row in CASES.items() if case not in MIXING | PREPARED}
 
 every_case = pytest.mark.parametrize("case", CASES)
 
@@ -256,14 +278,14 @@ def test_shape_is_static(case: str) -> None:
 @every_case
 def test_vmap_is_a_loop(case: str, jitted: dict[str, jax.Array], vmapped: dict[str, jax.Array]) -> None:
     assert_agrees(case, vmapped[case][0], jitted[case])
-    if case in MIXING:
+    if case in MIXING | PREPARED:
         reversed_outputs = jax.tree.map(lambda leaf: jnp.flip(leaf, -1), make(case)[0]).dequantize()
         assert_agrees(case, vmapped[case][1], reversed_outputs)
     else:
         np.testing.assert_array_equal(vmapped[case][1], jitted[case][:, ::-1])
 
 
-@every_case
+@pytest.mark.parametrize("case", [case for case in CASES if case not in PREPARED])
 def test_leaves_end_in_outputs_or_groups_of_them_or_one(case: str) -> None:
     tensor, _ = make(case)
     assert all(OUTPUTS % leaf.shape[-1] == 0 for leaf in jax.tree.leaves(tensor))
@@ -287,6 +309,15 @@ def test_what_mixes_outputs_is_not_cut(case: str) -> None:
         split_outputs(tensor, (2, 4))
 
 
+@pytest.mark.parametrize("case", sorted(PREPARED))
+def test_what_is_prepared_is_portable_again_bit_for_bit_and_is_not_cut(case: str) -> None:
+    tensor, _ = make(case)
+    assert isinstance(tensor, PreparedFloatTensor | PreparedIntegerTensor)
+    assert_same(tensor.restore(), uniform(*CASES[case][1:])[0])
+    with pytest.raises(FormatError, match=r"cannot cut a Prepared\w+ in layout hopper: restore it first"):
+        split_outputs(tensor, (2, 4))
+
+
 def test_split_outputs_checks_and_sets_sizes() -> None:
     parts = split_outputs(make("permuted 4 bits")[0], (2, 4))
     assert [part.shape for part in parts] == [part.inner.shape for part in parts] == [(48, 2), (48, 4)]
@@ -297,7 +328,7 @@ def test_split_outputs_checks_and_sets_sizes() -> None:
 @every_case
 def test_bits_per_weight_are_bytes(case: str) -> None:
     tensor, _ = make(case)
-    taken = sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(tensor))
+    taken = sum(leaf.on_device_size_in_bytes() for leaf in jax.tree.leaves(tensor))  # numpy has a byte for an int4
     assert tensor.nbytes() == taken
     assert tensor.bits_per_weight() == 8 * taken / np.prod(tensor.shape)
 
@@ -317,6 +348,8 @@ def test_bits_per_weight_are_bytes(case: str) -> None:
         ("razored, inputs", (23 + 2 + 2) * 8 / 45),  # 180 bits, 3 shifts of 3 bits, a scale
         ("razored, outputs", (23 + 17 / 2 + 5 * 2) * 8 / 45),  # 135 bits of shifts for two outputs
         ("3 bits, per channel", (17 + 4 + 1) * 8 / 45),  # 135 bits take 17 bytes
+        ("for floats, 3 groups", (64 * 128 * 4 + 2 * 4 * 64 * 16) / 576 + 16 / 32),  # the old scales too
+        ("for 7-bit integers", 64 * (64 * 8 + 2 * 32) / 270),
     ],
 )
 def test_bits_per_weight_by_hand(case: str, bits: float) -> None:

@@ -65,3 +65,15 @@ def test_measured_rows_replace_those_of_the_table() -> None:
     text = json.loads(configs.merged("card", "day", [row]))
     assert len(text["rows"]) == len(ROWS)
     assert [line["microseconds"] for line in text["rows"]].count(1.5) == 1
+
+
+@pytest.mark.parametrize("kind", ["w4a16", "w4a8", "w8a8"])
+def test_a_weight_has_a_kernel_for_every_number_of_tokens_or_a_fault(kind: configs.Kind) -> None:
+    for groups in (1, 2, 3, 6, 12):
+        for outputs, inputs in ((64, 192), (192, 384), (576, 576), (96, 384), (320, 1152), (64, 200)):
+            found = configs.fault(kind, outputs, inputs, groups)
+            for tokens in (1, 16, 17, 64, 65, 500) if found is None else ():
+                assert configs.choose(kind, tokens, outputs, inputs, groups).fault(outputs, inputs, groups) is None
+            if found is not None:
+                with pytest.raises(ValueError, match=f"no {kind} kernel multiplies"):
+                    configs.choose(kind, 65, outputs, inputs, groups)

@@ -1,0 +1,251 @@
+"""Where a model runs and what multiplies there: `prepare` writes weights as the target's kernels read them, and back.
+
+On an H100 or H200 a linear is multiplied by
+
+    W4A16         uniform weights of at most 4 bits, input as numbers: rounded to bfloat16, as is the product
+    W4A8, W8A8    symmetric weights with one scale an output, input quantized with one scale a token; product as above
+
+of `pallas_kernels`, also inside an input order or rotations; whatever else there is stays portable, and XLA multiplies
+it as on the reference target. Which it is depends on formats and shapes alone: `choose_product` tells it, with the
+reason, before any work. Widths that kernels do not take are filled up where groups allow.
+"""
+
+import dataclasses
+import enum
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Final, Literal
+
+import jax
+import jax.numpy as jnp
+
+from jquant.activations import TensorQuantizer, TokenQuantizer
+from jquant.errors import RecipeError
+from jquant.formats import (
+    Layout,
+    PermutedTensor,
+    PreparedFloatTensor,
+    PreparedIntegerTensor,
+    QuantizedTensor,
+    RotatedTensor,
+    UniformTensor,
+    float_fault,
+    integer_fault,
+    integer_kind,
+    padded_shape,
+    prepare_float,
+    prepare_integer,
+)
+from jquant.models import BLOCK_LINEARS, Block, Linear, Llama, Stacked, get, put
+from jquant.types import DType
+
+type TargetName = Literal["auto", "reference", "h100", "h200"]
+
+
+class Target(enum.Enum):
+    """What a model is prepared for.
+
+    Attributes:
+      REFERENCE: any machine, through XLA; nothing is rewritten.
+      H100: kernels for Hopper GPUs.
+      H200: the same.
+      SIMULATED: the same in Pallas' interpreter on a CPU: slow, for tests.
+    """
+
+    REFERENCE = "reference"
+    H100 = "h100"
+    H200 = "h200"
+    SIMULATED = "simulated"
+
+
+_LAYOUTS: Final[Mapping[Target, Layout]] = {
+    Target.REFERENCE: Layout.PORTABLE,
+    Target.H100: Layout.HOPPER,
+    Target.H200: Layout.HOPPER,
+    Target.SIMULATED: Layout.SIMULATED,
+}
+_HOPPER: Final = re.compile(r"\bG?(H100|H200)\b")  # in JAX's `device_kind`, such as "NVIDIA H100 80GB HBM3"
+_PREPARED: Final = (PreparedFloatTensor, PreparedIntegerTensor)
+_WRAPPERS: Final = (PermutedTensor, RotatedTensor)  # their rules multiply by the inner tensor
+
+
+@dataclass(frozen=True)
+class Product:
+    """What multiplies one linear's input by its weight.
+
+    Attributes:
+      kernel: the kernels' name, such as "W4A16"; None where XLA multiplies.
+      note: the shape to which the weight is filled up, or why there is no kernel; empty for neither.
+    """
+
+    kernel: str | None
+    note: str = ""
+
+    def describe(self) -> str:
+        """Returns both in words.
+
+        >>> Product("W4A16").describe(), Product(None, "float32 weights").describe()
+        ('W4A16', 'XLA: float32 weights')
+        """
+        return ": ".join(part for part in (self.kernel or "XLA", self.note) if part)
+
+
+def choose_product(layer: Linear, target: Target) -> Product:
+    """Returns what multiplies a linear on a target, from formats and shapes alone; abstract arrays will do.
+
+    Example:
+      >>> choose_product(Linear(jnp.ones((64, 64))), Target.H100).describe()
+      'XLA: float32 weights'
+    """
+    if target is Target.REFERENCE:
+        return Product(None)
+    weight, rotated = layer.kernel, False
+    while isinstance(weight, _WRAPPERS):
+        rotated = rotated or isinstance(weight, RotatedTensor)
+        weight = weight.inner
+    if not isinstance(weight, QuantizedTensor):
+        return Product(None, f"{weight.dtype} weights")
+    if not isinstance(weight, (UniformTensor, *_PREPARED)):
+        return Product(None, f"no kernel for {type(weight).__name__}")
+    integer = layer.input_quantizer is not None
+    fault = (_input_fault(layer, weight.shape[0], rotated=rotated) if integer else None) or (
+        integer_fault if integer else float_fault
+    )(weight.format, weight.shape)
+    if fault is not None:
+        return Product(None, fault)
+    kernel = integer_kind(weight.format) if integer else "w4a16"
+    padded = padded_shape(weight.format, weight.shape)
+    return Product(kernel.upper(), "" if padded == weight.shape else f"filled up to {padded[0]} x {padded[1]}")
+
+
+def prepare(model: Llama, target: Target) -> Llama:
+    """Writes every linear's weight as the target's kernels read it, where `choose_product` names one.
+
+    Exact and reversible: a model prepared for REFERENCE is portable again, every bit as it was. Dtypes of activations,
+    norms and embedding stay; kernels round to bfloat16 themselves, so that a model in float32 gets products of
+    bfloat16's precision.
+
+    Args:
+      model: portable or prepared for another target; its layers a tuple or stacked.
+      target: where it shall run.
+
+    Returns:
+      The model; weights without a kernel are those of the one given.
+
+    Example:
+      >>> from jquant.models import random_model, tiny_config
+      >>> model = random_model(tiny_config(), jax.random.key(0))
+      >>> prepare(model, Target.H100) is model  # no weight of it has a kernel
+      True
+    """
+    rewrite = partial(_rewrite, target=target)
+    if isinstance(model.layers, Stacked):
+        block = _map_block(model.layers.block, partial(rewrite, stacked=True))
+        layers: tuple[Block, ...] | Stacked = dataclasses.replace(model.layers, block=block)
+    else:
+        layers = tuple(_map_block(block, partial(rewrite, stacked=False)) for block in model.layers)
+    changed = any(old is not new for old, new in zip(_kernels(model.layers), _kernels(layers), strict=True))
+    return dataclasses.replace(model, layers=layers) if changed else model
+
+
+def choose_target(name: TargetName, dtype: DType) -> Target:
+    """Returns the target that a name means on this machine, for activations of a dtype.
+
+    "auto" is the GPU's own target where the first device is an H100 or H200 and activations are bfloat16, in which the
+    kernels compute; otherwise the reference, so that nothing is computed more coarsely than was asked for. Naming a
+    GPU takes its kernels for activations of any dtype.
+
+    Args:
+      name: what the command line was given.
+      dtype: of the embedding table, and so of the activations.
+
+    Raises:
+      RecipeError: a GPU is named that this machine does not have.
+
+    Example:
+      >>> choose_target("auto", jnp.float32)
+      <Target.REFERENCE: 'reference'>
+    """
+    kind = jax.devices()[0].device_kind
+    found = _HOPPER.search(kind)
+    if name == "reference" or (name == "auto" and (found is None or jnp.dtype(dtype) != jnp.bfloat16)):
+        return Target.REFERENCE
+    if found is None:
+        raise RecipeError(f"--target {name}: this machine has {kind}, no H100 or H200; give auto or reference")
+    return Target(found.group(1).lower() if name == "auto" else name)
+
+
+def describe_products(model: Llama, target: Target) -> str:
+    """Returns the target and how many linears of a prepared model are multiplied by kernels, in words.
+
+    >>> from jquant.models import abstract_llama, tiny_config
+    >>> describe_products(abstract_llama(tiny_config()), Target.H100)
+    'h100, 0 of 14 linears by its kernels'
+    """
+    if target is Target.REFERENCE:
+        return target.value
+    depth = model.layers.depth if isinstance(model.layers, Stacked) else 1
+    found = [_innermost(kernel) for kernel in _kernels(model.layers)]
+    kernels = sum(isinstance(kernel, _PREPARED) for kernel in found)
+    return f"{target.value}, {depth * kernels} of {depth * len(found)} linears by its kernels"
+
+
+def _input_fault(layer: Linear, inputs: int, *, rotated: bool) -> str | None:
+    """Returns why no kernel takes what a linear's input quantizer gives."""
+    quantizer = layer.input_quantizer
+    if rotated:
+        return "a rotated weight takes quantized inputs as numbers"
+    if isinstance(quantizer, TokenQuantizer) and quantizer.method.group_size not in (None, inputs):
+        return f"inputs in groups of {quantizer.method.group_size}, kernels take one scale for each token"
+    if not isinstance(quantizer, TokenQuantizer | TensorQuantizer):
+        return f"no kernel for inputs of {type(quantizer).__name__}"
+    return None
+
+
+def _rewrite(layer: Linear, *, target: Target, stacked: bool) -> Linear:
+    layout = _LAYOUTS[target]
+    kernel = layer.kernel
+    inner = _innermost(kernel)
+    if isinstance(inner, _PREPARED) and inner.layout is not layout:
+        inner = _restored(inner, stacked=stacked)
+    if isinstance(inner, UniformTensor):
+        product = choose_product(layer, target)
+        if product.kernel is not None:
+            inner = _prepared(inner, layout, product.kernel, stacked=stacked)
+    return layer if inner is _innermost(kernel) else dataclasses.replace(layer, kernel=_wrap(kernel, inner))
+
+
+@partial(jax.jit, static_argnames=("layout", "kernel", "stacked"))
+def _prepared(tensor: UniformTensor, layout: Layout, kernel: str, *, stacked: bool) -> QuantizedTensor:
+    function: Callable[..., Any] = prepare_float if kernel == "W4A16" else prepare_integer
+    once = partial(function, layout=layout)
+    return jax.vmap(once)(tensor) if stacked else once(tensor)
+
+
+@partial(jax.jit, static_argnames="stacked")
+def _restored(tensor: PreparedFloatTensor | PreparedIntegerTensor, *, stacked: bool) -> UniformTensor:
+    return jax.vmap(lambda one: one.restore())(tensor) if stacked else tensor.restore()
+
+
+def _innermost(kernel: Any) -> Any:
+    return _innermost(kernel.inner) if isinstance(kernel, _WRAPPERS) else kernel
+
+
+def _wrap(kernel: Any, inner: Any) -> Any:
+    if isinstance(kernel, _WRAPPERS):
+        return dataclasses.replace(kernel, inner=_wrap(kernel.inner, inner))
+    return inner
+
+
+def _map_block(block: Block, function: Callable[[Linear], Linear]) -> Block:
+    for name in BLOCK_LINEARS:
+        block = put(block, name, function(get(block, name)))
+    return block
+
+
+def _kernels(layers: tuple[Block, ...] | Stacked) -> Iterator[Any]:
+    for block in (layers.block,) if isinstance(layers, Stacked) else layers:
+        for name in BLOCK_LINEARS:
+            yield get(block, name).kernel

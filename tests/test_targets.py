@@ -1,0 +1,202 @@
+"""Which linear a target's kernels multiply and why not; prepared models come back bit for bit; products, lowering."""
+
+import dataclasses
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jquant.activations import ActivationMethod, ActivationRazor, OutlierSplit, PerToken, StaticTensor
+from jquant.errors import RecipeError
+from jquant.formats import (
+    PermutedTensor,
+    PreparedFloatTensor,
+    PreparedIntegerTensor,
+    QuantizedTensor,
+    UniformFormat,
+    quantize_centered,
+    rotated,
+)
+from jquant.models import Linear, Llama, forward, get, linears, map_linears, random_model, stack_layers, tiny_config
+from jquant.quantizers import Rtn
+from jquant.targets import Target, choose_product, choose_target, describe_products, prepare
+
+W4, W8 = UniformFormat(4, 32), UniformFormat(8, None, "symmetric")
+TOKENS = jax.random.randint(jax.random.key(1), (1, 3), 0, 128)
+
+
+def uniform(format: UniformFormat, shape: tuple[int, int] = (64, 96)) -> QuantizedTensor:
+    weight = jax.random.normal(jax.random.key(0), shape)
+    return jax.eval_shape(lambda: Rtn(format)(weight, None, jax.random.key(0))[0])
+
+
+def permuted(inner: QuantizedTensor) -> QuantizedTensor:
+    return PermutedTensor(inner=inner, order=jnp.arange(inner.shape[0])[:, None], shape=inner.shape)
+
+
+def turned(inner: QuantizedTensor) -> QuantizedTensor:
+    return rotated(inner, jnp.ones(inner.shape[0]), jnp.uint32(0), "kronecker")
+
+
+CENTERED = quantize_centered(jnp.zeros((64, 64), jnp.uint8), jnp.float32(1), 2)
+CHOICES: dict[str, tuple[Any, ActivationMethod | None, str]] = {
+    "4 bits": (uniform(W4), None, "W4A16: filled up to 64 x 128"),
+    "3 bits, permuted": (permuted(uniform(UniformFormat(3, None), (64, 64))), None, "W4A16"),
+    "rotated": (turned(uniform(W4, (576, 192))), None, "W4A16"),
+    "one group grows": (uniform(UniformFormat(4, None), (172, 49152)), None, "W4A16: filled up to 192 x 49152"),
+    "groups do not": (
+        uniform(UniformFormat(4, 43), (172, 64)),
+        None,
+        "XLA: groups of 43 inputs, kernels take 32 or a multiple of 64",
+    ),
+    "8 bits": (uniform(W8), None, "XLA: weights of 8 bits for float inputs, kernels have 4"),
+    "centered": (turned(CENTERED), None, "XLA: no kernel for CenteredTensor"),
+    "numbers": (jnp.ones((64, 64), jnp.bfloat16), None, "XLA: bfloat16 weights"),
+    "W8A8": (uniform(W8, (576, 1536)), PerToken(8, "asymmetric"), "W8A8"),
+    "W6A6": (uniform(UniformFormat(6, None, "symmetric"), (64, 64)), StaticTensor(6), "W8A8"),
+    "W4A8, permuted": (
+        permuted(uniform(UniformFormat(4, None, "symmetric"), (64, 64))),
+        PerToken(8),
+        "W4A8",
+    ),
+    "groups of integers": (
+        uniform(UniformFormat(4, 32, "symmetric"), (64, 64)),
+        PerToken(4),
+        "XLA: 2 groups of inputs, kernels of integers take one scale for each output",
+    ),
+    "weights' zeros": (
+        uniform(UniformFormat(8, None)),
+        PerToken(8),
+        "XLA: weights with zeros for integer inputs, kernels have symmetric grids",
+    ),
+    "groups of a token": (
+        uniform(W8),
+        PerToken(8, group_size=32),
+        "XLA: inputs in groups of 32, kernels take one scale for each token",
+    ),
+    "outliers": (uniform(W8), OutlierSplit(), "XLA: no kernel for inputs of OutlierQuantizer"),
+    "razored": (uniform(W8), ActivationRazor(), "XLA: no kernel for inputs of RazorQuantizer"),
+    "rotated integers": (turned(uniform(W4)), PerToken(4), "XLA: a rotated weight takes quantized inputs as numbers"),
+}
+
+
+def linear(kernel: Any, method: ActivationMethod | None) -> Linear:
+    return Linear(kernel, input_quantizer=None if method is None else method.fit(jnp.ones(1)))
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_the_product_is_named_with_its_reason(name: str) -> None:
+    kernel, method, expected = CHOICES[name]
+    assert choose_product(linear(kernel, method), Target.H100).describe() == expected
+    assert choose_product(linear(kernel, method), Target.REFERENCE).describe() == "XLA"
+
+
+def tiny() -> Llama:
+    """Float inputs, but for the keys' 8-bit integers and the output's 4-bit ones; order of the queries, up as it is."""
+    model = random_model(tiny_config("qwen2"), jax.random.key(0))
+
+    def change(path: str, layer: Linear) -> Linear:
+        name = path.rsplit(".", 1)[1]
+        integer = {"k_proj": (8, PerToken(8, "asymmetric")), "o_proj": (4, StaticTensor(8))}.get(name)
+        format = W4 if integer is None else UniformFormat(integer[0], None, "symmetric")
+        if name == "up_proj":
+            return layer
+        kernel, _ = Rtn(format)(layer.kernel, None, jax.random.key(0))
+        if name == "q_proj":
+            order = jax.random.permutation(jax.random.key(2), 64).astype(jnp.int32)[:, None]
+            kernel = PermutedTensor(inner=kernel, order=order, shape=kernel.shape)
+        quantizer = None if integer is None else integer[1].fit(jnp.full(64, 4.0))
+        return dataclasses.replace(layer, kernel=kernel, input_quantizer=quantizer)
+
+    return map_linears(model, change)
+
+
+MODEL = tiny()
+
+
+def assert_same(left: Any, right: Any) -> None:
+    assert jax.tree.structure(left) == jax.tree.structure(right)
+    for a, b in zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+def test_a_prepared_model_is_portable_again_bit_for_bit(stacked: bool) -> None:
+    model = stack_layers(MODEL) if stacked else MODEL
+    prepared = prepare(model, Target.H100)
+    assert describe_products(prepared, Target.H100) == "h100, 12 of 14 linears by its kernels"
+    assert prepare(prepared, Target.H200) is prepared
+    assert_same(prepare(prepare(prepared, Target.SIMULATED), Target.REFERENCE), model)
+    assert prepare(model, Target.REFERENCE) is model
+    block = prepared.layers.block if stacked else prepared.layers[1]
+    found = {
+        name: type(get(block, name).kernel)
+        for name in ("self_attn.v_proj", "self_attn.k_proj", "self_attn.o_proj", "mlp.up_proj")
+    }
+    assert list(found.values())[:3] == [PreparedFloatTensor, PreparedIntegerTensor, PreparedIntegerTensor]
+    assert isinstance(get(block, "self_attn.q_proj").kernel.inner, PreparedFloatTensor)
+    assert (
+        get(block, "mlp.up_proj").kernel
+        is get(model.layers.block if stacked else model.layers[1], "mlp.up_proj").kernel
+    )
+
+
+def test_what_is_prepared_for_layers_is_stacked_alike() -> None:
+    assert_same(stack_layers(prepare(MODEL, Target.H100)), prepare(stack_layers(MODEL), Target.H100))
+
+
+def test_choices_are_the_same_of_a_prepared_model() -> None:
+    prepared = prepare(MODEL, Target.H100)
+    for (_, before), (_, after) in zip(linears(MODEL), linears(prepared), strict=True):
+        assert choose_product(before, Target.H100) == choose_product(after, Target.H100)
+
+
+def test_the_kernels_give_the_logits_of_the_portable_model() -> None:
+    """In the interpreter, by a scan over layers; some 14 products in a row round by 2^-9 each, and more comes of it."""
+    stacked = stack_layers(MODEL)
+    logits, expected = (jax.jit(forward)(prepare(stacked, one), TOKENS) for one in (Target.SIMULATED, Target.REFERENCE))
+    assert logits.dtype == jnp.float32
+    error = float(jnp.linalg.norm(logits - expected) / jnp.linalg.norm(expected))
+    assert 2**-12 < error < 2**-6  # the lower bound: bfloat16 was really computed in
+
+
+@pytest.mark.parametrize("tokens", [1, 130])
+def test_a_prepared_model_lowers_to_cuda(tokens: int) -> None:
+    model = jax.eval_shape(lambda: prepare(stack_layers(MODEL), Target.H100))
+    exported = jax.export.export(
+        jax.jit(forward),
+        platforms=["cuda"],
+        disabled_checks=[jax.export.DisabledSafetyCheck.custom_call("mosaic_gpu_v2")],
+    )(model, jax.ShapeDtypeStruct((1, tokens), jnp.int32))
+    text = exported.mlir_module()
+    assert text.count("@mosaic_gpu_v2") == 6  # one layer's, which is scanned; up is XLA's
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "dtype", "target"),
+    [
+        ("cpu", "auto", "bfloat16", Target.REFERENCE),
+        ("NVIDIA A100-SXM4-80GB", "auto", "bfloat16", Target.REFERENCE),
+        ("NVIDIA H100 80GB HBM3", "auto", "bfloat16", Target.H100),
+        ("NVIDIA GH200 480GB", "auto", "bfloat16", Target.H200),
+        ("NVIDIA H100 80GB HBM3", "auto", "float32", Target.REFERENCE),
+        ("NVIDIA H100 80GB HBM3", "h100", "float32", Target.H100),
+        ("NVIDIA H200", "reference", "bfloat16", Target.REFERENCE),
+    ],
+)
+def test_the_target_of_a_name(
+    kind: str, name: Any, dtype: str, target: Target, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(device_kind=kind)])
+    assert choose_target(name, dtype) is target
+
+
+def test_a_gpu_that_is_not_there_is_refused() -> None:
+    with pytest.raises(
+        RecipeError, match="--target h100: this machine has cpu, no H100 or H200; give auto or reference"
+    ):
+        choose_target("h100", "bfloat16")

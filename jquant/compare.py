@@ -3,7 +3,7 @@
 A row is kept as soon as it is measured, under a name that holds a digest of all that decides it: model, recipe,
 calibration windows, evaluation, versions and device. The same call goes on after the last of them, within a recipe
 after its last block; other recipes or another evaluation add rows. Products are float32 throughout, so that rows differ
-by method and not by device.
+by method and not by device; but for those that a target's kernels make when results are measured.
 
 By default each Hessian is the one of its own run: a block's inputs come from the quantized blocks before it, so no two
 recipes have the same. With `share_hessians` every method solves on the inputs that the source model gives, whose
@@ -23,7 +23,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, cast
 
 import jax
 
@@ -41,6 +41,7 @@ from jquant.pipeline import WINDOWS, quantize
 from jquant.plan import plan
 from jquant.progress import OnProgress, Progress, ignore
 from jquant.recipe import Calibration, Recipe, digest
+from jquant.targets import TargetName, choose_target
 
 BASELINE: Final = "full precision"
 _ROWS: Final = "rows"
@@ -59,16 +60,19 @@ class Evaluation:
       dataset: a name or path for `jquant.data.load_text`; its evaluation split is used.
       windows: how many windows; None for all of the text.
       length: tokens of a window.
+      target: whose kernels multiply: see `jquant.targets.choose_target`.
     """
 
     dataset: str = PYTHON_DOCS
     windows: int | None = None
     length: int = 2048
+    target: TargetName = "reference"
 
     def describe(self) -> str:
         """Returns the evaluation in words."""
         count = "all" if self.windows is None else self.windows
-        return f"perplexity of {count} windows of {self.length} tokens of {self.dataset}, evaluation split"
+        text = f"perplexity of {count} windows of {self.length} tokens of {self.dataset}, evaluation split"
+        return text if self.target == "reference" else f"{text}, kernels of {self.target}"
 
 
 def compare(
@@ -99,12 +103,15 @@ def compare(
       the same and are renewed after each row.
 
     Raises:
-      RecipeError: two recipes have one name, or one does not fit the model; said before any work.
+      RecipeError: two recipes have one name, one does not fit the model, or the target is not there; said before any
+        work.
       JquantError: a quantization or a measurement failed; the recipe is named, finished rows are kept.
     """
     _check_names(recipes)
     recipes = [on_source_inputs(one) for one in recipes] if share_hessians else recipes
     abstract = open_abstract(source, dtype=dtype)
+    chosen = choose_target(evaluation.target, abstract.embed_tokens.dtype)
+    evaluation = dataclasses.replace(evaluation, target=cast(TargetName, chosen.value))
     for one in recipes:
         with _named(one.name):
             plan(abstract, one)
@@ -212,6 +219,7 @@ def _run(
         length=evaluation.length,
         windows=evaluation.windows,
         folder=folder,
+        target=evaluation.target,
         on_progress=on_progress,
     )
     facts = inspect_model(open_abstract(where))

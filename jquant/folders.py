@@ -15,6 +15,7 @@ from convert.huggingface import StoredDtype
 from jquant.checkpoint import ARRAYS, STRUCTURE, abstract_tree, is_checkpoint, load_model
 from jquant.errors import CheckpointError, FormatError
 from jquant.models import Llama, stack_layers
+from jquant.targets import TargetName, choose_target, prepare
 
 RECIPE: Final = "recipe.yaml"
 REPORT: Final = "report.json"
@@ -57,9 +58,31 @@ def open_abstract(source: str | Path, *, dtype: StoredDtype = "auto") -> Llama:
     return tree
 
 
-def open_for_use(source: str | Path) -> Llama:
-    """Loads a model as `open_model` does, its layers stacked where they are alike, so that it compiles fast."""
-    return stack_if_alike(open_model(source))
+def open_for_use(source: str | Path, *, target: TargetName = "reference") -> Llama:
+    """Loads a model as `open_model` does and makes it ready to run: see `make_ready`.
+
+    Raises:
+      RecipeError: the target is not there; said before the model is read.
+    """
+    choose_target(target, open_abstract(source).embed_tokens.dtype)
+    return make_ready(open_model(source), target)
+
+
+def make_ready(model: Llama, target: TargetName) -> Llama:
+    """Returns the model prepared for a target; where XLA alone multiplies, stacked if layers are alike.
+
+    Weights for kernels stay apart: a scan would copy each layer's out of the stack before a kernel could read them. All
+    layers share their kernels, so that this compiles fast too.
+
+    Args:
+      model: portable.
+      target: see `choose_target`.
+
+    Raises:
+      RecipeError: the target is not there.
+    """
+    prepared = prepare(model, choose_target(target, model.embed_tokens.dtype))
+    return stack_if_alike(model) if prepared is model else prepared
 
 
 def stack_if_alike(model: Llama) -> Llama:

@@ -11,6 +11,7 @@ import jax
 from jquant.formats import QuantizedTensor, tree_nbytes
 from jquant.kv import KvCodec
 from jquant.models import Linear, Llama, Stacked, blocks, linears
+from jquant.targets import Target, choose_product
 
 CACHE_LENGTH: Final = 4096  # tokens at which caches are measured; KIVI's exact window weighs little there
 _FINGERPRINT: Final = "calibrated_for"  # 64 digits that say nothing to a reader
@@ -27,6 +28,7 @@ class LinearFacts:
       bits_per_weight: 8 * bytes / (in * out).
       relative_error: |w - q| / |w|, Frobenius, from the report of its run; None where there is none.
       input: what happens to its input before the product, in words; empty for nothing.
+      product: what multiplies it on the target that was asked for, in words; empty where none was.
     """
 
     path: str
@@ -35,6 +37,7 @@ class LinearFacts:
     bits_per_weight: float
     relative_error: float | None = None
     input: str = ""
+    product: str = ""
 
 
 @dataclass(frozen=True)
@@ -79,12 +82,13 @@ class Facts:
         return sum(bits) / sum(weights)
 
 
-def inspect_model(model: Llama, report: Mapping[str, Any] | None = None) -> Facts:
+def inspect_model(model: Llama, report: Mapping[str, Any] | None = None, *, target: Target | None = None) -> Facts:
     """Lists what a model holds.
 
     Args:
       model: the model, or an abstract one; its layers are a tuple.
       report: the report.json of the run that made it.
+      target: where it shall run; None to leave out what would multiply it there.
 
     Returns:
       The facts.
@@ -105,6 +109,7 @@ def inspect_model(model: Llama, report: Mapping[str, Any] | None = None) -> Fact
             bits_per_weight=8.0 * tree_nbytes(layer.kernel) / math.prod(layer.kernel.shape),
             relative_error=errors.get(path),
             input=describe_input(layer),
+            product="" if target is None else choose_product(layer, target).describe(),
         )
         for path, layer in linears(model)
     )

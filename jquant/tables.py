@@ -90,12 +90,14 @@ def plan_linears_table(plan: Plan) -> Table:
 
 
 def facts_table(facts: Facts, name: str) -> Table:
-    """Returns one row for each linear of a model."""
-    table = _table(name, "linear", "in x out", "input", "format", "bits", "relative error")
+    """Returns one row for each linear of a model; what multiplies it too, where a target was asked for."""
+    targeted = any(row.product for row in facts.linears)
+    product = ("product",) if targeted else ()
+    table = _table(name, "linear", "in x out", "input", "format", "bits", "relative error", *product)
     for row in facts.linears:
         error = "-" if row.relative_error is None else f"{row.relative_error:.4f}"
         shape, bits = f"{row.shape[0]} x {row.shape[1]}", f"{row.bits_per_weight:.4f}"
-        table.add_row(row.path, shape, row.input or "-", row.format, bits, error)
+        table.add_row(row.path, shape, row.input or "-", row.format, bits, error, *((row.product,) if targeted else ()))
     structures = f"{facts.structures} distinct block structure{'s' if facts.structures > 1 else ''}"
     sizes = f"{facts.bits_per_weight():.4f} bits per weight, {_bytes(facts.nbytes)} in all, {structures}"
     rotations = Counter(facts.query_key_rotations)
@@ -108,7 +110,16 @@ def facts_table(facts: Facts, name: str) -> Table:
 def measurement_table(rows: Mapping[str, tuple[Measurement, Facts]]) -> Table:
     """Returns one row for each measured model: perplexity, windows, bits, size, seconds."""
     table = _table(
-        "perplexity", "model", "text", "perplexity", "windows", "prompt KV", "bits per weight", "size", "seconds"
+        "perplexity",
+        "model",
+        "text",
+        "perplexity",
+        "windows",
+        "prompt KV",
+        "bits per weight",
+        "size",
+        "products by",
+        "seconds",
     )
     for name, (measured, facts) in rows.items():
         figure = measured.perplexity
@@ -120,16 +131,22 @@ def measurement_table(rows: Mapping[str, tuple[Measurement, Facts]]) -> Table:
             figure.kv_prompt,
             f"{facts.bits_per_weight():.3f}",
             _bytes(facts.nbytes),
+            measured.products,
             f"{measured.seconds:.1f}",
         )
     return table
 
 
 def needle_table(rows: Iterable[NeedleRow]) -> Table:
-    """Returns one row for each model that was asked for needles: its KV codec, bits, share found, seconds."""
-    table = _table("needles", "model", "KV codec", "bits per value", "found", "seconds")
+    """Returns one row for each model that was asked for needles: its KV codec, bits, share found, products, seconds."""
+    table = _table("needles", "model", "KV codec", "bits per value", "found", "products by", "seconds")
     for row in rows:
-        figures = f"{row.cache.bits_per_value:.3f}", f"{100 * row.grid.share():.1f} %", f"{row.seconds:.1f}"
+        figures = (
+            f"{row.cache.bits_per_value:.3f}",
+            f"{100 * row.grid.share():.1f} %",
+            row.products,
+            f"{row.seconds:.1f}",
+        )
         table.add_row(row.name, row.cache.codec, *figures)
     return table
 

@@ -151,7 +151,7 @@ def prepare(model: Llama, target: Target) -> Llama:
 
 
 def choose_target(name: TargetName, dtype: DType) -> Target:
-    """Returns the target that a name means on this machine, for activations of a dtype.
+    """Returns the target that a name means on this machine, for activations of a dtype: what every `--target` means.
 
     "auto" is the GPU's own target where the first device is an H100 or H200 and activations are bfloat16, in which the
     kernels compute; otherwise the reference, so that nothing is computed more coarsely than was asked for. Naming a
@@ -177,19 +177,20 @@ def choose_target(name: TargetName, dtype: DType) -> Target:
     return Target(found.group(1).lower() if name == "auto" else name)
 
 
-def describe_products(model: Llama, target: Target) -> str:
-    """Returns the target and how many linears of a prepared model are multiplied by kernels, in words.
+def describe_products(model: Llama) -> str:
+    """Returns what multiplies a model as it is, in words: how many linears by kernels, as `prepare` wrote them.
 
     >>> from jquant.models import abstract_llama, tiny_config
-    >>> describe_products(abstract_llama(tiny_config()), Target.H100)
-    'h100, 0 of 14 linears by its kernels'
+    >>> describe_products(abstract_llama(tiny_config()))
+    'XLA'
     """
-    if target is Target.REFERENCE:
-        return target.value
     depth = model.layers.depth if isinstance(model.layers, Stacked) else 1
-    found = [_innermost(kernel) for kernel in _kernels(model.layers)]
-    kernels = sum(isinstance(kernel, _PREPARED) for kernel in found)
-    return f"{target.value}, {depth * kernels} of {depth * len(found)} linears by its kernels"
+    layouts = [_innermost(kernel).layout for kernel in _kernels(model.layers) if isinstance(kernel, QuantizedTensor)]
+    prepared = [layout for layout in layouts if layout is not Layout.PORTABLE]
+    if not prepared:
+        return "XLA"
+    count = len(BLOCK_LINEARS) * model.config.num_hidden_layers
+    return f"{prepared[0].value} kernels, {depth * len(prepared)} of {count} linears"
 
 
 def _input_fault(layer: Linear, inputs: int, *, rotated: bool) -> str | None:

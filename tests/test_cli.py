@@ -119,6 +119,28 @@ def test_inspect_has_a_line_for_each_linear(quantized: str, capsys: pytest.Captu
     )
 
 
+def test_inspect_names_what_multiplies_on_a_target(quantized: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("inspect", quantized, "--target", "h200") == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if "layers.1." in line]
+    assert all("W4A16" in line for line in lines)
+    assert sum("filled up to 64 x 128" in line for line in lines) == 2  # gate and up, of 96 outputs
+
+
+def test_a_target_that_is_not_there_is_refused_before_any_work(
+    quantized: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    refused = "error: --target h100: this machine has cpu, no H100 or H200; give auto or reference"
+    for command in (
+        ("eval", quantized),
+        ("generate", quantized, "--prompt", "x"),
+        ("chat", quantized),
+        ("needle", quantized, "--lengths", "200"),
+        ("compare", quantized, str(tmp_path / "table"), "--recipe", "rtn-w8"),
+    ):
+        assert run(*command, "--target", "h100") == 2, command
+        assert refused in capsys.readouterr().err
+
+
 def test_eval_prints_a_table_and_writes_json(
     quantized: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -126,6 +148,7 @@ def test_eval_prints_a_table_and_writes_json(
     assert run("eval", quantized, "--windows", "2", "--length", "16", "--json", str(result)) == 0
     written = json.loads(result.read_text())
     assert written["perplexity"]["windows"] == 2
+    assert written["products"] == "XLA"
     assert f"{written['perplexity']['value']:.4f}" in capsys.readouterr().out
     assert written["provenance"]["source"].startswith("pydoc_data.topics")
 
@@ -167,9 +190,10 @@ def test_generate_takes_several_prompts(quantized: str, capsys: pytest.CaptureFi
     prompts = ("--prompt", "one [b]", "--prompt", "another")
     options = ("--max-tokens", "3", "--temperature", "1", "--top-k", "5", "--prefill-chunk", "8")
     assert run("generate", quantized, *prompts, *options) == 0
-    shown = capsys.readouterr().out
-    assert shown.startswith("one [b]")
-    assert "\nanother" in shown
+    shown = capsys.readouterr()
+    assert shown.out.startswith("one [b]")
+    assert "\nanother" in shown.out
+    assert "products by XLA" in shown.err
 
 
 def test_chat_answers_line_by_line(

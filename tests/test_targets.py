@@ -11,6 +11,7 @@ import pytest
 
 from jquant.activations import ActivationMethod, ActivationRazor, OutlierSplit, PerToken, StaticTensor
 from jquant.errors import RecipeError
+from jquant.folders import make_ready
 from jquant.formats import (
     PermutedTensor,
     PreparedFloatTensor,
@@ -128,7 +129,7 @@ def assert_same(left: Any, right: Any) -> None:
 def test_a_prepared_model_is_portable_again_bit_for_bit(stacked: bool) -> None:
     model = stack_layers(MODEL) if stacked else MODEL
     prepared = prepare(model, Target.H100)
-    assert describe_products(prepared, Target.H100) == "h100, 12 of 14 linears by its kernels"
+    assert describe_products(prepared) == "hopper kernels, 12 of 14 linears"
     assert prepare(prepared, Target.H200) is prepared
     assert_same(prepare(prepare(prepared, Target.SIMULATED), Target.REFERENCE), model)
     assert prepare(model, Target.REFERENCE) is model
@@ -193,6 +194,12 @@ def test_the_target_of_a_name(
 ) -> None:
     monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(device_kind=kind)])
     assert choose_target(name, dtype) is target
+
+
+def test_layers_are_stacked_where_xla_multiplies_and_apart_for_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert_same(make_ready(MODEL, "auto"), stack_layers(MODEL))
+    monkeypatch.setattr("jquant.folders.choose_target", lambda name, dtype: Target.H100)
+    assert_same(make_ready(MODEL, "auto"), prepare(MODEL, Target.H100))
 
 
 def test_a_gpu_that_is_not_there_is_refused() -> None:

@@ -7,9 +7,10 @@ from rich.console import Console
 
 from convert import load_tokenizer
 from eval import Message, reply
-from jquant.commands.display import stdout
+from jquant.commands.display import note, stdout
 from jquant.folders import open_for_use
 from jquant.sampling import Sampler
+from jquant.targets import TargetName, describe_products
 
 
 def run(
@@ -22,6 +23,7 @@ def run(
     top_k: int | None = None,
     top_p: float | None = None,
     seed: int = 0,
+    target: TargetName = "auto",
 ) -> None:
     """Talk with a chat model by its own template; end with an empty line, Ctrl-D or Ctrl-C.
 
@@ -33,10 +35,12 @@ def run(
       top_k: draw from the likeliest K tokens.
       top_p: draw from the likeliest tokens that have this probability together.
       seed: of the draws.
+      target: whose kernels multiply; auto is the GPU's own for models in bfloat16 on an H100 or H200.
     """
     sampler, console = Sampler(temperature, top_k, top_p), stdout()
     tokenizer: Any = load_tokenizer(model)
-    tree = open_for_use(model)
+    tree = open_for_use(model, target=target)
+    note(f"products by {describe_products(tree)}")
     messages: list[Message] = [] if system is None else [{"role": "system", "content": system}]
     while question := _ask(console):
         messages.append({"role": "user", "content": question})

@@ -12,6 +12,7 @@ from jquant.compare import Evaluation, compare, share_calibration
 from jquant.data import PYTHON_DOCS
 from jquant.recipe import load_recipe
 from jquant.tables import figures_table
+from jquant.targets import TargetName
 
 
 def run(
@@ -29,6 +30,7 @@ def run(
     data: Path | None = None,
     dtype: StoredDtype = "auto",
     share_hessians: bool = False,
+    target: TargetName = "auto",
 ) -> None:
     """Quantize a model by several recipes, measure each result on the same windows, and print one table.
 
@@ -46,13 +48,14 @@ def run(
       length: tokens in a measured window.
       data: the folder where the files of named data sets lie, instead of the hub.
       dtype: of the model's arrays; auto keeps what is stored.
+      target: whose kernels multiply when results are measured; auto is the GPU's own for bfloat16 on an H100 or H200.
       share_hessians: solve every recipe on the source model's own activations, whose Hessians are computed once.
     """
     chosen = [
         share_calibration(load_recipe(name), file=calibration_file, samples=samples, length=sample_length)
         for name in recipe
     ]
-    evaluation = Evaluation(perplexity, windows, length)
+    evaluation = Evaluation(perplexity, windows, length, target)
     with show_progress() as on_progress:
         rows = compare(
             source,

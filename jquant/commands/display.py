@@ -28,6 +28,11 @@ def stdout() -> Console:
     return console if console.is_terminal else Console(width=_FILE_WIDTH)
 
 
+def note(text: str) -> None:
+    """Prints a line on stderr: what a reader of results may want to know but no program that reads them."""
+    Console(stderr=True).print(text, markup=False, highlight=False, soft_wrap=True)
+
+
 @contextlib.contextmanager
 def show_progress() -> Iterator[OnProgress]:
     """Shows what it is told while the context lasts.

@@ -13,6 +13,7 @@ from jquant.folders import make_writable, open_abstract, write_text
 from jquant.inspection import inspect_model
 from jquant.measure import measure
 from jquant.tables import measurement_table
+from jquant.targets import TargetName
 
 
 def run(
@@ -23,6 +24,7 @@ def run(
     windows: int | None = None,
     length: int = 2048,
     data: Path | None = None,
+    target: TargetName = "auto",
     json_: Annotated[Path | None, Parameter(name="--json")] = None,
 ) -> None:
     """Measure the perplexity of a model: exp of the mean, over windows, of each window's mean loss.
@@ -33,13 +35,16 @@ def run(
       windows: how many windows; all of the text if not given.
       length: tokens in a window.
       data: the folder where the files of a named data set lie, instead of the hub.
+      target: whose kernels multiply; auto is the GPU's own for models in bfloat16 on an H100 or H200.
       json_: a file to write the result to.
     """
     if json_ is not None:
         make_writable(json_.parent)
     facts = inspect_model(open_abstract(model))
     with show_progress() as on_progress:
-        measured = measure(model, perplexity, length=length, windows=windows, folder=data, on_progress=on_progress)
+        measured = measure(
+            model, perplexity, length=length, windows=windows, folder=data, target=target, on_progress=on_progress
+        )
     stdout().print(measurement_table({model: (measured, facts)}))
     if json_ is not None:
         result = {"model": model, "bits_per_weight": facts.bits_per_weight(), **dataclasses.asdict(measured)}

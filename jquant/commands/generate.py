@@ -7,10 +7,11 @@ import jax
 from cyclopts import Parameter
 
 from convert import load_tokenizer
-from jquant.commands.display import stdout
+from jquant.commands.display import note, stdout
 from jquant.folders import open_for_use
 from jquant.runtime import generate
 from jquant.sampling import Sampler
+from jquant.targets import TargetName, describe_products
 
 
 def run(
@@ -24,6 +25,7 @@ def run(
     top_p: float | None = None,
     seed: int = 0,
     prefill_chunk: int | None = None,
+    target: TargetName = "auto",
 ) -> None:
     """Continue prompts; several go through the model together.
 
@@ -36,11 +38,14 @@ def run(
       top_p: draw from the likeliest tokens that have this probability together.
       seed: of the draws.
       prefill_chunk: tokens of the prompts that go through the model at once, to bound memory; all if not given.
+      target: whose kernels multiply; auto is the GPU's own for models in bfloat16 on an H100 or H200.
     """
     sampler = Sampler(temperature, top_k, top_p)
     tokenizer = load_tokenizer(model)
+    tree = open_for_use(model, target=target)
+    note(f"products by {describe_products(tree)}")
     written = generate(
-        open_for_use(model),
+        tree,
         [tokenizer.encode(text) for text in prompt],
         max_tokens=max_tokens,
         sampler=sampler,

@@ -28,6 +28,7 @@ from jquant.models import Llama
 from jquant.progress import OnProgress, Progress
 from jquant.recipe import load_recipe
 from jquant.tables import needle_table
+from jquant.targets import TargetName
 
 _SEVERAL: Final = Parameter(negative="", consume_multiple=True)
 _COPIES: Final = 5  # QLLM-INFER's
@@ -48,6 +49,7 @@ def run(
     data: Path | None = None,
     batch_size: int = 1,
     prefill_chunk: int | None = None,
+    target: TargetName = "auto",
     json_: Annotated[Path | None, Parameter(name="--json")] = None,
     plot: Path | None = None,
 ) -> None:
@@ -66,6 +68,7 @@ def run(
       data: the folder where the files of a named data set lie, instead of the hub.
       batch_size: prompts that are read at once.
       prefill_chunk: tokens of a prompt that go through the model at once, to bound memory; all if not given.
+      target: whose kernels multiply; auto is the GPU's own for models in bfloat16 on an H100 or H200.
       json_: a file to write the result to, after each row.
       plot: a PNG to draw the heat maps to; needs matplotlib.
     """
@@ -104,7 +107,7 @@ def run(
             return five_needles(tree, tokenizer, copies=copies, **sizes)
 
         rows = []
-        for row in measure_needles(model, chosen, ask, on_progress=on_progress):
+        for row in measure_needles(model, chosen, ask, target=target, on_progress=on_progress):
             rows.append(row)
             if json_ is not None:
                 result = settings | {"rows": [dataclasses.asdict(one) for one in rows]}

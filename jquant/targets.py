@@ -51,7 +51,8 @@ class Target(enum.Enum):
       REFERENCE: any machine, through XLA; nothing is rewritten.
       H100: kernels for Hopper GPUs.
       H200: the same.
-      SIMULATED: the same in Pallas' interpreter on a CPU: slow, for tests.
+      SIMULATED: the same in Pallas' interpreter on a CPU, for tests: slow, and on few cores it waits for ever where XLA
+        runs two kernels at once, as those of queries and keys.
     """
 
     REFERENCE = "reference"

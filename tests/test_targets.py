@@ -157,9 +157,16 @@ def test_choices_are_the_same_of_a_prepared_model() -> None:
 
 
 def test_the_kernels_give_the_logits_of_the_portable_model() -> None:
-    """In the interpreter, by a scan over layers; some 14 products in a row round by 2^-9 each, and more comes of it."""
-    stacked = stack_layers(MODEL)
-    logits, expected = (jax.jit(forward)(prepare(stacked, one), TOKENS) for one in (Target.SIMULATED, Target.REFERENCE))
+    """In the interpreter, by a scan over layers; each product rounds by 2^-9, and more comes of it.
+
+    Integers of the output and floats of the MLP's: kernels that XLA may run at once hang it (see `Target`).
+    """
+    prepared = prepare(MODEL, Target.SIMULATED)
+    alone = map_linears(
+        prepared, lambda path, layer: layer if path.endswith(("o_proj", "down_proj")) else get(MODEL, path)
+    )
+    assert describe_products(alone) == "simulated kernels, 4 of 14 linears"
+    logits, expected = (jax.jit(forward)(stack_layers(one), TOKENS) for one in (alone, MODEL))
     assert logits.dtype == jnp.float32
     error = float(jnp.linalg.norm(logits - expected) / jnp.linalg.norm(expected))
     assert 2**-12 < error < 2**-6  # the lower bound: bfloat16 was really computed in

@@ -46,7 +46,7 @@ INT4: Final = UniformFormat(4, None, "symmetric")
 INT8: Final = UniformFormat(8, None, "symmetric")
 MODELS: Final[Mapping[str, tuple[UniformFormat, ActivationMethod | None]]] = {
     "W4A16": (UniformFormat(4, 64), None),
-    "W8A8": (INT8, PerToken(8, "asymmetric")),
+    "W8A8": (UniformFormat(8, None), PerToken(8, "asymmetric")),  # as the preset rtn-w8a8
     "W4A8": (INT4, PerToken(8)),
     "W4A4": (INT4, PerToken(4, clip_ratio=0.9)),
     "W4A16 per channel": (INT4, None),

@@ -196,7 +196,7 @@ def _integers(
     from pallas_kernels import IntegerWeight, integer_matmul
 
     padded = _pad_inputs(codes, weight.codes)
-    operand = IntegerWeight(weight.codes, weight.scales, weight.sums)
+    operand = IntegerWeight(weight.codes, weight.scales, weight.sums, weight.zeros)
     y = integer_matmul(padded, scales, zeros, operand, simulate=_simulation(weight.layout))
     return y[:, : weight.shape[1]]
 

@@ -63,14 +63,17 @@ def integer_matmul(
     kind: configs.Kind = "w4a8" if weight.codes.dtype == jnp.int4 else "w8a8"
     chosen = config or _choose(kind, (x.shape[0], outputs, inputs), groups, simulate)
     if isinstance(chosen, DecodeConfig):
-        codes, scales, sums = weight
+        codes, scales, sums, zeros = weight
+        if zeros is not None:
+            raise ValueError(
+                "an int4 weight with zeros: kernels of integers take them for int8 codes, see prepare_w8a8"
+            )
         return w4a8_decode(x, token_scales, token_zeros, codes, scales, sums, config=chosen, simulate=simulate)
     if groups > 1:
         raise ValueError(f"{chosen} takes one scale for each output, given {groups} groups: prepare with one group")
-    scales = weight.scales[0]
-    return integer_prefill(
-        x, token_scales, token_zeros, weight.codes, scales, weight.sums, config=chosen, simulate=simulate
-    )
+    codes, scales, sums, zeros = weight.codes, weight.scales[0], weight.sums, weight.zeros
+    shifts = None if zeros is None else zeros[0] * scales
+    return integer_prefill(x, token_scales, token_zeros, codes, scales, sums, shifts, config=chosen, simulate=simulate)
 
 
 def _choose(

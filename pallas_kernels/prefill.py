@@ -1,7 +1,8 @@
 """Matrix products of many tokens, bound by the tensor cores: W4A16, W8A8 and W4A8, one program.
 
     y[m, n] = sum_k x[m, k] * scales[k // g, n] * (codes[n, k] - zeros[k // g, n])                             W4A16
-    y[m, n] = token_scales[m] * (scales[n] * sum_k x[m, k] * codes[n, k] - token_zeros[m] * sums[n])      W8A8, W4A8
+    y[m, n] = token_scales[m] * (scales[n] * sum_k x[m, k] * codes[n, k] - token_zeros[m] * sums[n]       W8A8, W4A8
+                                 - shifts[n] * sum_k x[m, k])
 
 A block stays on its multiprocessor and walks over tiles of `warpgroups` x 64 outputs by `tokens`, in an order that
 keeps neighbouring blocks' operands in the second cache; one more warpgroup does nothing but copy, `stages` copies ahead
@@ -121,6 +122,7 @@ def integer_prefill(
     codes: Int[Array, "out in"],
     scales: Float32[Array, "out"],
     sums: Float32[Array, "out"] | None = None,
+    shifts: Float32[Array, "out"] | None = None,
     *,
     config: PrefillConfig,
     simulate: compat.Simulation | None = None,
@@ -133,7 +135,8 @@ def integer_prefill(
       token_zeros: the code that stands for 0, for each token; None where all are 0.
       codes: int8 as they are, or int4 in the order of `order.stored_int8`.
       scales: the step of each output's grid.
-      sums: the sums of a row's codes times its scale, wanted where `token_zeros` are given.
+      sums: the sums of the weight over its inputs, wanted where `token_zeros` are given.
+      shifts: each output's scale times the code that stands for 0; None where all are 0.
       config: how the work is divided.
       simulate: run in the interpreter on the CPU with these settings.
 
@@ -145,6 +148,9 @@ def integer_prefill(
         if sums is None:
             raise ValueError("tokens have zeros but the weight no sums: give what prepare_w8a8 or prepare_w4a8 returns")
         rows, columns = [scales, sums], [token_scales, token_zeros]
+    if shifts is not None:
+        rows.append(shifts)
+        columns.append(jnp.sum(x, axis=1, dtype=jnp.int32).astype(jnp.float32))
     return _run("w4a8" if codes.dtype == jnp.int4 else "w8a8", x, codes, [], rows, columns, config, simulate)
 
 
@@ -370,10 +376,10 @@ class _Kernel:
             yield pl.ds(first, chunk), values * compat.along_rows(scales, (rows, chunk))
 
     def _scaled(self, values: Any, rows: list[Any], columns_gmem: list[Any]) -> Any:
-        """Returns token_scales * (scales * values - token_zeros * sums)."""
+        """Returns token_scales * (scales * values - token_zeros * sums - token_sums * shifts), as far as given."""
         columns = [compat.load(column, compat.COLUMNS, checked=False) for column in columns_gmem]
         scales = rows[0] * SIXTEENTH if self.kind == "w4a8" else rows[0]
         values = values.astype(jnp.float32) * compat.along_rows(scales, values.shape)
-        if len(rows) > 1:
-            values = values - compat.along_rows(rows[1], values.shape) * compat.along_columns(columns[1], values.shape)
+        for row, column in zip(rows[1:], columns[1:], strict=True):
+            values = values - compat.along_rows(row, values.shape) * compat.along_columns(column, values.shape)
         return values * compat.along_columns(columns[0], values.shape)

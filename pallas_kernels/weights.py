@@ -3,9 +3,11 @@
     w[n, k] = scales[k // g, n] * (codes[n, k] - zeros[k // g, n])
 
 `prepare_int4` permutes the codes for the operand's type (`order`); W4A16 keeps the zeros as centers = 136 + zeros,
-what unpacking subtracts, and integer products keep each row's sum, by which tokens' zeros are corrected:
+what unpacking subtracts, and integer products keep each row's sum, by which tokens' zeros are corrected, and int8 ones
+the weight's own zeros:
 
-    sum_k (x[m, k] - z[m]) * w[n, k] = sum_k x[m, k] * w[n, k] - z[m] * sums[n],    sums[n] = sum_k w[n, k]
+    sum_k (x[m, k] - z[m]) * w[n, k] = scales[n] * (sum_k x[m, k] * codes[n, k] - zeros[n] * sum_k x[m, k])
+                                       - z[m] * sums[n],    sums[n] = sum_k w[n, k]
 """
 
 from typing import Final, NamedTuple
@@ -39,11 +41,13 @@ class IntegerWeight(NamedTuple):
       codes: int4 [out, in] in the order of `stored_int8`, or int8 as it is.
       scales: float32 [groups, out].
       sums: float32 [out], the sums of the weight over its inputs.
+      zeros: float32 [1, out] for int8 codes, whole numbers; None where all are 0.
     """
 
     codes: Int[Array, "out in"]
     scales: Float32[Array, "groups out"]
     sums: Float32[Array, "out"]
+    zeros: Float32[Array, "1 out"] | None = None
 
 
 def prepare_w4a16(
@@ -92,13 +96,25 @@ def prepare_w4a8(codes: Int[Array, "out in"], scales: Float[Array, "groups out"]
     return IntegerWeight(stored, scales.astype(jnp.float32), _sums(codes, scales))
 
 
-def prepare_w8a8(codes: Int8[Array, "out in"], scales: Float[Array, "1 out"]) -> IntegerWeight:
-    """Returns the weight as W8A8 kernels read it: its codes as they are."""
-    return IntegerWeight(codes, scales.astype(jnp.float32), _sums(codes, scales))
+def prepare_w8a8(
+    codes: Int8[Array, "out in"], scales: Float[Array, "1 out"], zeros: Shaped[Array, "1 out"] | None = None
+) -> IntegerWeight:
+    """Returns the weight as W8A8 kernels read it: its codes as they are.
+
+    Args:
+      codes: int8.
+      scales: each output's step.
+      zeros: whole numbers, the codes that stand for 0; None where all are 0.
+    """
+    scales, sums = scales.astype(jnp.float32), _sums(codes, scales)
+    if zeros is not None:
+        zeros = zeros.astype(jnp.float32)
+        sums = sums - codes.shape[1] * (zeros * scales)[0]
+    return IntegerWeight(codes, scales, sums, zeros)
 
 
 def restore_integer(weight: IntegerWeight) -> tuple[Int[Array, "out in"], Float32[Array, "groups out"]]:
-    """Returns the codes and scales that `prepare_w4a8` or `prepare_w8a8` was given."""
+    """Returns the codes and scales that `prepare_w4a8` or `prepare_w8a8` was given; zeros are in the weight as such."""
     codes = stored_int8.invert(weight.codes) if weight.codes.dtype == jnp.int4 else weight.codes
     return codes, weight.scales
 

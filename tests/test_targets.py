@@ -68,11 +68,7 @@ CHOICES: dict[str, tuple[Any, ActivationMethod | None, str]] = {
         PerToken(4),
         "XLA: 2 groups of inputs, kernels of integers take one scale for each output",
     ),
-    "weights' zeros": (
-        uniform(UniformFormat(8, None)),
-        PerToken(8),
-        "XLA: weights with zeros for integer inputs, kernels have symmetric grids",
-    ),
+    "weights' zeros take 8 bits": (uniform(UniformFormat(4, None), (64, 64)), PerToken(4), "W8A8"),
     "groups of a token": (
         uniform(W8),
         PerToken(8, group_size=32),

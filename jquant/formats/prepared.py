@@ -78,12 +78,13 @@ class PreparedFloatTensor(QuantizedTensor):
 @final
 @struct.dataclass
 class PreparedIntegerTensor(QuantizedTensor):
-    """A symmetric weight with one scale for each output, for activations in int8.
+    """A weight with one scale for each output, for activations in int8.
 
     Attributes:
-      codes: int4 [out', in'] for at most 4 bits, int8 for more.
+      codes: int4 [out', in'] for at most 4 bits without zeros, otherwise int8.
       scales: float32 [1, out'].
       sums: float32 [out'], the sum of each output's weights, by which the tokens' zeros are corrected.
+      zeros: float32 [1, out'], whole numbers; None when symmetric.
       format: of the portable tensor.
       shape: (in, out).
       layout: whether the kernels run on a GPU or in an interpreter.
@@ -92,17 +93,20 @@ class PreparedIntegerTensor(QuantizedTensor):
     codes: Leaf
     scales: Leaf
     sums: Leaf
+    zeros: Leaf | None
     format: UniformFormat = struct.field(pytree_node=False)
     shape: tuple[int, int] = struct.field(pytree_node=False)
     layout: Layout = struct.field(pytree_node=False)
 
     def dequantize(self, dtype: jax.typing.DTypeLike = jnp.float32) -> Float[Array, "in out"]:
-        """Returns scales * codes, computed in float32 and rounded once to `dtype`."""
-        return _dense(self._restored(), self.scales, None, self.shape, compute_dtype(dtype)).astype(dtype)
+        """Returns scales * (codes - zeros), computed in float32 and rounded once to `dtype`."""
+        return _dense(self._restored(), self.scales, self.zeros, self.shape, compute_dtype(dtype)).astype(dtype)
 
     def restore(self) -> UniformTensor:
         """Returns the portable tensor, every bit as it was."""
-        return _portable(self._restored(), self.scales[:, : self.shape[1]], None, self)
+        outputs, bits = self.shape[1], self.format.bits
+        packed = None if self.zeros is None else pack(_unsigned(self.zeros[:, :outputs], bits), bits)
+        return _portable(self._restored(), self.scales[:, :outputs], packed, self)
 
     def _restored(self) -> jax.Array:
         from pallas_kernels import IntegerWeight, restore_integer
@@ -129,18 +133,16 @@ def integer_fault(format: UniformFormat, shape: tuple[int, int]) -> str | None:
     """Returns why no kernel multiplies integers by a uniform tensor; None where one does.
 
     Example:
-      >>> integer_fault(UniformFormat(8, None, "symmetric"), (172, 100))
-      >>> integer_fault(UniformFormat(8, None), (576, 192))
-      'weights with zeros for integer inputs, kernels have symmetric grids'
+      >>> integer_fault(UniformFormat(8, None), (172, 100))
+      >>> integer_fault(UniformFormat(8, 96), (576, 192))
+      '6 groups of inputs, kernels of integers take one scale for each output'
     """
-    if format.symmetry == "asymmetric":
-        return "weights with zeros for integer inputs, kernels have symmetric grids"
     return _fault(integer_kind(format), format, shape)
 
 
 def integer_kind(format: UniformFormat) -> Any:
-    """Returns the name of the kernels that multiply integers by a uniform tensor: int4 codes up to 4 bits."""
-    return "w4a8" if format.bits <= _INT4_BITS else "w8a8"
+    """Returns the name of the kernels that multiply integers by a uniform tensor: int4 codes are symmetric."""
+    return "w4a8" if format.bits <= _INT4_BITS and format.symmetry != "asymmetric" else "w8a8"
 
 
 def padded_shape(format: UniformFormat, shape: tuple[int, int]) -> tuple[int, int]:
@@ -177,12 +179,7 @@ def prepare_float(tensor: UniformTensor, layout: Layout) -> PreparedFloatTensor:
     from pallas_kernels import prepare_w4a16
 
     _require(float_fault(tensor.format, tensor.shape), tensor)
-    codes, scales = _signed_codes(tensor), _padded_grid(tensor.scales, tensor)
-    zeros = None
-    if tensor.zeros is not None:
-        zeros = unpack(tensor.zeros, tensor.format.bits, tensor.format.groups(tensor.shape[0]))
-        zeros = _padded_grid(zeros.astype(jnp.float32) - 2 ** (tensor.format.bits - 1), tensor)
-    weight = prepare_w4a16(codes, scales, zeros)
+    weight = prepare_w4a16(_signed_codes(tensor), _padded_grid(tensor.scales, tensor), _signed_zeros(tensor))
     kept = None if tensor.format.scale_dtype == "bfloat16" else tensor.scales
     return PreparedFloatTensor(*weight, kept, tensor.format, tensor.shape, layout)
 
@@ -200,8 +197,13 @@ def prepare_integer(tensor: UniformTensor, layout: Layout) -> PreparedIntegerTen
     from pallas_kernels import prepare_w4a8, prepare_w8a8
 
     _require(integer_fault(tensor.format, tensor.shape), tensor)
-    prepare = prepare_w4a8 if integer_kind(tensor.format) == "w4a8" else prepare_w8a8
-    weight = prepare(_signed_codes(tensor), _padded_grid(tensor.scales, tensor))
+    codes, scales, zeros = _signed_codes(tensor), _padded_grid(tensor.scales, tensor), _signed_zeros(tensor)
+    if integer_kind(tensor.format) == "w4a8":
+        weight = prepare_w4a8(codes, scales)
+    else:
+        if zeros is not None:  # what is filled up stands for 0, in the sums too
+            codes = jnp.where(jnp.arange(codes.shape[1])[None] < tensor.shape[0], codes, zeros.T.astype(jnp.int8))
+        weight = prepare_w8a8(codes, scales, zeros)
     return PreparedIntegerTensor(*weight, tensor.format, tensor.shape, layout)
 
 
@@ -224,6 +226,15 @@ def _signed_codes(tensor: UniformTensor) -> Int8[Array, "tall wide"]:
     wide, tall = padded_shape(tensor.format, tensor.shape)
     codes = (unpack(tensor.codes, bits, inputs).astype(jnp.int16) - 2 ** (bits - 1)).astype(jnp.int8)
     return jnp.pad(codes.T, ((0, tall - outputs), (0, wide - inputs)))
+
+
+def _signed_zeros(tensor: UniformTensor) -> Float[Array, "more tall"] | None:
+    """Returns the zeros less 2^(bits - 1), filled up with 0; None where all are 0."""
+    if tensor.zeros is None:
+        return None
+    bits = tensor.format.bits
+    zeros = unpack(tensor.zeros, bits, tensor.format.groups(tensor.shape[0])).astype(jnp.float32)
+    return _padded_grid(zeros - 2 ** (bits - 1), tensor)
 
 
 def _padded_grid(grid: Float[Array, "groups out"], tensor: UniformTensor) -> Float[Array, "more tall"]:

@@ -181,6 +181,7 @@ CASES = {
     "for floats, 3 groups": (for_floats, 96, UniformFormat(4, 32)),
     "for floats, 3 bits, symmetric": (for_floats, 45, UniformFormat(3, None, "symmetric", "bfloat16")),
     **{f"for {bits}-bit integers": (for_integers, 45, UniformFormat(bits, None, "symmetric")) for bits in (4, 7)},
+    "for 8-bit integers": (for_integers, 45, UniformFormat(8, None)),
 }
 
 MIXING = {case for case, row in CASES.items() if row[0] is turned}  # their sums round, and their outputs hang together

@@ -67,7 +67,7 @@ def test_a_kernel_multiplies_as_the_portable_rule_does(dtype: str) -> None:
 
 def test_integers_multiply_exactly_but_for_the_last_rounding() -> None:
     x = PerToken(8, "asymmetric").fit(None)(jax.random.normal(jax.random.key(0), (2, 3, 100)), None)
-    tensor = random_tensor((100, 70), UniformFormat(8, None, "symmetric", "float32"))
+    tensor = random_tensor((100, 70), UniformFormat(8, None, "asymmetric", "float32"))
     y, expected = (matmul(x, one) for one in (prepare_integer(tensor, Layout.SIMULATED), tensor))
     atol = 1e-5 * float(jnp.abs(expected).max())  # float32 sums where zeros are corrected
     np.testing.assert_allclose(y, expected, rtol=2**-8, atol=atol)

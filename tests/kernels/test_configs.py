@@ -31,7 +31,8 @@ def lowered(kind: configs.Kind, tokens: int, outputs: int, inputs: int, group: i
     else:
         codes = struct((outputs, inputs), jnp.int4 if kind == "w4a8" else jnp.int8)
         sums, of_tokens = struct((outputs,), jnp.float32), struct((tokens,), jnp.float32)
-        integers = IntegerWeight(codes, struct(wide, jnp.float32), sums)
+        grid = struct(wide, jnp.float32)
+        integers = IntegerWeight(codes, grid, sums, grid if kind == "w8a8" else None)
         x = struct((tokens, inputs), jnp.int8)
         traced = jax.jit(integer_matmul).trace(x, of_tokens, of_tokens, integers)
     return traced.lower(lowering_platforms=("cuda",)).as_text()

@@ -62,6 +62,9 @@ def test_what_does_not_fit_is_refused() -> None:
         w4a16_matmul(jnp.zeros((65, 256), jnp.bfloat16), weight, config=DecodeConfig())
     with pytest.raises(ValueError, match="no w4a16 kernel multiplies 1 tokens by a weight"):
         w4a16_matmul(jnp.zeros((1, 172), jnp.bfloat16), weight._replace(codes=jnp.zeros((576, 172), jnp.int4)))
+    shifted = prepare_w4a8(jnp.zeros((64, 256), jnp.int4), jnp.ones((1, 64)))._replace(zeros=jnp.ones((1, 64)))
+    with pytest.raises(ValueError, match="an int4 weight with zeros"):
+        integer_matmul(jnp.zeros((1, 256), jnp.int8), jnp.ones(1), None, shifted)
     narrow = prepare_w4a8(jnp.zeros((64, 256), jnp.int4), jnp.ones((8, 64)))
     with pytest.raises(ValueError, match="groups of 32 inputs"):
         integer_matmul(jnp.zeros((1, 256), jnp.int8), jnp.ones(1), None, narrow)

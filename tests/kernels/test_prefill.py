@@ -32,18 +32,22 @@ def test_w4a16_is_the_product() -> None:
 
 
 @pytest.mark.parametrize("kind", ["w4a8", "w8a8"])
-def test_integers_are_the_product_with_tokens_zeros(kind: str) -> None:
+def test_integers_are_the_product_with_zeros(kind: str) -> None:
     tokens, outputs, inputs = 20, 64, 256  # two tiles of one block, its copies going on from one to the next
     x = jnp.asarray(RNG.integers(-128, 128, (tokens, inputs)), jnp.int8)
     steps = jnp.asarray(RNG.uniform(0.5, 1.5, tokens), jnp.float32)
     zeros = jnp.asarray(RNG.integers(-128, 128, tokens), jnp.float32)
     codes = jnp.asarray(RNG.integers(-8, 8, (outputs, inputs)), jnp.int8)
     scales = jnp.asarray(RNG.uniform(0.5, 1.5, (1, outputs)), jnp.float32)
-    weight = prepare_w4a8(codes, scales) if kind == "w4a8" else prepare_w8a8(codes, scales)
+    weight, of_weight = prepare_w4a8(codes, scales), None
+    if kind == "w8a8":
+        of_weight = jnp.asarray(RNG.integers(-128, 128, (1, outputs)), jnp.float32)
+        weight = prepare_w8a8(codes, scales, of_weight)
     config = PrefillConfig(tokens=16, depth=128, stages=2, cluster=1, warpgroups=1, blocks=1, spill=16)
     simulation = compat.Simulation(detect_races=True)
     found = integer_matmul(x, steps, zeros, weight, config=config, simulate=simulation)
-    assert relative(found, reference.integer_matmul(x, steps, zeros, codes, scales[0])) < BF16_ROUNDING
+    values = (x.astype(jnp.float32) - zeros[:, None]) * steps[:, None]
+    assert relative(found, reference.float_matmul(values, codes, scales, of_weight)) < BF16_ROUNDING
     assert not compat.races_found()
 
 

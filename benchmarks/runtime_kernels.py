@@ -1,14 +1,15 @@
 r"""Models on a target's kernels beside XLA: SmolLM2-135M's logits and generation, the time of Llama-3.1-8B's blocks.
 
-A case of the model quantizes SmolLM2-135M-Instruct by rounding to nearest and prints, beside the same weights in
-float32 arithmetic, the error of the logits by XLA in bfloat16 and by the kernels, the perplexity of all three, and how
-many of some greedy tokens agree, with tokens a second. A case of blocks has random weights and prints the time of one
-token and of a prompt through some layers: all GPU kernels together (CUPTI), and by the clock.
+A case of the model quantizes SmolLM2-135M-Instruct by rounding to nearest and prints, for XLA in bfloat16 and for the
+kernels, how far the logits are from those of the same weights in float32 arithmetic, the perplexity, how many of some
+greedy tokens agree, and tokens a second. A case of blocks has random weights and prints the time of one token and of a
+prompt through some layers: all GPU kernels together (CUPTI), and by the clock.
 
     python benchmarks/runtime_kernels.py [--cases W4A16 "block W4A16" ...] [--model FILE.gguf] [--windows FILE.npy]
 
-One JSON line a case. A case that fails is a line too, and the rest goes on in a new process, as a GPU's context does
-not survive a bad access; so is one that is left out for want of time (--seconds). The exit code is 1 then.
+JSON lines: figures "of" a case as they come, then the "case" with its seconds. A case that fails is a line too, and the
+rest goes on in a new process, as a GPU's context does not survive a bad access; so is one that is left out for want of
+time (--seconds). The exit code is 1 then.
 """
 
 import argparse
@@ -20,7 +21,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -61,7 +62,7 @@ BLOCKS: Final[Mapping[str, tuple[UniformFormat | None, ActivationMethod | None, 
     "block W4A16 by XLA": (UniformFormat(4, 128), None, "XLA"),
 }
 CASES: Final = (*MODELS, *BLOCKS)
-WAYS: Final[tuple[Way, ...]] = ("XLA", "kernels, stacked", "kernels")
+WAYS: Final[tuple[Way, ...]] = ("XLA", "kernels", "kernels, stacked")
 # Sizes of Llama-3.1-8B from its published config.json, but for 4 layers and a vocabulary that takes no time.
 LLAMA_8B: Final = LlamaConfig(128, 4096, 14336, 4, 32, 8, 128, max_position_embeddings=8192)
 SHOWN: Final = 600  # last characters of an error
@@ -84,7 +85,7 @@ def main() -> None:
             told = 0
             for line in child.stdout or ():
                 print(line, end="", flush=True)
-                found = json.loads(line)
+                found = json.loads(line) if line.startswith("{") else {}
                 if found.get("case") in left:
                     left.remove(found["case"])
                     told += 1
@@ -104,80 +105,82 @@ def _run_cases(cases: list[str], end: float, arguments: argparse.Namespace) -> N
             print(json.dumps({"case": name, "skipped": "no time is left; see --seconds"}), flush=True)
             continue
         try:
-            figures = _model_case(name, arguments) if name in MODELS else _block_case(name, arguments)
+            for figures in _model_case(name, arguments) if name in MODELS else _block_case(name, arguments):
+                print(json.dumps({"of": name, **figures}), flush=True)
         except Exception as error:  # noqa: BLE001  whatever it is, it is this case's result
             print(json.dumps({"case": name, "error": f"{type(error).__name__}: {error}"[-SHOWN:]}), flush=True)
             sys.exit(1)
-        print(json.dumps({"case": name, **figures, "seconds": round(time.monotonic() - started, 1)}), flush=True)
+        print(json.dumps({"case": name, "seconds": round(time.monotonic() - started, 1)}), flush=True)
 
 
-def _model_case(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
+def _model_case(name: str, arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Yields the figures of the weights in float32 arithmetic, then those of each way."""
     format, method = MODELS[name]
-    model, windows = _model(arguments.model, arguments.layers), jnp.asarray(_windows(arguments))
-    portable = stack_layers(_quantized(model, format, method))
-    ready: dict[str, Llama] = {"XLA": portable, "kernels, stacked": prepare(portable, Target(arguments.target))}
+    portable = _quantized(_model(arguments.model, arguments.layers), format, method)
+    stacked, windows = stack_layers(portable), jnp.asarray(_windows(arguments))
     forward = jax.jit(models.forward)
     with jax.default_matmul_precision("highest"):
-        truth = forward(_float32(portable), windows)
-    figures: dict[str, Any] = {"products": describe_products(ready["kernels, stacked"])}
-    figures["perplexity in float32"] = _perplexity(truth, windows)
-    for way, one in ready.items():
-        logits = forward(one, windows)
-        figures |= {
-            f"error by {way}": float(jnp.linalg.norm(logits - truth) / jnp.linalg.norm(truth)),
-            f"same first choice by {way}": float(jnp.mean(logits.argmax(-1) == truth.argmax(-1))),
-            f"perplexity by {way}": _perplexity(logits, windows),
-        }
-    if name == "W4A16":  # layers apart compile longest: once
-        apart = _quantized(model, format, method)
-        ready["kernels"] = prepare(apart, Target(arguments.target))
+        truth = forward(_float32(stacked), windows)
+    yield {"way": "float32", "perplexity": _perplexity(truth, windows)}
     prompt = np.asarray(windows)[0, : arguments.prompt].tolist()
-    expected: tuple[int, ...] | None = None
-    for way, one in ready.items():
-        for _ in range(2):  # the first one compiles
-            started = time.monotonic()
-            tokens = generate(one, [prompt], max_tokens=arguments.tokens).tokens[0]
-            seconds = time.monotonic() - started
-        expected = expected or tokens
-        same = [a == b for a, b in zip(tokens, expected)]
-        figures |= {
-            f"tokens a second by {way}": round(len(tokens) / seconds, 1),
-            f"tokens as by XLA until one differs, by {way}": (*same, False).index(False),
+    expected: tuple[int, ...] = ()
+    for way in arguments.ways:
+        model = (
+            stacked if way == "XLA" else prepare(portable if way == "kernels" else stacked, Target(arguments.target))
+        )
+        logits = forward(model, windows)
+        figures: dict[str, Any] = {
+            "way": way,
+            "products": describe_products(model),
+            "error of logits": float(jnp.linalg.norm(logits - truth) / jnp.linalg.norm(truth)),
+            "same first choice": float(jnp.mean(logits.argmax(-1) == truth.argmax(-1))),
+            "perplexity": _perplexity(logits, windows),
         }
-    return figures
+        if arguments.tokens:
+            for _ in range(2):  # the first one compiles
+                started = time.monotonic()
+                tokens = generate(model, [prompt], max_tokens=arguments.tokens).tokens[0]
+                seconds = time.monotonic() - started
+            expected = expected or tokens
+            same = [a == b for a, b in zip(tokens, expected)]
+            figures |= {
+                "tokens a second": round(len(tokens) / seconds, 1),
+                f"tokens as by {arguments.ways[0]} until one differs": (*same, False).index(False),
+            }
+        yield figures
 
 
-def _block_case(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
+def _block_case(name: str, arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Yields the time of one token, then that of many."""
     format, method, way = BLOCKS[name]
     config = dataclasses.replace(LLAMA_8B, num_hidden_layers=arguments.depth)
     model = _random_blocks(config, format, method)
-    if way != "XLA":
-        model = prepare(model, Target(arguments.target))
     if way != "kernels":
         model = stack_layers(model)
-    figures: dict[str, Any] = {"products": describe_products(model), "layers": config.num_hidden_layers}
-    tokens = jnp.ones((1, arguments.long), jnp.int32)
-    capacity = 128
+    if way != "XLA":
+        model = prepare(model, Target(arguments.target))
+    tokens, capacity = jnp.ones((1, arguments.long), jnp.int32), 128
     shapes = jax.eval_shape(lambda: models.prefill(model, tokens[:, :8], jnp.array([8]), capacity))[1]
     cache = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
     decode, forward = jax.jit(models.decode), jax.jit(models.forward)
-    figures |= _times("one token", lambda: decode(model, tokens[:, 0], cache), arguments.repeats)
-    return figures | _times(f"{arguments.long} tokens", lambda: forward(model, tokens), arguments.repeats)
+    about = {"products": describe_products(model), "layers": config.num_hidden_layers}
+    yield {"tokens": 1, **about, **_times(lambda: decode(model, tokens[:, 0], cache), arguments.repeats)}
+    yield {"tokens": arguments.long, **about, **_times(lambda: forward(model, tokens), arguments.repeats)}
 
 
-def _times(what: str, function: Callable[[], Any], repeats: int) -> dict[str, float]:
-    """Returns microseconds of one call: the median of its GPU kernels' sum, and by the clock of calls in a row."""
+def _times(function: Callable[[], Any], repeats: int) -> dict[str, float]:
+    """Returns microseconds of one call: by the clock of calls in a row, and the median of its GPU kernels' sum."""
     jax.block_until_ready(function())
     started = time.monotonic()
     jax.block_until_ready([function() for _ in range(repeats)])
-    found = {f"{what}, us by the clock": 1e6 * (time.monotonic() - started) / repeats}
+    found = {"us by the clock": 1e6 * (time.monotonic() - started) / repeats}
     if jax.default_backend() == "gpu":
         sums = []
         for _ in range(3):
             with kernel_times() as times:
                 jax.block_until_ready(function())
             sums.append(sum(times))
-        found |= {f"{what}, us of kernels": statistics.median(sums), f"{what}, kernels": len(times)}
+        found |= {"us of kernels": statistics.median(sums), "kernels": len(times)}
     return {key: round(value, 1) for key, value in found.items()}
 
 
@@ -250,10 +253,11 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--cases", nargs="*", choices=CASES, default=CASES)
     parser.add_argument("--model", type=Path, help="the GGUF file; the demo's if left out")
     parser.add_argument("--windows", type=Path, help="a .npy file of token ids; Python's own documentation if left out")
+    parser.add_argument("--ways", nargs="*", choices=WAYS, default=WAYS[:2], help="of the model's cases")
     parser.add_argument("--count", type=int, default=2, help="windows")
     parser.add_argument("--length", type=int, default=512, help="tokens of a window")
     parser.add_argument("--prompt", type=int, default=32, help="tokens of the prompt, the first window's first")
-    parser.add_argument("--tokens", type=int, default=64, help="tokens to generate")
+    parser.add_argument("--tokens", type=int, default=64, help="tokens to generate; 0 for none")
     parser.add_argument("--layers", type=int, help="of the model; all if left out")
     parser.add_argument("--depth", type=int, default=LLAMA_8B.num_hidden_layers, help="blocks of a case of blocks")
     parser.add_argument("--long", type=int, default=2048, help="tokens of the prompt that goes through the blocks")

@@ -55,7 +55,7 @@ def run(
         share_calibration(load_recipe(name), file=calibration_file, samples=samples, length=sample_length)
         for name in recipe
     ]
-    evaluation = Evaluation(perplexity, windows, length, target)
+    evaluation = Evaluation(perplexity, windows, length, target=target)
     with show_progress() as on_progress:
         rows = compare(
             source,

@@ -18,31 +18,43 @@ from jquant.formats import (
     PreparedIntegerTensor,
     QuantizedTensor,
     UniformFormat,
+    UniformTensor,
     quantize_centered,
     rotated,
 )
-from jquant.models import Linear, Llama, forward, get, linears, map_linears, random_model, stack_layers, tiny_config
-from jquant.quantizers import Rtn
+from jquant.models import Linear, Llama, build, forward, get, linears, map_linears, stack_layers, tiny_config
+from jquant.numerics import packed_length
 from jquant.targets import Target, choose_product, choose_target, describe_products, prepare
 
 W4, W8 = UniformFormat(4, 32), UniformFormat(8, None, "symmetric")
 TOKENS = jax.random.randint(jax.random.key(1), (1, 3), 0, 128)
 
 
-def uniform(format: UniformFormat, shape: tuple[int, int] = (64, 96)) -> QuantizedTensor:
-    weight = jax.random.normal(jax.random.key(0), shape)
-    return jax.eval_shape(lambda: Rtn(format)(weight, None, jax.random.key(0))[0])
+def uniform(format: UniformFormat, shape: tuple[int, int] = (64, 96)) -> UniformTensor:
+    """Return random bytes and steps about which products keep their size; made by numpy, which compiles nothing."""
+    rng, groups = np.random.default_rng(0), format.groups(shape[0])
+    codes, zeros = (rng.integers(0, 256, (packed_length(rows, format.bits), shape[1])) for rows in (shape[0], groups))
+    zeros[-1] >>= 8 * len(zeros) - groups * format.bits  # bits that no zero takes are 0
+    scales = rng.uniform(0.5, 1.5, (groups, shape[1])) / (2 ** (format.bits - 2) * shape[0] ** 0.5)
+    return UniformTensor(
+        codes=jnp.asarray(codes, jnp.uint8),
+        scales=jnp.asarray(scales, format.scale_dtype),
+        zeros=jnp.asarray(zeros, jnp.uint8) if format.symmetry == "asymmetric" else None,
+        format=format,
+        shape=shape,
+    )
 
 
 def permuted(inner: QuantizedTensor) -> QuantizedTensor:
-    return PermutedTensor(inner=inner, order=jnp.arange(inner.shape[0])[:, None], shape=inner.shape)
+    order = jnp.asarray(np.random.default_rng(1).permutation(inner.shape[0]), jnp.int32)[:, None]
+    return PermutedTensor(inner=inner, order=order, shape=inner.shape)
 
 
 def turned(inner: QuantizedTensor) -> QuantizedTensor:
     return rotated(inner, jnp.ones(inner.shape[0]), jnp.uint32(0), "kronecker")
 
 
-CENTERED = quantize_centered(jnp.zeros((64, 64), jnp.uint8), jnp.float32(1), 2)
+CENTERED = jax.eval_shape(lambda: quantize_centered(jnp.zeros((64, 64), jnp.uint8), jnp.float32(1), 2))
 CHOICES: dict[str, tuple[Any, ActivationMethod | None, str]] = {
     "4 bits": (uniform(W4), None, "W4A16: filled up to 64 x 128"),
     "3 bits, permuted": (permuted(uniform(UniformFormat(3, None), (64, 64))), None, "W4A16"),
@@ -93,7 +105,8 @@ def test_the_product_is_named_with_its_reason(name: str) -> None:
 
 def tiny() -> Llama:
     """Float inputs, but for the keys' 8-bit integers and the output's 4-bit ones; order of the queries, up as it is."""
-    model = random_model(tiny_config("qwen2"), jax.random.key(0))
+    rng = np.random.default_rng(0)
+    model = build(tiny_config("qwen2"), lambda path, shape: jnp.asarray(rng.normal(size=shape) / 8, jnp.float32))
 
     def change(path: str, layer: Linear) -> Linear:
         name = path.rsplit(".", 1)[1]
@@ -101,10 +114,9 @@ def tiny() -> Llama:
         format = W4 if integer is None else UniformFormat(integer[0], None, "symmetric")
         if name == "up_proj":
             return layer
-        kernel, _ = Rtn(format)(layer.kernel, None, jax.random.key(0))
+        kernel: QuantizedTensor = uniform(format, layer.kernel.shape)
         if name == "q_proj":
-            order = jax.random.permutation(jax.random.key(2), 64).astype(jnp.int32)[:, None]
-            kernel = PermutedTensor(inner=kernel, order=order, shape=kernel.shape)
+            kernel = permuted(kernel)
         quantizer = None if integer is None else integer[1].fit(jnp.full(64, 4.0))
         return dataclasses.replace(layer, kernel=kernel, input_quantizer=quantizer)
 

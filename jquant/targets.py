@@ -126,7 +126,7 @@ def prepare(model: Llama, target: Target) -> Llama:
 
     Exact and reversible: a model prepared for REFERENCE is portable again, every bit as it was. Dtypes of activations,
     norms and embedding stay; kernels round to bfloat16 themselves, so that a model in float32 gets products of
-    bfloat16's precision.
+    bfloat16's precision. What is prepared for a GPU runs there alone; no GPU is needed to prepare it.
 
     Args:
       model: portable or prepared for another target; its layers a tuple or stacked.

@@ -117,3 +117,9 @@ def test_calibration_is_shared_by_those_that_calibrate(windows: Path) -> None:
     assert (shared.dataset, shared.samples, shared.length) == (str(windows), 2, 16)
     with pytest.raises(DataError, match=r"text\.txt: windows of tokens are a \.npy file"):
         share_calibration(rtn(), file=Path("text.txt"))
+
+
+def test_a_target_is_part_of_the_evaluation() -> None:
+    plain = Evaluation(windows=2, length=16)
+    assert plain.describe().endswith("python-docs, evaluation split")
+    assert dataclasses.replace(plain, target="h100").describe().endswith("evaluation split, kernels of h100")

@@ -76,6 +76,23 @@ def test_integers_multiply_exactly_but_for_the_last_rounding() -> None:
     assert "dot_general" in str(jax.make_jaxpr(matmul)(grouped, prepared))  # XLA's, of the numbers that both stand for
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [1, 5, 70])
+def test_the_gpu_multiplies_as_the_portable_rules_do(tokens: int) -> None:
+    numbers = jax.random.normal(jax.random.key(0), (tokens, 300)).astype(jnp.bfloat16)
+    integers = jax.jit(PerToken(8, "asymmetric").fit(None))(numbers, None)
+    cases = (
+        (prepare_float, numbers, UniformFormat(4, None)),
+        (prepare_integer, integers, UniformFormat(4, None, "symmetric")),
+        (prepare_integer, integers, UniformFormat(8, None)),
+    )
+    for prepare, x, format in cases:
+        tensor = random_tensor((300, 200), format)
+        prepared = jax.jit(prepare, static_argnums=1)(tensor, Layout.HOPPER)
+        y, expected = (jax.jit(matmul)(x, one).astype(jnp.float32) for one in (prepared, tensor))
+        assert float(jnp.linalg.norm(y - expected)) < 2**-7 * float(jnp.linalg.norm(expected)), format
+
+
 def test_what_has_no_kernel_is_refused() -> None:
     with pytest.raises(
         FormatError, match=r"no kernel multiplies a \(64, 8\) tensor of .*8 bits for float.*keep it port"

@@ -3,7 +3,8 @@
 On an H100 or H200 a linear is multiplied by
 
     W4A16         uniform weights of at most 4 bits, input as numbers: rounded to bfloat16, as is the product
-    W4A8, W8A8    one scale an output, input quantized with one scale a token; int4 symmetric only; product as above
+    W4A8, W8A8    one scale an output, input quantized with one scale a token (4 bits are int8 codes too); int4 codes
+                  symmetric only; product as above
 
 of `pallas_kernels`, also inside an input order or rotations; whatever else there is stays portable, and XLA multiplies
 it as on the reference target. Which it is depends on formats and shapes alone: `choose_product` tells it, with the

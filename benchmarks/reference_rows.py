@@ -218,14 +218,14 @@ def main() -> None:
     source = arguments.model or demo_model(default_cache())
     model, tokens = load_model(source), jnp.asarray(np.load(arguments.calibration).astype(np.int32))
     tokens = tokens[: arguments.samples, : arguments.length]
-    windows = np.load(arguments.windows) if arguments.windows else _windows(source)
+    windows = np.load(arguments.windows) if arguments.windows else test_windows(source)
     windows = windows[: arguments.count]
     print(json.dumps({"device": jax.devices()[0].device_kind, "jax": jax.__version__, "command": sys.argv}), flush=True)
     for name in arguments.rows or ROWS:
         for seed in arguments.seeds:
             started = time.monotonic()
             ids = jax.random.permutation(jax.random.key(seed), tokens) if arguments.shuffle else tokens
-            quantized = _quantize(model, ROWS[name], ids, seed)
+            quantized = quantize_by(model, ROWS[name], ids, seed)
             facts = inspect_model(quantized)
             solved = time.monotonic()
             ours = perplexity(stack_layers(quantized), windows)
@@ -243,13 +243,15 @@ def main() -> None:
             print(json.dumps({**settings, **figures, **reference, **times}), flush=True)
 
 
-def _quantize(model: Llama, passes: Passes, tokens: jax.Array, seed: int) -> Llama:
+def quantize_by(model: Llama, passes: Passes, tokens: jax.Array, seed: int) -> Llama:
+    """Returns the model after the passes of a row."""
     if not passes:
         return model
     return jax.block_until_ready(run_passes(passes, model, Context(jax.random.key(seed), tokens))[0])
 
 
-def _windows(source: Path) -> np.ndarray:
+def test_windows(source: Path) -> np.ndarray:
+    """Returns WikiText-2's test text in windows of 2048 token ids."""
     text = load_text("wikitext2", "evaluation", folder=SHARED / "data" / "text")
     return token_windows(text, load_tokenizer(source), length=2048)
 

@@ -88,7 +88,7 @@ def perplexity(
         _require_finite(losses)
         if on_window is not None:
             on_window(len(losses), count, _exp_mean(losses))
-    return Perplexity(_exp_mean(losses), tuple(losses), count, length, count * (length - 1), _kv_prompt(model))
+    return Perplexity(_exp_mean(losses), tuple(losses), count, length, count * (length - 1), kv_prompt(model))
 
 
 @jax.jit
@@ -110,6 +110,7 @@ def _require_finite(losses: list[float]) -> None:
             )
 
 
-def _kv_prompt(model: Llama) -> str:
+def kv_prompt(model: Llama) -> str:
+    """Return what the queries of a prompt see, as `Perplexity.kv_prompt` has it."""
     blocks = (model.layers.block,) if isinstance(model.layers, Stacked) else model.layers
     return "+".join(sorted({block.self_attn.kv_codec.prompt for block in blocks}))

@@ -56,9 +56,18 @@ def forward(model: Llama, tokens: Int[Array, "batch tokens"]) -> Float[Array, "b
     return head(model, hidden_states(model, tokens))
 
 
-def hidden_states(model: Llama, tokens: Int[Array, "batch tokens"]) -> Float[Array, "batch tokens hidden"]:
-    """Returns what the last block gives, before the final norm."""
-    lengths = jnp.full(tokens.shape[0], tokens.shape[1], jnp.int32)
+def hidden_states(
+    model: Llama, tokens: Int[Array, "batch tokens"], lengths: Int[Array, "batch"] | None = None
+) -> Float[Array, "batch tokens hidden"]:
+    """Returns what the last block gives, before the final norm.
+
+    Args:
+      model: the model.
+      tokens: left-aligned sequences, right-padded with any token.
+      lengths: real tokens of each row; None where there is no padding. States behind a row's length mean nothing.
+    """
+    if lengths is None:
+        lengths = jnp.full(tokens.shape[0], tokens.shape[1], jnp.int32)
 
     def apply(
         layer: Block, x: Float[Array, "batch tokens hidden"], _: None

@@ -1,0 +1,163 @@
+"""Texts that models write on until a phrase: the measure behind tasks whose answer is extracted from what was written.
+
+Tokens are written in rounds; after each one the texts are looked at, so that a batch ends when all its rows have
+written one of the phrases, their end of text, or the most tokens there may be.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Final, NamedTuple, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int32
+
+from eval.batches import BATCH_TOKENS, Batch, make_batches
+from jquant import models
+from jquant.errors import DataError
+from jquant.models import Cache, Llama
+from jquant.runtime import prefill
+from jquant.sampling import GREEDY, Sampler
+from jquant.types import Key
+
+_ROUND: Final = 32  # tokens written between two looks at the texts
+
+
+@runtime_checkable
+class Decoder(Protocol):
+    """Name what completion needs of a tokenizer; `transformers.PreTrainedTokenizerFast` has it."""
+
+    def decode(self, token_ids: Any, /, **options: Any) -> Any:
+        """Return the text of token ids."""
+        ...
+
+
+@dataclass(frozen=True)
+class Ending:
+    """Say how texts are written and where they end.
+
+    Attributes:
+      phrases: texts that end a row, and are cut off with all behind them.
+      token: an id that ends a row, such as the tokenizer's end of text; None where there is none.
+      max_tokens: the most tokens of a row.
+      sampler: how the next token is chosen.
+    """
+
+    phrases: tuple[str, ...] = ()
+    token: int | None = None
+    max_tokens: int = 256
+    sampler: Sampler = GREEDY
+
+
+class Completion(NamedTuple):
+    """Hold what was written after one prompt, and how many tokens were cut from the prompt's left."""
+
+    text: str
+    dropped: int
+
+
+def complete(
+    model: Llama,
+    tokenizer: Decoder,
+    prompts: Sequence[Sequence[int]],
+    ending: Ending,
+    *,
+    batch_tokens: int = BATCH_TOKENS,
+    key: Key | None = None,
+    on_text: Callable[[int, Completion], None] = lambda index, completion: None,
+) -> list[Completion]:
+    """Write on after each prompt.
+
+    A prompt that leaves no room for `max_tokens` in the model's context loses its left end, as with lm-eval's own
+    models; `dropped` says so.
+
+    Args:
+      model: the model.
+      tokenizer: its own.
+      prompts: token ids, at least one in each.
+      ending: where texts end, and how tokens are chosen.
+      batch_tokens: tokens of prompts, padding counted, that go through the model at once.
+      key: of the random choice; may be left out for a greedy sampler.
+      on_text: called with a prompt's index and its completion as soon as there is one; in no particular order.
+
+    Raises:
+      DataError: a prompt is empty, has an id outside the vocabulary, or `max_tokens` leaves no room for one.
+    """
+    room = model.config.max_position_embeddings - ending.max_tokens
+    if ending.max_tokens < 1 or room < 1:
+        raise DataError(
+            f"{ending.max_tokens} tokens are to be written, but the model's context is {room + ending.max_tokens}: "
+            "ask for at least 1 and for fewer than the context"
+        )
+    ids = [token for prompt in prompts for token in prompt]
+    if not all(map(len, prompts)) or (ids and not 0 <= min(ids) <= max(ids) < model.config.vocab_size):
+        raise DataError(
+            f"a prompt is empty or has ids outside 0 to {model.config.vocab_size - 1}: encode it with the model's own "
+            "tokenizer"
+        )
+    kept = [list(prompt[-room:]) for prompt in prompts]
+    results: dict[int, Completion] = {}
+    batches = make_batches([len(prompt) for prompt in kept], longest=room, batch_tokens=batch_tokens)
+    for number, batch in enumerate(batches):
+        draw = jax.random.fold_in(jax.random.key(0) if key is None else key, number)
+        for index, text in zip(batch.members, _write(model, tokenizer, kept, batch, ending, draw), strict=True):
+            results[index] = Completion(text, len(prompts[index]) - len(kept[index]))
+            on_text(index, results[index])
+    return [results[index] for index in range(len(prompts))]
+
+
+def _write(
+    model: Llama, tokenizer: Decoder, prompts: Sequence[Sequence[int]], batch: Batch, ending: Ending, key: Key
+) -> list[str]:
+    """Return the texts of a batch's members."""
+    tokens, lengths = batch.pad(prompts)
+    rounds = -(-ending.max_tokens // _ROUND)
+    logits, cache = prefill(model, jnp.asarray(tokens), jnp.asarray(lengths), capacity=batch.width + rounds * _ROUND)
+    written = np.zeros((len(batch.members), 0), np.int32)
+    for index in range(rounds):
+        new, logits, cache = _advance(model, logits, cache, jax.random.fold_in(key, index), sampler=ending.sampler)
+        written = np.concatenate([written, np.asarray(new)[: len(written)]], axis=1)
+        if all(_has_ended(tokenizer, row, ending) for row in written.tolist()):
+            break
+    return [_cut(tokenizer, row[: ending.max_tokens], ending) for row in written.tolist()]
+
+
+@partial(jax.jit, static_argnames="sampler", donate_argnames="cache")
+def _advance(
+    model: Llama, logits: Float[Array, "batch vocab"], cache: Cache, key: Key, *, sampler: Sampler
+) -> tuple[Int32[Array, "batch round"], Float[Array, "batch vocab"], Cache]:
+    """Write one round of tokens."""
+
+    def step(state: tuple[Array, Cache], number: Array) -> tuple[tuple[Array, Cache], Array]:
+        token = sampler(state[0], jax.random.fold_in(key, number))
+        return models.decode(model, token, state[1]), token
+
+    (logits, cache), tokens = jax.lax.scan(step, (logits, cache), jnp.arange(_ROUND))
+    return tokens.T, logits, cache
+
+
+def _has_ended(tokenizer: Decoder, tokens: list[int], ending: Ending) -> bool:
+    return ending.token in tokens or _names_phrase(tokenizer, tokens, ending)
+
+
+def _names_phrase(tokenizer: Decoder, tokens: list[int], ending: Ending) -> bool:
+    text = str(tokenizer.decode(tokens, skip_special_tokens=False))
+    return any(phrase in text for phrase in ending.phrases)
+
+
+def _cut(tokenizer: Decoder, tokens: list[int], ending: Ending) -> str:
+    """Return the text up to the first end of any kind; a phrase may be a special token's text."""
+    if ending.token in tokens:
+        tokens = tokens[: tokens.index(ending.token)]
+    if _names_phrase(tokenizer, tokens, ending):
+        low, high = 0, len(tokens)  # the fewest tokens that have a phrase: more tokens have it too
+        while low < high:
+            middle = (low + high) // 2
+            low, high = (low, middle) if _names_phrase(tokenizer, tokens[:middle], ending) else (middle + 1, high)
+        tokens = tokens[:low]
+    text = str(tokenizer.decode(tokens, skip_special_tokens=True))
+    for phrase in ending.phrases:
+        text = text.split(phrase)[0]
+    return text

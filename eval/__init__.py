@@ -1,4 +1,4 @@
-"""Measurements of models: perplexity, tasks, needles, chat. They take a `Llama` and never print."""
+"""Measurements of models: perplexity, tasks, statistics, needles, chat. They take a `Llama` and never print."""
 
 from eval.chat import SYSTEM_PROMPT, ChatTokenizer, Message, decode_pieces, render, reply
 from eval.completion import Completion, Ending, complete
@@ -6,13 +6,24 @@ from eval.likelihood import Likelihood, log_likelihoods
 from eval.needle import NEEDLES, Needle, NeedleGrid, NeedleTest, OnCell, five_needles, needle_grid
 from eval.needle_map import draw_map, require_plots, text_map
 from eval.perplexity import Perplexity, perplexity
+from eval.statistics import (
+    BlockDistance,
+    Divergence,
+    TapStatistics,
+    block_distances,
+    divergence,
+    share_basis,
+    tap_statistics,
+)
 from eval.tasks import TaskOptions, TaskResults, TaskScore, check_tasks, run_tasks
 
 __all__ = [
     "NEEDLES",
     "SYSTEM_PROMPT",
+    "BlockDistance",
     "ChatTokenizer",
     "Completion",
+    "Divergence",
     "Ending",
     "Likelihood",
     "Message",
@@ -21,12 +32,15 @@ __all__ = [
     "NeedleTest",
     "OnCell",
     "Perplexity",
+    "TapStatistics",
     "TaskOptions",
     "TaskResults",
     "TaskScore",
+    "block_distances",
     "check_tasks",
     "complete",
     "decode_pieces",
+    "divergence",
     "draw_map",
     "five_needles",
     "log_likelihoods",
@@ -36,5 +50,7 @@ __all__ = [
     "reply",
     "require_plots",
     "run_tasks",
+    "share_basis",
+    "tap_statistics",
     "text_map",
 ]

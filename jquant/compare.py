@@ -1,9 +1,10 @@
-"""One model by many recipes: each quantized, saved, loaded again and measured on the same windows; one table.
+"""One model by many recipes: each quantized, saved, loaded again and measured on the same windows and tasks; one table.
 
 A row is kept as soon as it is measured, under a name that holds a digest of all that decides it: model, recipe,
 calibration windows, evaluation, versions and device. The same call goes on after the last of them, within a recipe
-after its last block; other recipes or another evaluation add rows. Products are float32 throughout, so that rows differ
-by method and not by device; but for those that a target's kernels make when results are measured.
+after its last block, its perplexity or the last answer to a task; other recipes or another evaluation add rows.
+Products are float32 throughout, so that rows differ by method and not by device; but for those that a target's kernels
+make when results are measured.
 
 By default each Hessian is the one of its own run: a block's inputs come from the quantized blocks before it, so no two
 recipes have the same. With `share_hessians` every method solves on the inputs that the source model gives, whose
@@ -12,11 +13,9 @@ alone are compared. Published figures are those of the default.
 """
 
 import contextlib
-import csv
 import dataclasses
 import hashlib
 import importlib.metadata
-import io
 import json
 import re
 import shutil
@@ -28,28 +27,61 @@ from typing import Final, cast
 import jax
 
 from convert.huggingface import StoredDtype
+from eval import TaskOptions, TaskScore, check_tasks
 from jquant.blocks import BlockPass, QuantizeWeights
 from jquant.checkpoint import digest as model_digest
 from jquant.checkpoint import is_checkpoint, recorded_digest
 from jquant.data import PYTHON_DOCS
 from jquant.errors import CheckpointError, DataError, JquantError, RecipeError
-from jquant.folders import open_abstract, open_model, read_report, write_text
+from jquant.folders import open_abstract, open_for_use, open_model, read_report, write_text
 from jquant.inspection import inspect_model
-from jquant.measure import ModelFigures, measure
+from jquant.measure import ModelFigures, measure, measure_tasks
 from jquant.passes import Sequential
 from jquant.pipeline import WINDOWS, quantize
 from jquant.plan import plan
 from jquant.progress import OnProgress, Progress, ignore
 from jquant.recipe import Calibration, Recipe, digest
+from jquant.tables import comma_separated, markdown
 from jquant.targets import TargetName, choose_target
 
 BASELINE: Final = "full precision"
+PAPER_TABLES: Final = "paper-tables"  # stands for the presets of QLLM-INFER's tables (spec_acts_kv.md 12.1), as far as
+_PAPER_PRESETS: Final = (  # they are here: its activations and weights, KV caches, QRazor, LUT-GEMM, SpQR
+    "rtn-w8a8",
+    "smoothquant-w8a8",
+    "rtn-w6a6",
+    "smoothquant-w6a6",
+    "llm-int8",
+    "zeroquant-w8a8",
+    "zeroquant-w4a16",
+    "zeroquant-w4a16-lkd",
+    "zeroquant-w4a8",
+    "zeroquant-w4a8-lkd",
+    "zeroquant-w4a4",
+    "gptq-w4",
+    "rtn-w4g128",
+    "gptq-w4g128",
+    "lut-w4g128",
+    "spqr-w3",
+    "spqr-w2",
+    "kivi-4",
+    "kivi-2",
+    "kvquant-4",
+    "kvquant-3",
+    "kvquant-2",
+    "qrazor-w4g8",
+    "qrazor-w4g32",
+    "gptq-qrazor-w4g8",
+    "qrazor-w4a8",
+    "qrazor-w4a4",
+    "qrazor-w4kv4-g8",
+)
 _ROWS: Final = "rows"
 _WORK: Final = "work"
 _STATISTICS: Final = "statistics"
 _KEY_LENGTH: Final = 12  # hexadecimal digits of a digest in a file's name
 _VERSIONS: Final = ("jquant", "jax", "jaxlib")
-_TITLES: Final = ("recipe", "bits per weight", "bytes", "perplexity", "quantize seconds")
+_HARNESS: Final = "lm-eval"
 
 
 @dataclass(frozen=True)
@@ -57,22 +89,35 @@ class Evaluation:
     """What every row is measured on.
 
     Attributes:
-      dataset: a name or path for `jquant.data.load_text`; its evaluation split is used.
-      windows: how many windows; None for all of the text.
+      datasets: names or paths for `jquant.data.load_text`, at least one; their evaluation splits are used.
+      windows: how many windows of each; None for all of the text.
       length: tokens of a window.
       target: whose kernels multiply: see `jquant.targets.choose_target`.
+      tasks: names in lm-eval, none to run none.
+      limit: documents of each task, the first ones; None for all.
+      shots: examples in each prompt; None for each task's own number.
     """
 
-    dataset: str = PYTHON_DOCS
+    datasets: tuple[str, ...] = (PYTHON_DOCS,)
     windows: int | None = None
     length: int = 2048
     target: TargetName = "reference"
+    tasks: tuple[str, ...] = ()
+    limit: int | None = None
+    shots: int | None = None
 
     def describe(self) -> str:
         """Returns the evaluation in words."""
         count = "all" if self.windows is None else self.windows
-        text = f"perplexity of {count} windows of {self.length} tokens of {self.dataset}, evaluation split"
-        return text if self.target == "reference" else f"{text}, kernels of {self.target}"
+        names = " and ".join(self.datasets)
+        text = f"perplexity of {count} windows of {self.length} tokens of {names}, evaluation split"
+        if self.target != "reference":
+            text = f"{text}, kernels of {self.target}"
+        if not self.tasks:
+            return text
+        documents = "all documents" if self.limit is None else f"the first {self.limit} documents of each"
+        examples = "" if self.shots is None else f", {self.shots} examples in each prompt"
+        return f"{text}; tasks by lm-eval {importlib.metadata.version(_HARNESS)} on {documents}{examples}"
 
 
 def compare(
@@ -92,8 +137,8 @@ def compare(
       source: a Hugging Face folder, a GGUF file, a hub id, or an unquantized jquant checkpoint.
       out: folder for rows, tables and unfinished work; what it holds of this comparison is used.
       recipes: the methods, with different names.
-      evaluation: what perplexity is measured on.
-      folder: where the files of named data sets lie; None to get them from the hub.
+      evaluation: what perplexity is measured on, and the tasks that are run.
+      folder: where the files of named data sets and tasks lie; None to get them from the hub.
       dtype: of a foreign checkpoint's arrays.
       share_hessians: whether all recipes solve on the source model's own activations (`on_source_inputs`).
       on_progress: called at each stage.
@@ -105,9 +150,13 @@ def compare(
     Raises:
       RecipeError: two recipes have one name, one does not fit the model, or the target is not there; said before any
         work.
+      DataError: tasks cannot be run: lm-eval is not installed, one is unknown, or its rows cannot be had; said before
+        any work.
       JquantError: a quantization or a measurement failed; the recipe is named, finished rows are kept.
     """
     _check_names(recipes)
+    if evaluation.tasks:
+        check_tasks(evaluation.tasks, TaskOptions(folder, evaluation.limit, evaluation.shots))
     recipes = [on_source_inputs(one) for one in recipes] if share_hessians else recipes
     abstract = open_abstract(source, dtype=dtype)
     chosen = choose_target(evaluation.target, abstract.embed_tokens.dtype)
@@ -130,10 +179,21 @@ def compare(
                 row = _run(source, checkpoint, recipe, evaluation, folder, dtype, on_progress)
                 write_text(known, json.dumps(dataclasses.asdict(row), indent=1))
                 shutil.rmtree(checkpoint, ignore_errors=True)
+                shutil.rmtree(_cells(checkpoint), ignore_errors=True)
             rows.append(_read(known))
         _write_tables(out, rows, evaluation, source)
     shutil.rmtree(out / _STATISTICS, ignore_errors=True)
     return tuple(rows)
+
+
+def expand(names: Sequence[str]) -> tuple[str, ...]:
+    """Returns the names of recipes, `paper-tables` replaced by the presets of QLLM-INFER's tables.
+
+    Example:
+      >>> expand(["kv4", "paper-tables"])[:3]
+      ('kv4', 'rtn-w8a8', 'smoothquant-w8a8')
+    """
+    return tuple(one for name in names for one in (_PAPER_PRESETS if name == PAPER_TABLES else (name,)))
 
 
 def on_source_inputs(recipe: Recipe) -> Recipe:
@@ -184,21 +244,6 @@ def share_calibration(
     return dataclasses.replace(recipe, calibration=shared)
 
 
-def markdown(rows: Sequence[ModelFigures], caption: str) -> str:
-    """Returns the rows as a table in Markdown."""
-    lines = [_TITLES, ("---", *["---:"] * (len(_TITLES) - 1)), *map(_cells, rows)]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines) + f"\n\n{caption}\n"
-
-
-def comma_separated(rows: Sequence[ModelFigures]) -> str:
-    """Returns the rows as CSV, in full precision."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(_TITLES)
-    writer.writerows((row.name, row.bits_per_weight, row.nbytes, row.perplexity, row.seconds) for row in rows)
-    return text.getvalue()
-
-
 def _run(
     source: str | Path,
     checkpoint: Path,
@@ -213,19 +258,40 @@ def _run(
     if recipe is not None and not is_checkpoint(checkpoint):
         statistics = checkpoint.parent.parent / _STATISTICS
         quantize(source, checkpoint, recipe, folder=folder, dtype=dtype, statistics=statistics, on_progress=on_progress)
-    measured = measure(
-        where,
-        evaluation.dataset,
-        length=evaluation.length,
-        windows=evaluation.windows,
-        folder=folder,
-        target=evaluation.target,
-        on_progress=on_progress,
-    )
+    cells = _cells(checkpoint)
+    _make(cells)
+    model = open_for_use(where, target=evaluation.target)
+    perplexities = []
+    for number, dataset in enumerate(evaluation.datasets):
+        kept = cells / f"perplexity-{number}.json"
+        if not kept.exists():
+            length, windows = evaluation.length, evaluation.windows
+            measured = measure(
+                where, dataset, length=length, windows=windows, folder=folder, model=model, on_progress=on_progress
+            )
+            write_text(kept, json.dumps(measured.perplexity.value))
+        perplexities.append((dataset, float(kept.read_text("utf-8"))))
+    scores: tuple[TaskScore, ...] = ()
+    if evaluation.tasks:
+        options = TaskOptions(folder, evaluation.limit, evaluation.shots)
+        scores = measure_tasks(
+            where, evaluation.tasks, options, cache=cells, model=model, on_progress=on_progress
+        ).results.scores
     facts = inspect_model(open_abstract(where))
-    seconds = 0.0 if recipe is None else _seconds(checkpoint)
-    name = BASELINE if recipe is None else recipe.name
-    return ModelFigures(name, measured.perplexity.value, facts.bits_per_weight(), facts.nbytes, seconds)
+    return ModelFigures(
+        name=BASELINE if recipe is None else recipe.name,
+        perplexities=tuple(perplexities),
+        bits_per_weight=facts.bits_per_weight(),
+        bits_per_kv_value=facts.cache.bits_per_value,
+        nbytes=facts.nbytes,
+        seconds=0.0 if recipe is None else _seconds(checkpoint),
+        scores=scores,
+    )
+
+
+def _cells(checkpoint: Path) -> Path:
+    """Returns the folder for what is measured of a row that is not finished."""
+    return checkpoint.with_name(f"{checkpoint.name}-cells")
 
 
 def _seconds(checkpoint: Path) -> float:
@@ -243,6 +309,7 @@ def _key(identity: str, recipe: Recipe | None, evaluation: Evaluation, folder: P
         _sha256(Path(windows)) if windows.endswith(WINDOWS) else windows,
         str(folder),
         json.dumps(dataclasses.asdict(evaluation)),
+        *([importlib.metadata.version(_HARNESS)] if evaluation.tasks else []),
         jax.devices()[0].device_kind,
         *map(importlib.metadata.version, _VERSIONS),
     ]
@@ -258,8 +325,11 @@ def _sha256(file: Path) -> str:
 
 def _read(known: Path) -> ModelFigures:
     try:
-        return ModelFigures(**json.loads(known.read_text("utf-8")))
-    except (OSError, ValueError, TypeError) as error:
+        content = json.loads(known.read_text("utf-8"))
+        scores = tuple(TaskScore(**score) for score in content.pop("scores"))
+        perplexities = tuple((str(text), float(value)) for text, value in content.pop("perplexities"))
+        return ModelFigures(**content, perplexities=perplexities, scores=scores)
+    except (OSError, ValueError, TypeError, KeyError) as error:
         raise CheckpointError(f"{known} cannot be read ({error!r}); delete it and run again") from error
 
 
@@ -275,10 +345,6 @@ def _write_tables(out: Path, rows: Sequence[ModelFigures], evaluation: Evaluatio
         "rows": [dataclasses.asdict(row) for row in rows],
     }
     write_text(out / "table.json", json.dumps(content, indent=1))
-
-
-def _cells(row: ModelFigures) -> tuple[str, ...]:
-    return (row.name, f"{row.bits_per_weight:.3f}", f"{row.nbytes:,}", f"{row.perplexity:.3f}", f"{row.seconds:.0f}")
 
 
 @contextlib.contextmanager

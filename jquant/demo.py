@@ -107,7 +107,14 @@ def _row(name: str, folder: Path, on_progress: OnProgress) -> ModelFigures:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{known} cannot be read ({error!r}); delete it and run again") from error
     facts = inspect_model(open_abstract(folder))
-    return ModelFigures(name, value, facts.bits_per_weight(), facts.nbytes, read_report(folder)["details"]["seconds"])
+    return ModelFigures(
+        name=name,
+        perplexities=((PYTHON_DOCS, value),),
+        bits_per_weight=facts.bits_per_weight(),
+        bits_per_kv_value=facts.cache.bits_per_value,
+        nbytes=facts.nbytes,
+        seconds=read_report(folder)["details"]["seconds"],
+    )
 
 
 def _key(*parts: str) -> str:

@@ -1,6 +1,9 @@
-"""Results as rich tables: what the command line prints. Tables only; nothing is printed here."""
+"""Results as tables: rich ones, which the command line prints, and Markdown and CSV. Nothing is printed here."""
 
+import csv
+import io
 import math
+import statistics
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
@@ -8,11 +11,13 @@ from typing import Final
 
 from rich.table import Table
 
+from eval import TapStatistics
 from jquant.inspection import CacheFacts, Facts
-from jquant.measure import Measurement, ModelFigures, NeedleRow
+from jquant.measure import Analysis, Measurement, ModelFigures, NeedleRow, TaskMeasurement
 from jquant.plan import Plan
 from jquant.report import LinearReport, Report
 
+_TITLES: Final = ("recipe", "bits per weight", "bits per KV value", "bytes", "quantize seconds")
 _SHALLOW: Final = 4  # blocks up to which a report shows every linear
 _UNITS: Final = ("", "k", "M", "G", "T", "P", "E")
 
@@ -137,6 +142,76 @@ def measurement_table(rows: Mapping[str, tuple[Measurement, Facts]]) -> Table:
     return table
 
 
+def tasks_table(measured: TaskMeasurement, name: str) -> Table:
+    """Returns the figures of each task or group that was asked for; those of a group's members are in the JSON."""
+    results, options = measured.results, measured.options
+    table = _table(f"tasks: {name}", "task", "examples", "documents", "metric", "value", "standard error")
+    for row in results.scores:
+        if not row.part:
+            shots = "-" if row.shots is None else str(row.shots)
+            metric = row.metric if row.filter == "none" else f"{row.metric} ({row.filter})"
+            error = "-" if row.error is None else f"{row.error:.4f}"
+            table.add_row(row.task, shots, str(row.documents), metric, f"{row.value:.4f}", error)
+    products = f"products by {measured.products}"
+    said = [
+        f"prompt KV {results.kv_prompt}, {products}, {measured.seconds:.1f} seconds, {results.provenance['harness']}"
+    ]
+    if options.limit is not None:
+        said.append(f"the first {options.limit} documents of each task only")
+    if options.chat == "template":
+        said.append("prompts by the chat template")
+    if results.truncated:
+        said.append(f"{results.truncated} prompts were longer than the context and lost their left end")
+    table.caption = "\n".join([*said, *filter(None, [results.provenance.get("note")])])
+    return table
+
+
+def analysis_tables(analysis: Analysis, name: str) -> tuple[Table, ...]:
+    """Returns, for each kind of tap, the median and the worst block; distances after each block; the divergence."""
+    tables = []
+    for title, rows in ((name, analysis.taps), ("the reference", analysis.reference_taps)):
+        if rows:
+            tables.append(_taps_table(rows, title))
+            tables[-1].caption = f"{analysis.windows} windows of {analysis.length} tokens of {analysis.dataset}"
+    if analysis.distances:
+        table = _table("states after each block, beside the reference's", "block", "relative error", "cosine")
+        for row in analysis.distances:
+            table.add_row(str(row.block), f"{row.relative_error:.4f}", f"{row.cosine:.6f}")
+        tables.append(table)
+    if analysis.divergence is not None:
+        found = analysis.divergence
+        table = _table("predictions beside the reference's", "figure", "value")
+        table.add_row("KL divergence, nats per token", f"{found.kl:.5f}")
+        table.add_row("its 99th percentile", f"{found.kl_99:.5f}")
+        table.add_row("tokens whose likeliest successor is another", f"{100 * found.flips:.2f} %")
+        if analysis.distances is None:
+            table.caption = "one of the models is rotated: distances of states would say nothing and are left out"
+        tables.append(table)
+    return tuple(tables)
+
+
+def _taps_table(rows: Sequence[TapStatistics], name: str) -> Table:
+    columns = "kurtosis: median", "worst", "of block", "least", "greatest", "outlier channels", "peak", "SQNR, least"
+    table = _table(f"inputs of linears: {name}", "tap", *columns)
+    for tap in dict.fromkeys(row.tap for row in rows):
+        members = [row for row in rows if row.tap == tap]
+        worst = max(members, key=lambda row: row.kurtosis)
+        noises = [row.sqnr for row in members if row.sqnr is not None]
+        peaks = [row.peak for row in members if row.peak is not None]
+        table.add_row(
+            tap,
+            f"{statistics.median(row.kurtosis for row in members):.2f}",
+            f"{worst.kurtosis:.2f}",
+            str(worst.block),
+            f"{min(row.low for row in members):.3g}",
+            f"{max(row.high for row in members):.3g}",
+            str(sum(row.outlier_channels for row in members)),
+            f"{max(peaks):.1f}" if peaks else "-",
+            f"{min(noises):.1f} dB" if noises else "-",
+        )
+    return table
+
+
 def needle_table(rows: Iterable[NeedleRow]) -> Table:
     """Returns one row for each model that was asked for needles: its KV codec, bits, share found, products, seconds."""
     table = _table("needles", "model", "KV codec", "bits per value", "found", "products by", "seconds")
@@ -151,14 +226,34 @@ def needle_table(rows: Iterable[NeedleRow]) -> Table:
     return table
 
 
-def figures_table(rows: Iterable[ModelFigures], title: str, caption: str) -> Table:
-    """Returns one row for each model: perplexity, bits per weight, size, seconds to make."""
-    table = _table(title, "model", "perplexity", "bits per weight", "size", "seconds")
+def figures_table(rows: Sequence[ModelFigures], title: str, caption: str) -> Table:
+    """Returns one row for each model: what was measured of it, bits per weight and KV value, size, seconds to make."""
+    measured = list(rows[0].columns()) if rows else []
+    table = _table(title, "model", *measured, "bits per weight", "bits per KV value", "size", "seconds")
     for row in rows:
-        cells = f"{row.perplexity:.3f}", f"{row.bits_per_weight:.3f}", _bytes(row.nbytes), f"{row.seconds:.0f}"
-        table.add_row(row.name, *cells)
+        bits = f"{row.bits_per_weight:.3f}", f"{row.bits_per_kv_value:.3f}"
+        figures = map(_format_figure, row.columns().items())
+        table.add_row(row.name, *figures, *bits, _bytes(row.nbytes), f"{row.seconds:.0f}")
     table.caption = caption
     return table
+
+
+def markdown(rows: Sequence[ModelFigures], caption: str) -> str:
+    """Returns the rows as a table in Markdown."""
+    titles = _titles(rows)
+    lines = [titles, ("---", *["---:"] * (len(titles) - 1)), *map(_rounded, rows)]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines) + f"\n\n{caption}\n"
+
+
+def comma_separated(rows: Sequence[ModelFigures]) -> str:
+    """Returns the rows as CSV, in full precision."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(_titles(rows))
+    for row in rows:
+        sizes = row.bits_per_weight, row.bits_per_kv_value, row.nbytes, row.seconds
+        writer.writerow((row.name, *sizes, *row.columns().values()))
+    return text.getvalue()
 
 
 def _table(title: str, *columns: str) -> Table:
@@ -166,6 +261,21 @@ def _table(title: str, *columns: str) -> Table:
     for index, column in enumerate(columns):
         table.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
     return table
+
+
+def _titles(rows: Sequence[ModelFigures]) -> tuple[str, ...]:
+    return (*_TITLES, *(rows[0].columns() if rows else ()))
+
+
+def _rounded(row: ModelFigures) -> tuple[str, ...]:
+    sizes = f"{row.bits_per_weight:.3f}", f"{row.bits_per_kv_value:.3f}", f"{row.nbytes:,}", f"{row.seconds:.0f}"
+    return (row.name, *sizes, *map(_format_figure, row.columns().items()))
+
+
+def _format_figure(column: tuple[str, float]) -> str:
+    """Returns a measured figure with the digits that its title calls for: three of a perplexity, four of a score."""
+    title, value = column
+    return f"{value:.3f}" if title.startswith("perplexity") else f"{value:.4f}"
 
 
 def _kind(path: str) -> str:

@@ -1,5 +1,6 @@
 """The command line: what it prints, its exit codes, and that mistakes are one line on stderr."""
 
+import gzip
 import io
 import json
 from pathlib import Path
@@ -23,6 +24,7 @@ COMMANDS: Final = (
     "verify",
     "inspect",
     "eval",
+    "analyze",
     "needle",
     "compare",
     "generate",
@@ -151,6 +153,42 @@ def test_eval_prints_a_table_and_writes_json(
     assert written["products"] == "XLA"
     assert f"{written['perplexity']['value']:.4f}" in capsys.readouterr().out
     assert written["provenance"]["source"].startswith("pydoc_data.topics")
+
+
+def test_eval_runs_tasks_by_name(source: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{"passage": "A bee flies.", "question": f"is {index} odd", "label": index % 2} for index in range(4)]
+    file, result = tmp_path / "tasks" / "boolq_validation.jsonl.gz", tmp_path / "result.json"
+    file.parent.mkdir()
+    file.write_bytes(gzip.compress("\n".join(map(json.dumps, rows)).encode()))
+    options = ("--tasks", "boolq", "--limit", "3", "--data", str(tmp_path))
+    assert run("eval", source, *options, "--cache", str(tmp_path / "kept"), "--json", str(result)) == 0
+    shown = capsys.readouterr()
+    written = json.loads(result.read_text())
+    (score,) = written["tasks"]["results"]["scores"]
+    assert f"│ {score['value']:.4f} │" in shown.out
+    assert "the first 3 documents of each task only" in shown.out
+    assert "perplexity" not in written
+    assert "requests answered 6/6" in shown.err
+    assert len(list((tmp_path / "kept").iterdir())) == 1
+    assert "did you mean boolq" in fails(capsys, "eval", source, *options[:1], "bolq", *options[2:])
+    assert "belong to tasks" in fails(capsys, "eval", source, "--limit", "3")
+    assert "belong to tasks" in fails(capsys, "compare", source, "out", *SMALL[:2], "--shots", "3")
+
+
+def test_analyze_prints_tables_and_writes_every_tap(
+    source: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = tmp_path / "result.json"
+    sizes = ("--windows", "2", "--length", "16")
+    assert run("analyze", source, "--against", source, *sizes, "--json", str(result)) == 0
+    shown = capsys.readouterr().out
+    written = json.loads(result.read_text())
+    assert [(row["block"], row["tap"]) for row in written["taps"]][3:5] == [(0, "mlp_hidden"), (1, "attention_input")]
+    assert written["taps"] == written["reference_taps"]
+    assert [row["relative_error"] for row in written["distances"]] == [0.0, 0.0]
+    assert written["divergence"]["tokens"] == 32
+    assert "inputs of linears: the reference" in shown
+    assert "│ tokens whose likeliest successor is another │  0.00 % │" in shown
 
 
 def test_needle_prints_a_map_for_each_codec_and_shows_a_result_again(

@@ -2,16 +2,18 @@
 
 import csv
 import dataclasses
+import gzip
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from jquant.compare import BASELINE, Evaluation, compare, on_source_inputs, share_calibration
+from jquant.compare import BASELINE, Evaluation, compare, expand, on_source_inputs, share_calibration
+from jquant.data import PYTHON_DOCS
 from jquant.errors import CheckpointError, DataError, FormatError, RecipeError
 from jquant.progress import Progress
-from jquant.recipe import Recipe, load_recipe
+from jquant.recipe import Recipe, load_recipe, presets
 from tests.checkpoints import write_checkpoint
 
 RULE = "passes[0].sequential.passes[0].quantize_weights.rules[0]"
@@ -55,18 +57,18 @@ def test_rows_tables_and_what_is_used_again(source: Path, windows: Path, tmp_pat
     assert not list((out / "work").iterdir())
 
     table = list(csv.reader((out / "table.csv").read_text().splitlines()))
-    assert [float(line[3]) for line in table[1:]] == [row.perplexity for row in rows]
+    assert [float(line[5]) for line in table[1:]] == [row.columns()["perplexity"] for row in rows]
     assert [line[0] for line in table] == ["recipe", *(row.name for row in rows)]
     assert json.loads((out / "table.json").read_text())["rows"][2]["nbytes"] == rows[2].nbytes
     lines = (out / "table.md").read_text().splitlines()
-    assert lines[0] == "| recipe | bits per weight | bytes | perplexity | quantize seconds |"
-    assert lines[3].startswith(f"| rtn-w4g64 | {rows[1].bits_per_weight:.3f} | {rows[1].nbytes:,} | ")
+    assert lines[0] == "| recipe | bits per weight | bits per KV value | bytes | quantize seconds | perplexity |"
+    assert lines[3].startswith(f"| rtn-w4g64 | {rows[1].bits_per_weight:.3f} | 32.000 | {rows[1].nbytes:,} | ")
     assert "2 windows of 32 tokens of python-docs" in lines[-1]
 
     seen.clear()
     again = compare(source, out, [gptq(windows), rtn("name=other")], EVALUATION, on_progress=seen.append)
     assert again[:2] == (rows[0], rows[2])
-    assert again[2].perplexity == rows[1].perplexity
+    assert again[2].perplexities == rows[1].perplexities
     assert stages(seen) == ["other (3 of 3)"]
 
     np.save(windows, np.load(windows)[::-1])
@@ -79,10 +81,10 @@ def test_recipes_can_share_what_is_collected_on_the_source(source: Path, windows
     """Rows of both kinds are kept apart; a recipe without Hessians stays what it was."""
     recipes = [gptq(windows), dataclasses.replace(gptq(windows), name="other", seed=1)]
     shared = compare(source, tmp_path / "out", recipes, EVALUATION, share_hessians=True)
-    assert shared[1].perplexity == shared[2].perplexity
+    assert shared[1].perplexities == shared[2].perplexities
     assert not (tmp_path / "out" / "statistics").exists()
     own = compare(source, tmp_path / "out", recipes[:1], EVALUATION)
-    assert own[1].perplexity != shared[1].perplexity
+    assert own[1].perplexities != shared[1].perplexities
     assert on_source_inputs(rtn()) == rtn()
 
 
@@ -110,6 +112,13 @@ def test_what_cannot_work_is_refused_before_any_work(source: Path, tmp_path: Pat
         compare(source, tmp_path / "file", [rtn()], EVALUATION)
 
 
+def test_the_published_tables_are_presets() -> None:
+    names = expand(["paper-tables", "kv4"])
+    assert set(names) <= set(presets())
+    assert len(set(names)) == len(names) == 29
+    assert names[-1] == "kv4"
+
+
 def test_calibration_is_shared_by_those_that_calibrate(windows: Path) -> None:
     assert share_calibration(rtn(), file=windows, samples=2) == rtn()
     shared = gptq(windows).calibration
@@ -117,6 +126,42 @@ def test_calibration_is_shared_by_those_that_calibrate(windows: Path) -> None:
     assert (shared.dataset, shared.samples, shared.length) == (str(windows), 2, 16)
     with pytest.raises(DataError, match=r"text\.txt: windows of tokens are a \.npy file"):
         share_calibration(rtn(), file=Path("text.txt"))
+
+
+def test_tasks_are_columns_and_a_stopped_comparison_repeats_nothing(source: Path, tmp_path: Path) -> None:
+    """Stopped at the last answer of the second row: its checkpoint, its perplexities and the answers are kept."""
+    passages = [{"passage": "A bee flies.", "question": f"is {index} odd", "label": index % 2} for index in range(4)]
+    (tmp_path / "boolq_validation.jsonl.gz").write_bytes(gzip.compress("\n".join(map(json.dumps, passages)).encode()))
+    text = tmp_path / "bees.txt"
+    text.write_text("A bee flies over a flower.\n" * 30)
+    evaluation = Evaluation((PYTHON_DOCS, str(text)), windows=2, length=32, tasks=("boolq",), limit=3)
+    seen: list[Progress] = []
+
+    def stop(progress: Progress) -> None:
+        seen.append(progress)
+        if (stages(seen), progress.done) == (["full precision (1 of 2)", "rtn-w4g64 (2 of 2)"], 6):
+            raise KeyboardInterrupt
+
+    out, folder = tmp_path / "out", tmp_path
+    with pytest.raises(KeyboardInterrupt):
+        compare(source, out, [rtn()], evaluation, folder=folder, on_progress=stop)
+    seen.clear()
+    rows = compare(source, out, [rtn()], evaluation, folder=folder, on_progress=seen.append)
+    assert stages(seen) == ["rtn-w4g64 (2 of 2)"]
+    assert not [one for one in seen if one.total]  # no window, no answer again
+    assert not list((out / "work").iterdir())
+    titles = [f"perplexity {PYTHON_DOCS}", f"perplexity {text}", "boolq acc"]
+    assert [list(row.columns()) for row in rows] == [titles] * 2
+    assert {score.documents for row in rows for score in row.scores} == {3}
+
+    table = list(csv.reader((out / "table.csv").read_text().splitlines()))
+    assert table[0][-3:] == titles
+    assert [float(line[-1]) for line in table[1:]] == [row.scores[0].value for row in rows]
+    assert "| boolq acc |" in (out / "table.md").read_text()
+    assert compare(source, out, [rtn()], evaluation, folder=folder) == rows
+    with pytest.raises(DataError, match="'bolq' is no task"):
+        compare(source, tmp_path / "new", [rtn()], dataclasses.replace(evaluation, tasks=("bolq",)), folder=folder)
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_target_is_part_of_the_evaluation() -> None:

@@ -81,7 +81,7 @@ def test_second_run_reuses_what_the_first_made(cache: Path, capsys: pytest.Captu
     shutil.rmtree(first.folder)
     said, third = stages(cache)
     assert [stage for stage in said if stage in MADE + MEASURED] == [MADE[2], MEASURED[2]]
-    assert third.rows[2].perplexity == first.rows[2].perplexity
+    assert third.rows[2].perplexities == first.rows[2].perplexities
     assert third.answer == first.answer
 
     with pytest.raises(SystemExit) as stop:

@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Final
 
 from rich.console import Console
@@ -31,6 +31,15 @@ def stdout() -> Console:
 def note(text: str) -> None:
     """Prints a line on stderr: what a reader of results may want to know but no program that reads them."""
     Console(stderr=True).print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def split_names(given: Sequence[str]) -> tuple[str, ...]:
+    """Returns names that were given one by one, with commas between them, or both.
+
+    >>> split_names(["boolq,arc_easy", "piqa"])
+    ('boolq', 'arc_easy', 'piqa')
+    """
+    return tuple(name.strip() for part in given for name in part.split(",") if name.strip())
 
 
 @contextlib.contextmanager

@@ -107,7 +107,8 @@ def load_text(name: str | Path, split: Split, *, folder: Path | None = None) -> 
     Args:
       name: one of `NAMES`, or a path ending in `.txt`, `.jsonl`, `.jsonl.gz` or `.parquet` (field `text` in the rows).
       split: "calibration" or "evaluation".
-      folder: where the files of a named data set lie; without it they come from the hub through `datasets`.
+      folder: where the files of a named data set lie, itself or its folder `text`; without it they come from the hub
+        through `datasets`.
 
     Returns:
       The documents, with their origin in `provenance` ("note" warns where a local file is less than the genuine split).
@@ -153,9 +154,12 @@ def _from_hub(name: str, dataset: _Dataset, split: Split) -> Text:
 
 def _from_folder(name: str, dataset: _Dataset, split: Split, folder: Path) -> Text:
     patterns = dataset.origins[split].patterns
-    paths = next((found for pattern in patterns if (found := sorted(folder.glob(pattern)))), [])
+    places = (place for pattern in patterns for place in (folder.glob(pattern), folder.glob(f"text/{pattern}")))
+    paths = next((found for place in places if (found := sorted(place))), [])
     if not paths:
-        raise DataError(f"{folder}: no {split} text of {name!r} here; expected one of {', '.join(patterns)}")
+        raise DataError(
+            f"{folder}: no {split} text of {name!r} here or in text/; expected one of {', '.join(patterns)}"
+        )
     documents = tuple(document for path in paths for document in read_documents(path))
     provenance = {"source": " ".join(map(str, paths)), "file_sha256": " ".join(map(_file_digest, paths))}
     notes = {path.name: _NOTES[path.name] for path in paths if path.name in _NOTES}

@@ -1,0 +1,49 @@
+"""`jquant analyze`."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from jquant.commands.display import show_progress, stdout
+from jquant.data import PYTHON_DOCS
+from jquant.folders import make_writable, write_text
+from jquant.measure import analyze
+from jquant.tables import analysis_tables
+
+
+def run(
+    model: str,
+    /,
+    *,
+    against: str | None = None,
+    text: str = PYTHON_DOCS,
+    windows: int = 4,
+    length: int = 512,
+    data: Path | None = None,
+    json_: Annotated[Path | None, Parameter(name="--json")] = None,
+) -> None:
+    """Show what goes into a model's linears, and how far the model is from another.
+
+    Args:
+      model: a jquant checkpoint, a Hugging Face folder, a GGUF file or a hub id.
+      against: the model to be near to, such as the one that it was made from: distances of states after each block, the
+        divergence of what both predict, and tokens whose likeliest successor is another.
+      text: python-docs, wikitext2, c4, or a file; its evaluation split is used.
+      windows: how many windows of text.
+      length: tokens in a window.
+      data: the folder where the files of a named data set lie, instead of the hub.
+      json_: a file to write the result to, each block and tap on its own.
+    """
+    if json_ is not None:
+        make_writable(json_.parent)
+    with show_progress() as on_progress:
+        found = analyze(
+            model, text, against=against, length=length, windows=windows, folder=data, on_progress=on_progress
+        )
+    for table in analysis_tables(found, model):
+        stdout().print(table)
+    if json_ is not None:
+        write_text(json_, json.dumps({"model": model, "against": against, **dataclasses.asdict(found)}, indent=1))

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Final, Literal
 
 from pallas_kernels import compat, order
-from pallas_kernels.decode import MOST_TOKENS, DecodeConfig
+from pallas_kernels.decode import MOST_TOKENS, DecodeConfig, columns_of
 from pallas_kernels.prefill import PrefillConfig
 
 type Kind = Literal["w4a16", "w4a8", "w8a8"]
@@ -201,7 +201,7 @@ def _rows(tokens: int) -> tuple[int, ...]:
 def _decode(kind: Kind, tokens: int, outputs: int, inputs: int, groups: int, rows: int) -> list[Config]:
     """Returns configurations of decode.py, the most promising first: four warpgroups a multiprocessor, deep copies."""
     width = 2 if kind == "w4a16" else 1
-    columns = 8 * compat.whole_tiles(tokens, 8)
+    columns = columns_of(tokens, integer=kind != "w4a16")
     tiles = compat.whole_tiles(outputs, rows)
     deep = inputs % 128 == 0 and tokens <= MANY_OF_FEW and _fits(inputs // groups, 128)
     wanted = 2 ** max(1, round(math.log2(WARPGROUPS_UNDER_WAY * 64 / rows / tiles)))

@@ -29,15 +29,18 @@ from pallas_kernels import compat, configs, shapes
 from pallas_kernels.cases import FEW_TOKENS, KINDS, Case, Product, random_legal_cases, relative_error
 from pallas_kernels.decode import DecodeConfig
 from pallas_kernels.prefill import PrefillConfig
+from pallas_kernels.rotation_case import ORDERS, TOKENS, RotationCase
 
 type Target = tuple[configs.Kind, tuple[int, int], tuple[int, ...], float | None, float | None, float | None]
 
 BEYOND_CACHE: Final = 120e6  # bytes of weights that one round reads; an H100's second cache holds 50 MB
 MOST_COPIES: Final = 16
+BYTES_OF_BF16: Final = 2.0
 ROUNDS: Final = 5
 ATTEMPTS: Final = 3  # to count kernels while no other thread launches one
 BF16_ROUNDING: Final = 2.0**-8  # relative: the most that operands and output, rounded to bfloat16, are off together
 GROUP: Final = 128
+ROTATION: Final = "rotation"  # a kind of its own: activations rotated and quantized, no product
 FAILURES: Final = (ValueError, RuntimeError)  # of compiling and running; a kernel that fails is a row that says so
 SERVED: Final = ((1, 8), (9, 16), (17, 64), (65, 512), (513, 4096), (4097, 1 << 30))  # tokens, by a row of the table
 TARGETS: Final[
@@ -64,7 +67,7 @@ TARGETS: Final[
 def main() -> None:
     """Runs what the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kinds", nargs="+", choices=KINDS, help="with --shapes or --tokens")
+    parser.add_argument("--kinds", nargs="+", choices=(*KINDS, ROTATION), help="with --shapes or --tokens")
     parser.add_argument("--shapes", nargs="+", help="weights as OUTPUTSxINPUTS; by default Llama-3.1 and LUT-GEMM's")
     parser.add_argument("--tokens", nargs="+", type=int)
     parser.add_argument("--tune", type=int, default=0, help="configurations to try where the table has no row")
@@ -115,6 +118,13 @@ def _run(arguments: argparse.Namespace, end: float, write: Callable[[dict[str, A
                 write({**dataclasses.asdict(case), "failure": repr(error)})
                 print(f"{case} FAILED before its kernel ran: {error!r}"[:300], flush=True)
         pool.shutdown(wait=False, cancel_futures=True)
+    asked = arguments.kinds or arguments.shapes or arguments.tokens or arguments.check
+    if ROTATION in (arguments.kinds or ()) or not asked:
+        for order in ORDERS:
+            turn = RotationCase(arguments.tokens[-1] if arguments.tokens else TOKENS, *order)
+            if time.monotonic() < end:
+                write(row := bench.rotation(turn))
+                print(_rotation_line(turn, row), flush=True)
     return chosen
 
 
@@ -132,7 +142,7 @@ def _chosen(arguments: argparse.Namespace) -> Iterator[Case]:
         return
     named = (*shapes.LLAMA_8B, *shapes.LLAMA_70B, *shapes.LUT_GEMM)
     sizes = [tuple(map(int, text.split("x"))) for text in arguments.shapes or ()]
-    for kind in arguments.kinds or KINDS:
+    for kind in (kind for kind in KINDS if kind in (arguments.kinds or KINDS)):
         for outputs, inputs in sizes or [(linear.outputs, linear.inputs) for linear in named]:
             yield from (_case(kind, count, outputs, inputs) for count in arguments.tokens or shapes.TOKENS)
 
@@ -210,6 +220,22 @@ class Bench:
         yield from (row for row in found if row is not last)
         if last is not None:
             yield last | {"chosen": True} | _verdict(case, last)
+
+    def rotation(self, case: RotationCase) -> dict[str, Any]:
+        """Returns the row of a rotation."""
+        row: dict[str, Any] = {"kind": ROTATION, **dataclasses.asdict(case)}
+        try:
+            sets = [case.operands(seed) for seed in range(_copies(BYTES_OF_BF16 * case.tokens * case.order))]
+            call = jax.jit(case.kernel()).lower(*sets[0]).compile()
+            found = case.differences(call, sets[0])
+            row |= found._asdict() | {"target": "right" if found.right() else "WRONG"}
+            row["microseconds"], row["kernels"] = kernel_microseconds(call, sets)
+            row["xla"] = kernel_microseconds(jax.jit(case.xla()).lower(*sets[0]).compile(), sets)[0]
+            row["rate"] = case.bytes_moved / row["microseconds"] / 1e3
+            row["of_peak"] = row["rate"] / self._peak("copy, GB/s")
+        except FAILURES as error:
+            row["failure"] = f"{type(error).__name__}: {error}"[:300]
+        return row
 
     def _xla(self, case: Case, given: list[Any], expected: list[Any]) -> tuple[dict[str, float], float]:
         """Returns microseconds of XLA's formulations, each compiled with the GPU to itself, and bfloat16's error."""
@@ -296,6 +322,16 @@ def _line(case: Case, row: dict[str, Any]) -> str:
     changed = {name: value for name, value in row["config"].items() if value != _default(row, name)}
     return (
         f"{text} {'' if row['same_bits'] else 'OTHER BITS '}{row['kernel'] if 'chosen' in row else ' tried'} {changed}"
+    )
+
+
+def _rotation_line(case: RotationCase, row: dict[str, Any]) -> str:
+    text = f"{ROTATION} {case.tokens:5d} x {case.order} of {case.base}".ljust(34)
+    if "failure" in row:
+        return f"{text} FAILED: {row['failure'][:200]}"
+    return (
+        f"{text}{row['microseconds']:8.1f} {row['of_peak']:7.0%} {'':8s} {row['xla'] / row['microseconds']:10.2f}   "
+        f"{row['share']:.1%} of codes differ, at most by {row['most']:.0f}; {row['target']}"
     )
 
 

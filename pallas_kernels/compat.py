@@ -54,6 +54,8 @@ INT8_OPERAND: Final = plgpu.Layout.WGMMA_8BIT
 ROWS: Final = C.reduce(1)
 COLUMNS: Final = C.reduce(0)
 ROWS_OF_ACCUMULATOR: Final = 64  # what one warpgroup's instruction makes
+LEAST_COLUMNS: Final = 8  # of an instruction's result
+LEAST_SWIZZLE: Final = 256  # bits of a row
 PRODUCER_REGISTERS: Final = 40  # what the warpgroup that only issues copies keeps (Pallas' own advice for Hopper)
 
 
@@ -110,6 +112,7 @@ def kernel(
             approx_math=True,
             lowering_semantics=plgpu.LoweringSemantics.Warpgroup,
             unsafe_no_auto_barriers=manual_barriers,
+            reduction_scratch_bytes=0,  # Pallas has one for all warpgroups: a reduction over warps would mix them
         ),
         interpret=simulate,
     )
@@ -272,6 +275,17 @@ def in_scope(function: Callable[..., Any], *allocations: Any) -> Any:
 def whole_tiles(size: int, tile: int) -> int:
     """Returns how many tiles cover `size`."""
     return math.ceil(size / tile)
+
+
+def columns_of(tokens: int, *, integer: bool) -> int:
+    """Returns how many tokens the tensor cores' instruction multiplies: 8, 16, 24, .., of integers 48 and 64 after 32.
+
+    Example:
+      >>> columns_of(33, integer=False), columns_of(33, integer=True)
+      (40, 48)
+    """
+    step = 2 * LEAST_COLUMNS if integer and tokens > 4 * LEAST_COLUMNS else LEAST_COLUMNS
+    return step * whole_tiles(tokens, step)
 
 
 def races_found() -> bool:

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from typing import Any, Final, Literal
 
 from pallas_kernels import compat, order
-from pallas_kernels.decode import MOST_TOKENS, DecodeConfig, columns_of
+from pallas_kernels.decode import MOST_TOKENS, DecodeConfig
+from pallas_kernels.hadamard import RotationConfig
 from pallas_kernels.prefill import PrefillConfig
 
 type Kind = Literal["w4a16", "w4a8", "w8a8"]
@@ -32,6 +33,7 @@ MOST_PARTS: Final = 16
 MOST_STAGES: Final = 8
 MOST_CLUSTER: Final = 8  # blocks of a portable cluster
 PREFILL_FROM: Final = 32  # tokens from which tuning tries the kernels of prefill.py too
+MOST_NUMBERS_OF_FOUR: Final = 64 * 128  # of a token in registers, with four warpgroups of 128 registers a thread
 TILE_EFFICIENCY: Final = {  # of the tensor cores, by (tokens, warpgroups): estimates that rank tiles of one shape
     (256, 2): 1.0,
     (128, 2): 0.85,
@@ -129,6 +131,23 @@ def fault(kind: Kind, outputs: int, inputs: int, groups: int) -> str | None:
     return None
 
 
+def choose_rotation(padded: int, fast: int) -> RotationConfig:
+    """Returns the configuration of `hadamard.rotate_quantize`: as many warpgroups as registers and memory allow.
+
+    Args:
+      padded: rows of the left matrix.
+      fast: rows of the right matrix.
+
+    Example:
+      >>> choose_rotation(64, 128).warpgroups, choose_rotation(128, 128).warpgroups
+      (4, 2)
+    """
+    warpgroups = 4 if padded * fast <= MOST_NUMBERS_OF_FOUR else 2
+    matrices, token = 2 * (padded**2 + fast**2), padded * fast
+    stages = max(1, min(2, (ONE_BLOCK - matrices - warpgroups * token) // (2 * warpgroups * token)))
+    return RotationConfig(warpgroups=warpgroups, stages=stages)
+
+
 @functools.cache
 def table() -> tuple[Row, ...]:
     """Returns the rows of the package's table."""
@@ -201,7 +220,7 @@ def _rows(tokens: int) -> tuple[int, ...]:
 def _decode(kind: Kind, tokens: int, outputs: int, inputs: int, groups: int, rows: int) -> list[Config]:
     """Returns configurations of decode.py, the most promising first: four warpgroups a multiprocessor, deep copies."""
     width = 2 if kind == "w4a16" else 1
-    columns = columns_of(tokens, integer=kind != "w4a16")
+    columns = compat.columns_of(tokens, integer=kind != "w4a16")
     tiles = compat.whole_tiles(outputs, rows)
     deep = inputs % 128 == 0 and tokens <= MANY_OF_FEW and _fits(inputs // groups, 128)
     wanted = 2 ** max(1, round(math.log2(WARPGROUPS_UNDER_WAY * 64 / rows / tiles)))

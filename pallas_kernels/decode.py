@@ -139,17 +139,6 @@ def w4a8_decode(
     return _run(x, codes, scales, None, [token_scales, token_zeros], sums, config, simulate)
 
 
-def columns_of(tokens: int, *, integer: bool) -> int:
-    """Returns how many tokens the tensor cores' instruction multiplies: 8, 16, 24, .., of integers 48 and 64 after 32.
-
-    Example:
-      >>> columns_of(33, integer=False), columns_of(33, integer=True)
-      (40, 48)
-    """
-    step = 2 * PADDED if integer and tokens > 4 * PADDED else PADDED
-    return step * compat.whole_tiles(tokens, step)
-
-
 def _run(
     x: jax.Array,
     codes: jax.Array,
@@ -166,7 +155,7 @@ def _run(
         fault = f"{m} tokens are more than {MOST_TOKENS}: use the kernels of prefill.py"
     if fault:
         raise ValueError(f"decode of a weight [{n}, {k}] with {config}: {fault}")
-    columns = columns_of(m, integer=bool(of_tokens))
+    columns = compat.columns_of(m, integer=bool(of_tokens))
     copied = 32 * compat.whole_tiles(m, 32)  # of the tokens' scales: a copy moves a multiple of 128 bytes
     if (m > PADDED or simulated) and columns != m:  # fewer than 8 lie outside the array, which copies fill and drop
         x = jnp.pad(x, ((0, columns - m), (0, 0)))

@@ -4,13 +4,17 @@
     integer activations  y[m, n] = sum_k token_scales[m] * (x[m, k] - token_zeros[m]) * w[n, k]
     weights              w[n, k] = scales[k // g, n] * (codes[n, k] - zeros[k // g, n])
 
+    rotation             y = M x / sqrt(order), quantized on each token's own grid
+
 A weight lies [out, in], its inputs contiguous, because the tensor cores take int8 in that order only; g = in / groups,
 and one group is "per channel". Codes are signed: a format's unsigned code less 2^(bits - 1), and its zero likewise.
 """
 
+from typing import Literal
+
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Shaped
+from jaxtyping import Array, Float, Int, Int8, Shaped
 
 
 def dense_weight(
@@ -80,3 +84,41 @@ def integer_matmul(
         of_output = jnp.sum(codes.astype(jnp.int32), axis=1).astype(jnp.float32)
         values = values - token_zeros[:, None] * of_output[None]
     return values * token_scales[:, None] * scales[None]
+
+
+def rotate_quantize(
+    x: Float[Array, "tokens n"],
+    rotation: Shaped[Array, "n n"],
+    order: int,
+    bits: int,
+    clip_ratio: float = 1.0,
+    symmetry: Literal["symmetric", "asymmetric"] = "symmetric",
+) -> tuple[Int8[Array, "tokens n"], Float[Array, "tokens"], Float[Array, "tokens"] | None]:
+    """Returns codes, scales and (of an asymmetric grid) zeros of each token's rotated numbers.
+
+    Args:
+      x: activations.
+      rotation: the whole matrix of -1, 0 and 1.
+      order: how many numbers it mixes; the rotation is the matrix over its root.
+      bits: of a code.
+      clip_ratio: share of the range that the grid covers.
+      symmetry: which grid.
+
+    Example:
+      >>> turn = jnp.array([[1.0, 1.0], [1.0, -1.0]])
+      >>> rotate_quantize(jnp.array([[3.0, 4.0]]), turn, 2, 8)[0].tolist()
+      [[127, -18]]
+    """
+    y = jnp.dot(x.astype(jnp.float32), rotation.T.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
+    y = y / jnp.sqrt(jnp.float32(order))
+    half = 2 ** (bits - 1)
+    if symmetry == "symmetric":
+        largest = clip_ratio * jnp.max(jnp.abs(y), axis=1)
+        scales = jnp.where(largest == 0, 1.0, largest) / (half - 1)  # a token of zeros counts as [-1, 1]
+        return jnp.clip(jnp.round(y / scales[:, None]), -half, half - 1).astype(jnp.int8), scales, None
+    low, high = clip_ratio * jnp.minimum(jnp.min(y, axis=1), 0), clip_ratio * jnp.maximum(jnp.max(y, axis=1), 0)
+    low, high = jnp.where(low == high, -1.0, low), jnp.where(low == high, 1.0, high)
+    scales = (high - low) / (2 * half - 1)
+    zeros = jnp.round(-low / scales) - half
+    codes = jnp.round(y / scales[:, None]) + zeros[:, None]
+    return jnp.clip(codes, -half, half - 1).astype(jnp.int8), scales, zeros

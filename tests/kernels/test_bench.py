@@ -6,6 +6,7 @@ import pytest
 
 from pallas_kernels import bench, configs
 from pallas_kernels.cases import Case, random_legal_cases, relative_error
+from pallas_kernels.rotation_case import RotationCase
 
 MEASURED = [
     Case(row.kind, min(row.most, 2048), row.outputs, row.inputs, row.inputs // 128 if row.kind == "w4a16" else 1)
@@ -42,3 +43,10 @@ def test_kernel_is_the_product_with_the_same_bits_twice(case: Case) -> None:
         found = kernel(*arguments)
         assert relative_error(found, case.meaning(given)) < bench.BF16_ROUNDING
         assert bool(jnp.all(found == kernel(*arguments)))
+
+
+def test_the_rotation_of_xla_has_the_codes_of_float32() -> None:
+    case = RotationCase(3, 1536, 12)
+    found = case.differences(jax.jit(case.xla()), case.operands(0))
+    assert found.right()
+    assert not found._replace(most=2.0).right()

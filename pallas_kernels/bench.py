@@ -2,6 +2,7 @@
 
     python -m pallas_kernels.bench                                  the products that issue 6 sets targets for
     python -m pallas_kernels.bench --kinds w4a16 --shapes 4096x4096 --tokens 1 16 --tune 8
+    python -m pallas_kernels.bench --kinds binary4 binary3 --shapes 8192x32768 --tokens 1
     python -m pallas_kernels.bench --check 20                       random legal shapes, errors alone
 
 Needs jax, numpy and jaxtyping alone. Times are kernel times by CUPTI, the sum over a call's kernels, the median over
@@ -25,13 +26,17 @@ from typing import Any, Final
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import compat, configs, shapes
+from pallas_kernels import compat, configs, narrow_case, shapes
 from pallas_kernels.cases import FEW_TOKENS, KINDS, Case, Product, random_legal_cases, relative_error
 from pallas_kernels.decode import DecodeConfig
+from pallas_kernels.narrow_case import NarrowCase, narrow_cases
 from pallas_kernels.prefill import PrefillConfig
 from pallas_kernels.rotation_case import ORDERS, TOKENS, RotationCase
 
-type Target = tuple[configs.Kind, tuple[int, int], tuple[int, ...], float | None, float | None, float | None]
+type Work = Case | NarrowCase
+type Target = tuple[
+    configs.Kind | configs.NarrowKind, tuple[int, int], tuple[int, ...], float | None, float | None, float | None
+]
 
 BEYOND_CACHE: Final = 120e6  # bytes of weights that one round reads; an H100's second cache holds 50 MB
 MOST_COPIES: Final = 16
@@ -61,13 +66,20 @@ TARGETS: Final[
     ("w8a8", (4096, 4096), (2048,), None, 1.85, 1.3),
     ("w4a8", (4096, 4096), (2048,), None, 1.85, 1.3),
     ("w4a16", (4096, 4096), (2048,), None, 1.0, None),
+    ("binary4", (7168, 28672), (1,), None, 2.6, None),
+    ("binary4", (8192, 32768), (1,), None, 2.6, None),
+    ("binary4", (12288, 49152), (1,), None, 2.6, None),
+    ("binary3", (7168, 28672), (1,), None, 3.2, None),
+    ("binary3", (8192, 32768), (1,), None, 3.2, None),
+    ("binary3", (12288, 49152), (1,), None, 3.2, None),
 )
 
 
 def main() -> None:
     """Runs what the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kinds", nargs="+", choices=(*KINDS, ROTATION), help="with --shapes or --tokens")
+    kinds = (*KINDS, *narrow_case.KINDS, ROTATION)
+    parser.add_argument("--kinds", nargs="+", choices=kinds, help="with --shapes or --tokens")
     parser.add_argument("--shapes", nargs="+", help="weights as OUTPUTSxINPUTS; by default Llama-3.1 and LUT-GEMM's")
     parser.add_argument("--tokens", nargs="+", type=int)
     parser.add_argument("--tune", type=int, default=0, help="configurations to try where the table has no row")
@@ -99,6 +111,7 @@ def main() -> None:
 def _run(arguments: argparse.Namespace, end: float, write: Callable[[dict[str, Any]], None]) -> list[configs.Row]:
     """Writes and prints all rows; returns those of the table for what was timed."""
     bench, chosen = Bench(), []
+    jobs: list[tuple[Work, list[configs.Config]]]
     jobs = [(case, [case.config()]) for case in random_legal_cases(0, arguments.check)]
     jobs += [(case, _tried(case, arguments.tune)) for case in _chosen(arguments)]
     print(f"{'kernel':34s}      us  of peak  x bf16  x best XLA  error    bf16's   target")
@@ -112,7 +125,7 @@ def _run(arguments: argparse.Namespace, end: float, write: Callable[[dict[str, A
                 for row in bench.rows(case, variants, timed=index >= arguments.check):
                     write(row)
                     print(_line(case, row), flush=True)
-                    if "chosen" in row and "microseconds" in row:
+                    if "chosen" in row and "microseconds" in row and isinstance(case, Case):
                         chosen.append(_served(case, row))
             except FAILURES as error:
                 write({**dataclasses.asdict(case), "failure": repr(error)})
@@ -134,30 +147,37 @@ def _served(case: Case, row: dict[str, Any]) -> configs.Row:
     return configs.Row(case.kind, case.outputs, case.inputs, least, most, config, row["microseconds"])
 
 
-def _chosen(arguments: argparse.Namespace) -> Iterator[Case]:
+def _chosen(arguments: argparse.Namespace) -> Iterator[Work]:
     if not (arguments.kinds or arguments.shapes or arguments.tokens):
         if not arguments.check:
             for kind, (outputs, inputs), tokens, *_ in TARGETS:
-                yield from (_case(kind, count, outputs, inputs) for count in tokens)
+                for plain in (each for each in KINDS if each == kind):
+                    yield from (_case(plain, count, outputs, inputs) for count in tokens)
+                yield from narrow_cases((kind,), [(outputs, inputs)], list(tokens), GROUP)
         return
     named = (*shapes.LLAMA_8B, *shapes.LLAMA_70B, *shapes.LUT_GEMM)
     sizes = [tuple(map(int, text.split("x"))) for text in arguments.shapes or ()]
     for kind in (kind for kind in KINDS if kind in (arguments.kinds or KINDS)):
         for outputs, inputs in sizes or [(linear.outputs, linear.inputs) for linear in named]:
             yield from (_case(kind, count, outputs, inputs) for count in arguments.tokens or shapes.TOKENS)
+    if arguments.kinds:
+        every = sizes or [(linear.outputs, linear.inputs) for linear in named]
+        yield from narrow_cases(tuple(arguments.kinds), every, arguments.tokens or [1], GROUP)
 
 
 def _case(kind: configs.Kind, tokens: int, outputs: int, inputs: int) -> Case:
     return Case(kind, tokens, outputs, inputs, inputs // GROUP if kind == "w4a16" else 1)
 
 
-def _tried(case: Case, count: int) -> list[configs.Config]:
+def _tried(case: Work, count: int) -> list[configs.Config]:
     """Returns the configuration in use, and others where it comes from the rule and tuning is wanted."""
+    if isinstance(case, NarrowCase):
+        return [case.config()]
     found = configs.candidates(case.kind, case.tokens, case.outputs, case.inputs, case.groups)
     return found[: 1 if configs.in_table(found[0]) else 1 + count]
 
 
-def _compile(case: Case, config: configs.Config) -> Product:
+def _compile(case: Any, config: configs.Config) -> Product:
     """Compiles a kernel; this needs the processor alone, so that several do at once while another one is timed."""
     given = jax.eval_shape(lambda: case.operands(0))
     weight = jax.eval_shape(case.prepare, given)
@@ -186,7 +206,7 @@ class Bench:
         self._baselines: dict[Any, tuple[Product, float]] = {}
         self._peaks: dict[str, float] = {}
 
-    def rows(self, case: Case, variants: list[tuple[configs.Config, Future[Any]]], *, timed: bool) -> Iterator[Any]:
+    def rows(self, case: Any, variants: list[tuple[configs.Config, Future[Any]]], *, timed: bool) -> Iterator[Any]:
         """Yields a row for each configuration of a product, the fastest last where several are tried."""
         given = [case.operands(seed) for seed in range(2)]
         expected = [case.meaning(each) for each in given]
@@ -237,7 +257,7 @@ class Bench:
             row["failure"] = f"{type(error).__name__}: {error}"[:300]
         return row
 
-    def _xla(self, case: Case, given: list[Any], expected: list[Any]) -> tuple[dict[str, float], float]:
+    def _xla(self, case: Any, given: list[Any], expected: list[Any]) -> tuple[dict[str, float], float]:
         """Returns microseconds of XLA's formulations, each compiled with the GPU to itself, and bfloat16's error."""
         times, bf16_error = {}, math.nan
         for name, (function, arguments) in case.xla().items():
@@ -255,7 +275,7 @@ class Bench:
             times[name] = self._baselines[key][1]
         return times, bf16_error
 
-    def _compared(self, case: Case, microseconds: float, xla: dict[str, float]) -> dict[str, float]:
+    def _compared(self, case: Work, microseconds: float, xla: dict[str, float]) -> dict[str, float]:
         if case.tokens <= FEW_TOKENS:
             rate, peak = case.bytes_of_codes / microseconds / 1e3, self._peak("copy, GB/s")
         else:
@@ -297,7 +317,7 @@ def _copies(weight: float) -> int:
     return max(2, min(MOST_COPIES, math.ceil(BEYOND_CACHE / weight)))
 
 
-def _verdict(case: Case, row: dict[str, Any]) -> dict[str, Any]:
+def _verdict(case: Work, row: dict[str, Any]) -> dict[str, Any]:
     """Returns which of the issue's targets a right row meets or misses; without times, that it is right."""
     if "rate" not in row:
         return {"target": "right"}
@@ -311,7 +331,7 @@ def _verdict(case: Case, row: dict[str, Any]) -> dict[str, Any]:
     return {}
 
 
-def _line(case: Case, row: dict[str, Any]) -> str:
+def _line(case: Work, row: dict[str, Any]) -> str:
     zeros = " zeros" if case.zeros else ""
     text = f"{case.kind} {case.tokens:5d} x {case.outputs}x{case.inputs} g{case.inputs // case.groups}{zeros}".ljust(34)
     if "failure" in row:

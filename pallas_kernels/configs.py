@@ -13,11 +13,13 @@ from dataclasses import dataclass
 from typing import Any, Final, Literal
 
 from pallas_kernels import compat, order
+from pallas_kernels.binary import fault_of_binary
 from pallas_kernels.decode import MOST_TOKENS, DecodeConfig
 from pallas_kernels.hadamard import RotationConfig
 from pallas_kernels.prefill import PrefillConfig
 
 type Kind = Literal["w4a16", "w4a8", "w8a8"]
+type NarrowKind = Literal["binary2", "binary3", "binary4"]
 type Config = DecodeConfig | PrefillConfig
 
 TABLE: Final = "h100.json"
@@ -33,7 +35,10 @@ MOST_PARTS: Final = 16
 MOST_STAGES: Final = 8
 MOST_CLUSTER: Final = 8  # blocks of a portable cluster
 PREFILL_FROM: Final = 32  # tokens from which tuning tries the kernels of prefill.py too
-MOST_NUMBERS_OF_FOUR: Final = 64 * 128  # of a token in registers, with four warpgroups of 128 registers a thread
+NARROW_DEPTHS: Final = (512, 256, 128, 64)  # inputs of a copy: measured, the deepest is the fastest
+NARROW_TOKENS: Final = 4  # for which copies of 512 inputs leave enough registers
+FEW_NUMBERS: Final = 64 * 64  # of a token, padded; measured, see the head of hadamard.py
+MOST_NUMBERS_OF_THREE: Final = 64 * 128  # of a token in registers, with three warpgroups
 TILE_EFFICIENCY: Final = {  # of the tensor cores, by (tokens, warpgroups): estimates that rank tiles of one shape
     (256, 2): 1.0,
     (128, 2): 0.85,
@@ -131,8 +136,40 @@ def fault(kind: Kind, outputs: int, inputs: int, groups: int) -> str | None:
     return None
 
 
+def choose_narrow(kind: NarrowKind, tokens: int, outputs: int, inputs: int, groups: int) -> DecodeConfig:
+    """Returns the configuration for a narrow weight: the deepest copies, and splits where tiles fill blocks badly.
+
+    Args:
+      kind: the weight's format.
+      tokens: rows of the activations.
+      outputs: rows of the weight.
+      inputs: columns of the weight.
+      groups: rows of the alphas.
+
+    Raises:
+      ValueError: no kernel multiplies this shape.
+
+    Example:
+      >>> choose_narrow("binary3", 1, 7168, 28672, 224)
+      DecodeConfig(depth=512, stages=2, warpgroups=4, splits=1, rows=64, cluster=False)
+    """
+    bits = int(kind[-1])
+    tiles = compat.whole_tiles(outputs, compat.ROWS_OF_ACCUMULATOR)
+    wanted = (2, 1) if tiles > MULTIPROCESSORS or 2 * tiles <= MULTIPROCESSORS else (1, 2)
+    for depth in NARROW_DEPTHS if tokens <= NARROW_TOKENS else NARROW_DEPTHS[1:]:
+        for warpgroups, splits in ((count, splits) for count in (4, 2, 1) for splits in wanted):
+            config = DecodeConfig(depth, 2 if depth == NARROW_DEPTHS[0] else 3, warpgroups, splits, cluster=splits > 1)
+            if fault_of_binary(config, bits, outputs, inputs, groups) is None:
+                return config
+    raise ValueError(
+        f"no {kind} kernel multiplies {tokens} tokens by a weight [{outputs}, {inputs}] in {groups} groups: it wants a "
+        "multiple of 64 outputs, groups of at least 64 inputs and few tokens; keep the portable layout or pad"
+    )
+
+
+@functools.cache
 def choose_rotation(padded: int, fast: int) -> RotationConfig:
-    """Returns the configuration of `hadamard.rotate_quantize`: as many warpgroups as registers and memory allow.
+    """Returns the configuration of `hadamard.rotate_quantize`: as many warpgroups as registers allow.
 
     Args:
       padded: rows of the left matrix.
@@ -140,12 +177,12 @@ def choose_rotation(padded: int, fast: int) -> RotationConfig:
 
     Example:
       >>> choose_rotation(64, 128).warpgroups, choose_rotation(128, 128).warpgroups
-      (4, 2)
+      (3, 2)
     """
-    warpgroups = 4 if padded * fast <= MOST_NUMBERS_OF_FOUR else 2
-    matrices, token = 2 * (padded**2 + fast**2), padded * fast
-    stages = max(1, min(2, (ONE_BLOCK - matrices - warpgroups * token) // (2 * warpgroups * token)))
-    return RotationConfig(warpgroups=warpgroups, stages=stages)
+    numbers = padded * fast
+    if numbers <= FEW_NUMBERS:  # two blocks of a multiprocessor
+        return RotationConfig(warpgroups=2, blocks=2 * MULTIPROCESSORS, stages=2)
+    return RotationConfig(warpgroups=3 if numbers <= MOST_NUMBERS_OF_THREE else 2, blocks=MULTIPROCESSORS)
 
 
 @functools.cache

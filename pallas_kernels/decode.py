@@ -36,7 +36,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jaxtyping import Array, BFloat16, Float, Float32, Int, Int8
 
-from pallas_kernels import compat, order
+from pallas_kernels import compat, inline, meet, order
 
 MOST_TOKENS: Final = 64
 PADDED: Final = 8  # the least number of columns of the instruction, and what they are a multiple of
@@ -242,19 +242,12 @@ class _Kernel:
         }
         if self.centers:
             found["centers_smem"] = shared(grids, jnp.bfloat16)
-        if c.warpgroups > 1:
-            found["sums_smem"] = shared((c.warpgroups - 1, rows, self.columns), float32)
-            found["summed"] = compat.Barrier(num_arrivals=c.warpgroups - 1)
         if self.tokens:
             found["tokens_smem"] = shared((self.tokens, self.copied), float32)
             found["told"] = compat.Barrier(num_arrivals=self.tokens)
-        if self.clustered:
-            others = (c.splits - 1, rows, self.columns)
-            found["far_smem"] = shared(others, float32, transforms=compat.tiled(self.columns, float32))
-            found["landed"] = compat.Barrier(num_arrivals=c.splits - 1)
         if self.simulated:
             found["bounce"] = shared((c.warpgroups, rows, self.chunk), operand)
-        return found
+        return found | meet.scratch(rows, self.columns, c.warpgroups, c.splits if self.clustered else 1)
 
     def body(self, x_gmem: Any, codes_gmem: Any, scales_gmem: Any, *rest: Any, **memory: Any) -> None:
         """One warpgroup's program."""
@@ -313,40 +306,9 @@ class _Kernel:
         def across_splits(sum_: Any) -> None:
             if self.tokens:
                 compat.wait(memory["told"])
-            if not self.clustered:
-                store(sum_)
-                return
-            far, landed = memory["far_smem"], memory["landed"]
+            meet.across_cluster(sum_, split, c.splits if self.clustered else 1, memory, store)
 
-            @pl.when(split > 0)
-            def _() -> None:
-                compat.send(sum_, far.at[split - 1], landed, cluster_idx=jnp.int32(0), cluster_dim="split")
-
-            @pl.when(split == 0)
-            def _() -> None:
-                compat.wait(landed)
-                total = sum_
-                for other in range(c.splits - 1):
-                    total = total + compat.load(far.at[other], compat.C, checked=False)
-                store(total)
-
-        if c.warpgroups == 1:
-            across_splits(sum_)
-        else:
-
-            @pl.when(warpgroup > 0)
-            def _() -> None:
-                memory["sums_smem"][warpgroup - 1] = sum_
-                compat.arrive(memory["summed"])
-
-            @pl.when(warpgroup == 0)
-            def _() -> None:
-                compat.wait(memory["summed"])
-                total = sum_
-                for other in range(c.warpgroups - 1):
-                    total = total + compat.load(memory["sums_smem"].at[other], compat.C, checked=False)
-                across_splits(total)
-
+        meet.across_warpgroups(sum_, warpgroup, c.warpgroups, memory, across_splits)
         compat.wait_out(0, wait_read_only=True)  # shared memory may go; the end of the kernel waits for the rest
 
     def _add(self, sum_: Any, warpgroup: Any, slot: Any, memory: dict[str, Any]) -> Any:
@@ -363,10 +325,10 @@ class _Kernel:
             if start == 0:
                 codes = memory["codes_smem"].at[warpgroup, slot, :, pl.ds(group * chunk, piece)]
                 if self.tokens:
-                    a = compat.unpack_int8(codes, (rows, piece), simulated=self.simulated)
+                    a = inline.unpack_int8(codes, (rows, piece), simulated=self.simulated)
                 else:
                     inside = centers if piece == chunk else None
-                    a = compat.unpack_bf16(codes, (rows, piece), inside, None, simulated=self.simulated)
+                    a = inline.unpack_bf16(codes, (rows, piece), inside, None, simulated=self.simulated)
             operand = a if piece == chunk else a[:, start : start + chunk]
             if centers is not None and piece != chunk:
                 operand = operand - compat.along_rows(centers - jnp.bfloat16(136), (rows, chunk))

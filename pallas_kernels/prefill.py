@@ -39,7 +39,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jaxtyping import Array, BFloat16, Float32, Int, Int8
 
-from pallas_kernels import compat, order
+from pallas_kernels import compat, inline, order
 
 PADDED: Final = 8  # tokens are a multiple of it
 LEAST_PIECE: Final = 64  # codes, 32 bytes
@@ -356,7 +356,7 @@ class _Kernel:
             yield pl.ds(0, c.depth), codes_smem
             return
         if self.kind == "w4a8":
-            yield pl.ds(0, c.depth), compat.unpack_int8(codes_smem, (rows, c.depth), simulated=self.simulated)
+            yield pl.ds(0, c.depth), inline.unpack_int8(codes_smem, (rows, c.depth), simulated=self.simulated)
             return
         a: Any = None
         for group in range(c.depth // chunk):
@@ -365,11 +365,11 @@ class _Kernel:
             codes = codes_smem if piece == c.depth else codes_smem.at[:, pl.ds(first - start, piece)]
             if chunk == piece:
                 center = centers[0] if centers else None
-                a = compat.unpack_bf16(codes, (rows, piece), center, scales, simulated=self.simulated)
+                a = inline.unpack_bf16(codes, (rows, piece), center, scales, simulated=self.simulated)
                 yield pl.ds(first, chunk), a
                 continue
             if start == 0:
-                a = compat.unpack_bf16(codes, (rows, piece), None, None, simulated=self.simulated)
+                a = inline.unpack_bf16(codes, (rows, piece), None, None, simulated=self.simulated)
             values = a[:, start : start + chunk]
             if centers:
                 values = values - compat.along_rows(centers[0] - jnp.bfloat16(136), (rows, chunk))

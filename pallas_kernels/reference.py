@@ -122,3 +122,28 @@ def rotate_quantize(
     zeros = jnp.round(-low / scales) - half
     codes = jnp.round(y / scales[:, None]) + zeros[:, None]
     return jnp.clip(codes, -half, half - 1).astype(jnp.int8), scales, zeros
+
+
+def binary_weight(
+    codes: Int[Array, "out in"],
+    alphas: Float[Array, "groups bits out"],
+    offsets: Float[Array, "groups out"] | None = None,
+) -> Float[Array, "out in"]:
+    """Returns the float32 weight that binary codes stand for: offset + sum_p +-alpha_p, + where bit p of a code is 1.
+
+    Example:
+      >>> binary_weight(jnp.array([[3, 1, 0]], jnp.int8), jnp.array([[[1.0], [0.25]]])).tolist()
+      [[1.25, 0.75, -1.25]]
+    """
+    outputs, inputs = codes.shape
+    groups, bits, _ = alphas.shape
+    apart = codes.reshape(outputs, groups, inputs // groups)
+    weight = jnp.zeros(apart.shape) if offsets is None else _spread(offsets, apart.shape)
+    for plane in range(bits):
+        alpha = _spread(alphas[:, plane], apart.shape)
+        weight = weight + jnp.where((apart >> plane) & 1 == 1, alpha, -alpha)
+    return weight.reshape(outputs, inputs)
+
+
+def _spread(of_groups: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    return jnp.broadcast_to(of_groups.astype(jnp.float32).T[:, :, None], shape)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import compat
+from pallas_kernels import compat, inline
 from pallas_kernels.order import stored_bf16, stored_int8
 
 RNG = np.random.default_rng(0)
@@ -30,9 +30,9 @@ def times_identity(
         compat.wait(barrier)
         found = dict(zip(given, [compat.load(ref, compat.ROWS, checked=False) for ref in rows_gmem]))
         if integer:
-            a = compat.unpack_int8(codes_smem, SHAPE, simulated=simulated)
+            a = inline.unpack_int8(codes_smem, SHAPE, simulated=simulated)
         else:
-            a = compat.unpack_bf16(codes_smem, SHAPE, found.get("centers"), found.get("scales"), simulated=simulated)
+            a = inline.unpack_bf16(codes_smem, SHAPE, found.get("centers"), found.get("scales"), simulated=simulated)
 
         def product(accumulator) -> None:  # noqa: ANN001
             compat.multiply(accumulator, a, eye_smem.T, bounce if simulated else None)

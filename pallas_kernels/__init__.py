@@ -1,10 +1,10 @@
 """Matrix products for Hopper GPUs on raw arrays, each beside its meaning in plain jax.numpy (`reference`).
 
 `prepare_*` writes a weight once as the kernels read it; `w4a16_matmul` and `integer_matmul` choose the kernel by shape
-(`configs`): `decode` for few tokens, `prefill` for many. `binary_decode` multiplies by binary codes, `rotate_quantize`
-rotates and quantizes activations in one pass. `compat` and `inline` hold what is unstable in Pallas, `order` and
-`fields` the places of stored codes, `shapes` what tests and benchmarks share. `jquant.prepare` writes a model's
-weights so.
+(`configs`): `decode` for few tokens, `prefill` for many. `binary_decode` and `spqr_decode` multiply by binary codes
+and SpQR's weights, `rotate_quantize` rotates and quantizes activations in one pass. `compat` and `inline` hold what is
+unstable in Pallas, `order` and `fields` the places of stored codes, `shapes` what tests and benchmarks share.
+`jquant.prepare` writes a model's weights so.
 """
 
 from pallas_kernels.binary import binary_decode as binary_decode
@@ -15,8 +15,13 @@ from pallas_kernels.kronecker import restore_rotation as restore_rotation
 from pallas_kernels.matmul import integer_matmul as integer_matmul
 from pallas_kernels.matmul import w4a16_matmul as w4a16_matmul
 from pallas_kernels.narrow import BinaryWeight as BinaryWeight
+from pallas_kernels.narrow import SpqrWeight as SpqrWeight
+from pallas_kernels.narrow import TwoLevelGrids as TwoLevelGrids
 from pallas_kernels.narrow import prepare_binary as prepare_binary
+from pallas_kernels.narrow import prepare_spqr as prepare_spqr
 from pallas_kernels.narrow import restore_binary as restore_binary
+from pallas_kernels.narrow import restore_spqr as restore_spqr
+from pallas_kernels.spqr import spqr_decode as spqr_decode
 from pallas_kernels.weights import FloatWeight as FloatWeight
 from pallas_kernels.weights import IntegerWeight as IntegerWeight
 from pallas_kernels.weights import prepare_w4a8 as prepare_w4a8

@@ -72,6 +72,7 @@ TARGETS: Final[
     ("binary3", (7168, 28672), (1,), None, 3.2, None),
     ("binary3", (8192, 32768), (1,), None, 3.2, None),
     ("binary3", (12288, 49152), (1,), None, 3.2, None),
+    ("spqr3", (8192, 8192), (1,), None, 2.2, None),
 )
 
 
@@ -153,7 +154,7 @@ def _chosen(arguments: argparse.Namespace) -> Iterator[Work]:
             for kind, (outputs, inputs), tokens, *_ in TARGETS:
                 for plain in (each for each in KINDS if each == kind):
                     yield from (_case(plain, count, outputs, inputs) for count in tokens)
-                yield from narrow_cases((kind,), [(outputs, inputs)], list(tokens), GROUP)
+                yield from narrow_cases((kind,), [(outputs, inputs)], list(tokens))
         return
     named = (*shapes.LLAMA_8B, *shapes.LLAMA_70B, *shapes.LUT_GEMM)
     sizes = [tuple(map(int, text.split("x"))) for text in arguments.shapes or ()]
@@ -162,7 +163,7 @@ def _chosen(arguments: argparse.Namespace) -> Iterator[Work]:
             yield from (_case(kind, count, outputs, inputs) for count in arguments.tokens or shapes.TOKENS)
     if arguments.kinds:
         every = sizes or [(linear.outputs, linear.inputs) for linear in named]
-        yield from narrow_cases(tuple(arguments.kinds), every, arguments.tokens or [1], GROUP)
+        yield from narrow_cases(tuple(arguments.kinds), every, arguments.tokens or [1])
 
 
 def _case(kind: configs.Kind, tokens: int, outputs: int, inputs: int) -> Case:

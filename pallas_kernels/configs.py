@@ -9,6 +9,7 @@ import functools
 import importlib.resources
 import json
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
@@ -17,9 +18,10 @@ from pallas_kernels.binary import fault_of_binary
 from pallas_kernels.decode import MOST_TOKENS, DecodeConfig
 from pallas_kernels.hadamard import RotationConfig
 from pallas_kernels.prefill import PrefillConfig
+from pallas_kernels.spqr import fault_of_spqr
 
 type Kind = Literal["w4a16", "w4a8", "w8a8"]
-type NarrowKind = Literal["binary2", "binary3", "binary4"]
+type NarrowKind = Literal["binary2", "binary3", "binary4", "spqr3"]
 type Config = DecodeConfig | PrefillConfig
 
 TABLE: Final = "h100.json"
@@ -153,18 +155,33 @@ def choose_narrow(kind: NarrowKind, tokens: int, outputs: int, inputs: int, grou
       >>> choose_narrow("binary3", 1, 7168, 28672, 224)
       DecodeConfig(depth=512, stages=2, warpgroups=4, splits=1, rows=64, cluster=False)
     """
-    bits = int(kind[-1])
+    for config in _spqr(tokens) if kind == "spqr3" else _binary(tokens, outputs):
+        if kind == "spqr3":
+            fault = fault_of_spqr(config, outputs, inputs)
+        else:
+            fault = fault_of_binary(config, int(kind[-1]), outputs, inputs, groups)
+        if fault is None:
+            return config
+    raise ValueError(
+        f"no {kind} kernel multiplies {tokens} tokens by a weight [{outputs}, {inputs}] in {groups} groups: it wants a "
+        "multiple of 64 outputs, groups of 16 (SpQR) or at least 64 inputs; keep the portable layout or pad"
+    )
+
+
+def _binary(tokens: int, outputs: int) -> Iterator[DecodeConfig]:
+    """Yields configurations of binary.py, the most promising first: deep copies, four warpgroups."""
     tiles = compat.whole_tiles(outputs, compat.ROWS_OF_ACCUMULATOR)
     wanted = (2, 1) if tiles > MULTIPROCESSORS or 2 * tiles <= MULTIPROCESSORS else (1, 2)
     for depth in NARROW_DEPTHS if tokens <= NARROW_TOKENS else NARROW_DEPTHS[1:]:
         for warpgroups, splits in ((count, splits) for count in (4, 2, 1) for splits in wanted):
-            config = DecodeConfig(depth, 2 if depth == NARROW_DEPTHS[0] else 3, warpgroups, splits, cluster=splits > 1)
-            if fault_of_binary(config, bits, outputs, inputs, groups) is None:
-                return config
-    raise ValueError(
-        f"no {kind} kernel multiplies {tokens} tokens by a weight [{outputs}, {inputs}] in {groups} groups: it wants a "
-        "multiple of 64 outputs, groups of at least 64 inputs and few tokens; keep the portable layout or pad"
-    )
+            stages = 2 if depth == NARROW_DEPTHS[0] else 3
+            yield DecodeConfig(depth, stages, warpgroups, splits, cluster=splits > 1)
+
+
+def _spqr(tokens: int) -> Iterator[DecodeConfig]:
+    """Yields configurations of spqr.py: x is spread over 8 columns a token, so that more tokens leave less room."""
+    for warpgroups in (4, 2, 1) if tokens <= 2 else (2, 1):
+        yield DecodeConfig(stages=3 if tokens == 1 else 2, warpgroups=warpgroups)
 
 
 @functools.cache

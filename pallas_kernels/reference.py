@@ -14,7 +14,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Int8, Shaped
+from jaxtyping import Array, Float, Int, Int8, Integer, Shaped
 
 
 def dense_weight(
@@ -147,3 +147,31 @@ def binary_weight(
 
 def _spread(of_groups: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return jnp.broadcast_to(of_groups.astype(jnp.float32).T[:, :, None], shape)
+
+
+def spqr_weight(
+    codes: Int[Array, "out in"],
+    scale_codes: Int[Array, "groups out"],
+    zero_codes: Int[Array, "groups out"],
+    parts: Float[Array, "4 groups runs"],
+    values: Float[Array, "out slots"] | None = None,
+    rows: Integer[Array, "out slots"] | None = None,
+) -> Float[Array, "out in"]:
+    """Returns the float32 weight of SpQR's codes under two-level grids, and of what its slots add.
+
+    Args:
+      codes: 0 to 7.
+      scale_codes: 0 to 15.
+      zero_codes: 0 to 15.
+      parts: the scales' base and step and the zeros', of runs of outputs.
+      values: what is added in each slot.
+      rows: where.
+    """
+    shared = scale_codes.shape[1] // parts.shape[2]
+    scale_base, scale_step, zero_base, zero_step = jnp.repeat(parts.astype(jnp.float32), shared, axis=2)
+    scales = scale_base + scale_step * scale_codes.astype(jnp.float32)
+    zeros = zero_base + zero_step * zero_codes.astype(jnp.float32)
+    weight = dense_weight(codes, scales, zeros)
+    if values is None or rows is None:
+        return weight
+    return weight.at[jnp.arange(len(codes))[:, None], rows].add(values.astype(jnp.float32))

@@ -1,0 +1,251 @@
+"""Products of a few tokens with SpQR's weights: 3-bit codes, groups of 16 under two-level grids, outliers; m <= 8.
+
+    y[m, n] = sum_k x[m, k] * scales[k // 16, n] * (codes[n, k] - zeros[k // 16, n])
+              + sum_j x[m, rows[n, j]] * values[n, j]
+    scales, zeros = base[k // 16, n // 16] + step[k // 16, n // 16] * (a code of 3 or 4 bits)[k // 16, n]
+
+Groups of 16 are one step of the tensor cores' bfloat16 instruction, so that scales could be multiplied into weights,
+two and more instructions each, or want as many accumulators as there are groups. Here groups are columns: x is spread
+over 8 columns for each token, column c keeping the inputs of each run's group c and zeros elsewhere,
+
+        inputs of a run of 128: 16 | 16 | 16 | 16 | 16 | 16 | 16 | 16
+    column 0                    x    0    0    0    0    0    0    0
+    column 1                    0    x    0    0    0    0    0    0       (XLA writes it, 8 m x in)
+    ..
+    64 outputs: 3-bit words -> registers -> bfloat16 128 + code -> wgmma -> float32 [64, 8]: each group's own sum,
+    a second product with ones -> sums of x;   sum += scales * (first - (128 + zeros) * second), elementwise
+
+and eight columns are added at the end. Grids are computed in registers from their codes (`inline.two_level_grids`): a
+warp's 16 rows are the 16 outputs that share a grid. Outliers are gathered and added up by XLA and come in as a sum.
+
+Roofline: 3 + 8 / 16 + 64 / 256 = 3.75 bits per weight over the memory's bandwidth, and 32 for each outlier. Measured
+with this kernel's draft, 2026-11-22, on an H100 80GB HBM3 (jax 0.11.2, kernel time by CUPTI, median, weights beyond the
+cache; `python -m pallas_kernels.bench --kinds spqr3` measures anew), one token, 8192 x 8192: 22.5 us, of which this
+kernel 19.8 (1590 GB/s of 3.75 bits), 2.12 times XLA's bfloat16 (47.6); with 1 % of outliers in 82 slots 26.6 us, 1.79
+times, of which 4.1 are XLA's gather. Issue 6 asks for 2.2. What is in the way: the gather and the spread are kernels of
+their own, and 4.4 instructions per weight of a thread, a fifth of them moves of the ones between registers.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Final
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jaxtyping import Array, BFloat16, Float16, Int, Int8, Integer
+
+from pallas_kernels import compat, inline, meet
+from pallas_kernels.decode import DecodeConfig
+from pallas_kernels.fields import THREES
+
+MOST_TOKENS: Final = 8
+GROUP: Final = 16  # inputs that share a scale and a zero: one step of the instruction
+PER_RUN: Final = THREES // GROUP  # groups of a run, and columns of a token
+STORED: Final = THREES * 3 // 4  # int4 numbers of a run's words
+RUNS: Final = 2  # loaded at once: their words are a multiple of 32 bytes
+BIAS: Final = 128.0  # of unpacked codes
+
+
+def fault_of_spqr(config: DecodeConfig, outputs: int, inputs: int) -> str | None:
+    """Returns why SpQR's weights cannot be multiplied with this configuration; None where they can."""
+    parts = config.splits * config.warpgroups
+    if config.depth % (RUNS * THREES) or inputs % (config.depth * parts):
+        return f"{inputs} inputs are no multiple of {parts} ranges of {config.depth}, or those none of {RUNS * THREES}"
+    if outputs % compat.ROWS_OF_ACCUMULATOR or config.rows != compat.ROWS_OF_ACCUMULATOR:
+        return f"{outputs} outputs are no multiple of 64, or blocks of {config.rows} are not 64"
+    return None
+
+
+def spqr_decode(
+    x: BFloat16[Array, "tokens in"],
+    codes: Int[Array, "out stored"],
+    grid_codes: Int8[Array, "out groups"],
+    grids: Float16[Array, "tiles groups 16"],
+    values: Float16[Array, "out slots"] | None = None,
+    rows: Integer[Array, "out slots"] | None = None,
+    *,
+    config: DecodeConfig,
+    simulate: compat.Simulation | None = None,
+) -> BFloat16[Array, "tokens out"]:
+    """Multiplies activations of at most 8 tokens by SpQR's weights.
+
+    Args:
+      x: activations.
+      codes: int4 words in the order of `fields.store_threes`.
+      grid_codes: a scale's code in the low four bits, a zero's in the high.
+      grids: for each group and run of 16 outputs the scales' base and step and the zeros', of 64 outputs together.
+      values: what is added to a weight in each slot of an output; None where there are no outliers.
+      rows: the input of each slot.
+      config: how the work is divided.
+      simulate: run in the interpreter on the CPU with these settings.
+
+    Raises:
+      ValueError: the configuration does not fit the weight, or there are too many tokens.
+    """
+    (m, k), n, simulated = x.shape, len(codes), simulate is not None
+    fault = fault_of_spqr(config, n, k)
+    if m > MOST_TOKENS:
+        fault = f"{m} tokens are more than {MOST_TOKENS}: dequantize for XLA"
+    if fault:
+        raise ValueError(f"SpQR's weight [{n}, {k}] with {config}: {fault}")
+    given = [_spread(x), codes, grid_codes, grids]
+    if values is not None and rows is not None:
+        gathered = x.astype(jnp.float32)[:, rows]
+        given.append(jnp.sum(values.astype(jnp.float32)[None] * gathered, axis=2))
+    in_xla = config.splits > 1 and (simulated or not config.cluster)
+    result = jax.ShapeDtypeStruct((config.splits if in_xla else 1, m, n), jnp.float32 if in_xla else jnp.bfloat16)
+    clustered = config.cluster and config.splits > 1 and not simulated
+    kernel = _Kernel(config, m, k, len(given) > 4, clustered, simulated)
+    splits, blocks = {"split": config.splits}, {"tile": n // config.rows}
+    call = compat.kernel(
+        kernel.body,
+        out=result,
+        scratch=kernel.scratch(result.dtype),
+        grid=blocks if clustered else blocks | splits,
+        cluster=splits if clustered else None,
+        warpgroups=config.warpgroups,
+        manual_barriers=True,
+        simulate=simulate,
+    )
+    parts = call(*given)
+    return parts.sum(0).astype(jnp.bfloat16) if in_xla else parts[0]
+
+
+def _spread(x: jax.Array) -> jax.Array:
+    """Returns [8 tokens, in]: each token's row eight times, zero where a group of 16 is not the column's."""
+    tokens, inputs = x.shape
+    mine = (jnp.arange(inputs) // GROUP % PER_RUN)[None] == jnp.arange(PER_RUN)[:, None]
+    return jnp.where(mine[None], x[:, None, :], jnp.zeros((), x.dtype)).reshape(PER_RUN * tokens, inputs)
+
+
+@dataclass(frozen=True)
+class _Kernel:
+    """One kernel's sizes and program; `_gmem` names what lies in the GPU's memory, `_smem` in a block's own."""
+
+    config: DecodeConfig
+    tokens: int
+    inputs: int
+    outliers: bool
+    clustered: bool
+    simulated: bool
+
+    @property
+    def columns(self) -> int:
+        return PER_RUN * self.tokens
+
+    @property
+    def steps(self) -> int:
+        return self.inputs // (self.config.depth * self.config.splits * self.config.warpgroups)
+
+    @property
+    def stages(self) -> int:
+        return min(self.config.stages, self.steps)
+
+    def scratch(self, result: Any) -> dict[str, Any]:
+        """Returns the shared memory and barriers, by the names of the body's arguments."""
+        c, shared, rows, bf16 = self.config, compat.SharedMemory, self.config.rows, jnp.bfloat16
+        slots, groups = (c.warpgroups, self.stages), c.depth // GROUP
+        words = compat.tiled(RUNS * STORED, jnp.int4)
+        found = {
+            "x_smem": shared((*slots, self.columns, c.depth), bf16, transforms=compat.tiled(THREES, bf16)),
+            "codes_smem": shared((*slots, rows, c.depth * STORED // THREES), jnp.int4, transforms=words),
+            "grid_codes_smem": shared((*slots, rows, groups), jnp.int8),
+            "grids_smem": shared((*slots, groups, GROUP), jnp.float16),
+            "full": compat.Barrier(num_arrivals=4, num_barriers=c.warpgroups * self.stages),
+            "out_smem": shared((self.tokens, rows), result),
+        }
+        if self.simulated:
+            found["bounce"] = shared((c.warpgroups, rows, THREES), bf16)
+        return found | meet.scratch(rows, self.columns, c.warpgroups, c.splits if self.clustered else 1)
+
+    def body(
+        self, x_gmem: Any, codes_gmem: Any, grid_codes_gmem: Any, grids_gmem: Any, *rest: Any, **memory: Any
+    ) -> None:
+        """One warpgroup's program."""
+        *outliers_gmem, out_gmem = rest
+        c, rows = self.config, self.config.rows
+        warpgroup, split, tile = lax.axis_index("wg"), lax.axis_index("split"), lax.axis_index("tile")
+        first = (split * c.warpgroups + warpgroup) * self.steps
+        outputs = pl.ds(tile * rows, rows)
+
+        def fetch(step: Any, slot: Any) -> None:
+            number, stored, groups = first + step, c.depth * STORED // THREES, c.depth // GROUP
+            copies = (
+                (codes_gmem.at[outputs, pl.ds(number * stored, stored)], "codes_smem"),
+                (x_gmem.at[:, pl.ds(number * c.depth, c.depth)], "x_smem"),
+                (grid_codes_gmem.at[outputs, pl.ds(number * groups, groups)], "grid_codes_smem"),
+                (grids_gmem.at[tile, pl.ds(number * groups, groups)], "grids_smem"),
+            )
+            for source, name in copies:
+                barrier = memory["full"].at[warpgroup * self.stages + slot]
+                compat.copy_in(source, memory[name].at[warpgroup, slot], barrier)
+
+        for slot in range(self.stages):
+            fetch(slot, slot)
+
+        def step(index: Any, sum_: Any) -> Any:
+            slot = lax.rem(index, self.stages)
+            compat.wait(memory["full"].at[warpgroup * self.stages + slot])
+            sum_ = self._add(sum_, warpgroup, slot, memory)
+
+            @pl.when(index + self.stages < self.steps)
+            def _() -> None:
+                compat.commit()
+                fetch(index + self.stages, slot)
+
+            return sum_
+
+        nothing = compat.cast(jnp.zeros((rows, self.columns), jnp.float32), compat.C)
+        sum_ = lax.fori_loop(0, self.steps, step, nothing)
+
+        def store(sum_: Any) -> None:
+            target = memory["out_smem"]
+            for token in range(self.tokens):
+                value = jnp.sum(sum_[:, PER_RUN * token : PER_RUN * (token + 1)], axis=1)
+                if outliers_gmem:  # their part belongs to one split
+                    more = compat.load(outliers_gmem[0].at[token, outputs], compat.ROWS, checked=False)
+                    value = value + more * jnp.where(split == 0, jnp.float32(1), jnp.float32(0))
+                target[token] = value.astype(target.dtype)
+            compat.commit()
+            compat.copy_out(target, out_gmem.at[0 if self.clustered else split, :, outputs])
+
+        def across_splits(sum_: Any) -> None:
+            meet.across_cluster(sum_, split, c.splits if self.clustered else 1, memory, store)
+
+        meet.across_warpgroups(sum_, warpgroup, c.warpgroups, memory, across_splits)
+        compat.wait_out(0, wait_read_only=True)  # shared memory may go; the end of the kernel waits for the rest
+
+    def _add(self, sum_: Any, warpgroup: Any, slot: Any, memory: dict[str, Any]) -> Any:
+        """Returns the sum and the product of one copy, run by run."""
+        c, shape = self.config, (self.config.rows, self.columns)
+        bounce = memory["bounce"].at[warpgroup] if self.simulated else None
+
+        def of_slot(name: str) -> Any:
+            return memory[name].at[warpgroup, slot]
+
+        ones = compat.cast(jnp.ones((c.rows, THREES), jnp.bfloat16), compat.C)
+        grids = inline.two_level_grids(of_slot("grid_codes_smem"), of_slot("grids_smem"), simulated=self.simulated)
+        packed: Any = None
+        for run in range(c.depth // THREES):
+            if run % RUNS == 0:
+                words = of_slot("codes_smem").at[:, pl.ds(run * STORED, RUNS * STORED)]
+                packed = inline.load_packed(words, simulated=self.simulated)
+            at = run % RUNS * STORED
+            codes = inline.unpack_threes(packed[:, at : at + STORED], simulated=self.simulated)
+            b = of_slot("x_smem").at[:, pl.ds(run * THREES, THREES)].T
+
+            def products(biased: Any, sums: Any, codes: Any = codes, b: Any = b) -> Any:
+                compat.multiply(biased, codes, b, bounce)
+                if self.simulated:
+                    compat.finish(0)
+                compat.multiply(sums, ones, b, bounce)
+                return biased[...], sums[...]
+
+            accumulator = compat.Accumulator(shape, jnp.float32)
+            biased, sums = compat.in_scope(products, accumulator, accumulator)
+            scales, zeros = (grid[:, run * PER_RUN : (run + 1) * PER_RUN] for grid in grids)
+            if self.tokens > 1:
+                scales, zeros = (jnp.concatenate([grid] * self.tokens, axis=1) for grid in (scales, zeros))
+            sum_ = sum_ + scales * (biased - (zeros + jnp.float32(BIAS)) * sums)
+        return sum_

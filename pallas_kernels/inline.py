@@ -12,7 +12,7 @@ import numpy as np
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm, vector
+from jaxlib.mlir.dialects import arith, llvm, memref, vector
 
 from pallas_kernels.compat import INT8_OPERAND, PACKED, ROWS, C, along_rows, load
 from pallas_kernels.fields import BLOCK, BLOCKS, FIELDS, THREES, WORDS, load_signs, load_threes, places_of_signs
@@ -22,6 +22,7 @@ BYTES: Final = 0x01010101  # a bit of each byte of a word
 HALVES: Final = 0x00010001  # a bit of each half
 BIAS: Final = 0x43004300  # 128 in bfloat16, twice: 128 + a code below 128 has the code in its last bits
 ROWS_OF_GRID: Final = 16  # outputs that share the grid of their scales: a warp's rows
+SLOTS: Final = 16  # of outliers: four threads of each of four warpgroups
 PARTS_OF_GRID: Final = 4  # base and step of scales, base and step of zeros
 
 
@@ -270,3 +271,57 @@ def _shifted(word: Any, bits: int) -> Any:
 def _constant(value: int) -> Any:
     constant: Any = arith.constant  # its wrapper is wrongly typed
     return constant(ir.IntegerType.get_signless(32), value)
+
+
+def gathered(values: Any, rows: Any, x: Any, warpgroup: Any, warpgroups: int, *, simulated: bool) -> Any:
+    """Returns sums of values * x[rows], float32 [64, 8 tokens] in `C`: a token's sum is that of its eight columns.
+
+    Each of a block's warpgroups adds up its own part of the slots, each of the four threads of a row its own of these.
+
+    Args:
+      values: a reference to float16 [64, slots] in the GPU's memory, slots a multiple of `SLOTS`.
+      rows: likewise, uint16, which of x each is multiplied by.
+      x: a reference to bfloat16 [tokens, in] in the GPU's memory.
+      warpgroup: the number of this one.
+      warpgroups: how many there are, 1, 2 or 4.
+      simulated: run the map in jnp.
+    """
+    (height, slots), tokens = values.shape, x.shape[0]
+    shape = (height, 8 * tokens)
+    if simulated:
+        mine = (jnp.arange(slots) // 4 % warpgroups) == warpgroup
+        of_rows = x[...].astype(jnp.float32)[:, rows[...].astype(jnp.int32)]
+        sums = jnp.sum(of_rows * jnp.where(mine[None], values[...].astype(jnp.float32), 0.0)[None], axis=2)
+        return jnp.pad(sums[:, :, None], ((0, 0), (0, 0), (0, 7))).transpose(1, 0, 2).reshape(shape)
+
+    def convert(_: Any, values: Any, rows: Any, x: Any) -> Any:
+        layout = C.to_mgpu()
+        whole, float32, index = ir.IntegerType.get_signless(32), ir.F32Type.get(), ir.IndexType.get()
+        out = np.empty(layout.registers_shape(shape), dtype=object)
+        zero = arith.uitofp(float32, _constant(0))
+        thread = mgpu.utils.thread_idx()
+        mine = arith.remui(arith.divui(thread, _constant(128)), _constant(warpgroups))
+        lane, warp = arith.remui(thread, _constant(32)), arith.remui(arith.divui(thread, _constant(32)), _constant(4))
+        top = arith.addi(arith.muli(warp, _constant(16)), arith.divui(lane, _constant(4)))
+        first = arith.addi(arith.muli(mine, _constant(4)), arith.remui(lane, _constant(4)))
+        of_tokens = [arith.index_cast(index, _constant(token)) for token in range(tokens)]
+        for half in range(2):
+            row = arith.index_cast(index, arith.addi(top, _constant(8 * half)))
+            sums = [zero] * tokens
+            for start in range(0, slots, 4 * warpgroups):
+                slot = arith.index_cast(index, arith.addi(first, _constant(start)))
+                value = arith.extf(float32, memref.load(values, [row, slot]))
+                place = arith.index_cast(index, arith.extui(whole, memref.load(rows, [row, slot])))
+                for token in range(tokens):
+                    other = arith.extf(float32, memref.load(x, [of_tokens[token], place]))
+                    sums[token] = arith.addf(sums[token], arith.mulf(value, other))
+            for token in range(tokens):
+                pair = vector.from_elements(ir.VectorType.get((2,), float32), [sums[token], zero])
+                out[_place(out.shape, 0, token, half)] = pair
+        return mgpu.FragmentedArray(_registers=out, _layout=layout, _is_signed=None)
+
+    inline: Any = plgpu.inline_mgpu(
+        arg_types=(plgpu.RefType(), plgpu.RefType(), plgpu.RefType()),
+        return_type=plgpu.ShapeDtypeStruct(shape, jnp.float32, C),
+    )
+    return inline(convert)(values, rows, x)

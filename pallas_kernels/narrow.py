@@ -8,6 +8,7 @@ from jaxtyping import Array, Float, Float16, Int, Int8, Integer
 from pallas_kernels.binary import LEAST_GROUP, UNITS
 from pallas_kernels.compat import ROWS_OF_ACCUMULATOR as TILE
 from pallas_kernels.fields import THREES, load_signs, load_threes, store_signs, store_threes
+from pallas_kernels.inline import SLOTS
 from pallas_kernels.spqr import GROUP, RUNS
 
 MOST_INPUTS: Final = 2**16  # rows of outliers are 16 bits
@@ -127,12 +128,15 @@ def prepare_spqr(
     both = (grids.scale_codes.astype(jnp.int32) | grids.zero_codes.astype(jnp.int32) << 4).T
     signed = jnp.where(both > 127, both - 256, both).astype(jnp.int8)
     parts = grids.parts.reshape(4, groups, outputs // TILE, 4).transpose(2, 1, 3, 0).reshape(-1, groups, 16)
-    places = None if rows is None else rows.astype(jnp.uint16)
-    return SpqrWeight(store_threes(codes), signed, parts, values, places)
+    if values is None or rows is None:
+        return SpqrWeight(store_threes(codes), signed, parts, None, None)
+    more = ((0, 0), (0, -values.shape[1] % SLOTS))  # empty slots add 0 at the first input
+    places = jnp.pad(rows.astype(jnp.uint16), more)
+    return SpqrWeight(store_threes(codes), signed, parts, jnp.pad(values, more), places)
 
 
 def restore_spqr(weight: SpqrWeight) -> tuple[Int8[Array, "out in"], TwoLevelGrids]:
-    """Returns the codes and grids that `prepare_spqr` was given; values and rows are as they were."""
+    """Returns the codes and grids that `prepare_spqr` was given; values and rows are as they were, and empty slots."""
     tiles, groups, _ = weight.grids.shape
     parts = weight.grids.reshape(tiles, groups, 4, 4).transpose(3, 1, 0, 2).reshape(4, groups, 4 * tiles)
     both = weight.grid_codes.T.astype(jnp.int32)

@@ -16,7 +16,8 @@ over 8 columns for each token, column c keeping the inputs of each run's group c
     a second product with ones -> sums of x;   sum += scales * (first - (128 + zeros) * second), elementwise
 
 and eight columns are added at the end. Grids are computed in registers from their codes (`inline.two_level_grids`): a
-warp's 16 rows are the 16 outputs that share a grid. Outliers are gathered and added up by XLA and come in as a sum.
+warp's 16 rows are the 16 outputs that share a grid. While the first copies are under way each thread gathers the x of
+its share of a row's outliers and begins the row's sum with them (`inline.gathered`).
 
 Roofline: 3 + 8 / 16 + 64 / 256 = 3.75 bits per weight over the memory's bandwidth, and 32 for each outlier. Measured
 with this kernel's draft, 2026-11-22, on an H100 80GB HBM3 (jax 0.11.2, kernel time by CUPTI, median, weights beyond the
@@ -91,8 +92,11 @@ def spqr_decode(
         raise ValueError(f"SpQR's weight [{n}, {k}] with {config}: {fault}")
     given = [_spread(x), codes, grid_codes, grids]
     if values is not None and rows is not None:
-        gathered = x.astype(jnp.float32)[:, rows]
-        given.append(jnp.sum(values.astype(jnp.float32)[None] * gathered, axis=2))
+        if values.shape[1] % inline.SLOTS:
+            raise ValueError(
+                f"{values.shape[1]} slots of outliers are no multiple of {inline.SLOTS}: use `prepare_spqr`"
+            )
+        given += [values, rows, x]
     in_xla = config.splits > 1 and (simulated or not config.cluster)
     result = jax.ShapeDtypeStruct((config.splits if in_xla else 1, m, n), jnp.float32 if in_xla else jnp.bfloat16)
     clustered = config.cluster and config.splits > 1 and not simulated
@@ -196,16 +200,19 @@ class _Kernel:
 
             return sum_
 
-        nothing = compat.cast(jnp.zeros((rows, self.columns), jnp.float32), compat.C)
-        sum_ = lax.fori_loop(0, self.steps, step, nothing)
+        begun = compat.cast(jnp.zeros((rows, self.columns), jnp.float32), compat.C)
+        if outliers_gmem:  # their part belongs to one split
+            values, places, plain_x = outliers_gmem
+            begun = inline.gathered(
+                values.at[outputs], places.at[outputs], plain_x, warpgroup, c.warpgroups, simulated=self.simulated
+            )
+            begun = begun * jnp.where(split == 0, jnp.float32(1), jnp.float32(0))
+        sum_ = lax.fori_loop(0, self.steps, step, begun)
 
         def store(sum_: Any) -> None:
             target = memory["out_smem"]
             for token in range(self.tokens):
                 value = jnp.sum(sum_[:, PER_RUN * token : PER_RUN * (token + 1)], axis=1)
-                if outliers_gmem:  # their part belongs to one split
-                    more = compat.load(outliers_gmem[0].at[token, outputs], compat.ROWS, checked=False)
-                    value = value + more * jnp.where(split == 0, jnp.float32(1), jnp.float32(0))
                 target[token] = value.astype(target.dtype)
             compat.commit()
             compat.copy_out(target, out_gmem.at[0 if self.clustered else split, :, outputs])

@@ -12,7 +12,7 @@ import numpy as np
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm, memref, vector
+from jaxlib.mlir.dialects import arith, llvm, math, memref, vector
 
 from pallas_kernels.compat import INT8_OPERAND, PACKED, ROWS, C, along_rows, load
 from pallas_kernels.fields import BLOCK, BLOCKS, FIELDS, THREES, WORDS, load_signs, load_threes, places_of_signs
@@ -242,8 +242,8 @@ def two_level_grids(codes: Any, grids: Any, *, simulated: bool) -> tuple[Any, An
                 for e in range(2):
                     code = arith.extui(whole, vector.extract(codes.registers[place], [], [e]))
                     for i, part in enumerate((arith.andi(code, _constant(15)), arith.shrui(code, _constant(4)))):
-                        steps = arith.mulf(parts[e][2 * i + 1], arith.uitofp(float32, part))
-                        values[i].append(arith.addf(parts[e][2 * i], steps))
+                        number = arith.uitofp(float32, part)
+                        values[i].append(math.fma(parts[e][2 * i + 1], number, parts[e][2 * i]))
                 for i in range(2):
                     found[i][place] = vector.from_elements(ir.VectorType.get((2,), float32), values[i])
         return tuple(mgpu.FragmentedArray(_registers=each, _layout=layout, _is_signed=None) for each in found)
@@ -314,7 +314,7 @@ def gathered(values: Any, rows: Any, x: Any, warpgroup: Any, warpgroups: int, *,
                 place = arith.index_cast(index, arith.extui(whole, memref.load(rows, [row, slot])))
                 for token in range(tokens):
                     other = arith.extf(float32, memref.load(x, [of_tokens[token], place]))
-                    sums[token] = arith.addf(sums[token], arith.mulf(value, other))
+                    sums[token] = math.fma(value, other, sums[token])
             for token in range(tokens):
                 pair = vector.from_elements(ir.VectorType.get((2,), float32), [sums[token], zero])
                 out[_place(out.shape, 0, token, half)] = pair

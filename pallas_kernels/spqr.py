@@ -157,6 +157,8 @@ class _Kernel:
             "grid_codes_smem": shared((*slots, rows, groups), jnp.int8),
             "grids_smem": shared((*slots, groups, GROUP), jnp.float16),
             "full": compat.Barrier(num_arrivals=4, num_barriers=c.warpgroups * self.stages),
+            "ones_smem": shared((rows, THREES), bf16, transforms=compat.tiled(THREES, bf16)),
+            "filled": compat.Barrier(num_arrivals=1),
             "out_smem": shared((self.tokens, rows), result),
         }
         if self.simulated:
@@ -200,6 +202,12 @@ class _Kernel:
 
             return sum_
 
+        @pl.when(warpgroup == 0)
+        def _() -> None:
+            memory["ones_smem"][...] = compat.cast(jnp.ones((rows, THREES), jnp.bfloat16), compat.C)
+            compat.commit()
+            compat.arrive(memory["filled"])
+
         begun = compat.cast(jnp.zeros((rows, self.columns), jnp.float32), compat.C)
         if outliers_gmem:  # their part belongs to one split
             values, places, plain_x = outliers_gmem
@@ -207,6 +215,7 @@ class _Kernel:
                 values.at[outputs], places.at[outputs], plain_x, warpgroup, c.warpgroups, simulated=self.simulated
             )
             begun = begun * jnp.where(split == 0, jnp.float32(1), jnp.float32(0))
+        compat.wait(memory["filled"])
         sum_ = lax.fori_loop(0, self.steps, step, begun)
 
         def store(sum_: Any) -> None:
@@ -231,7 +240,6 @@ class _Kernel:
         def of_slot(name: str) -> Any:
             return memory[name].at[warpgroup, slot]
 
-        ones = compat.cast(jnp.ones((c.rows, THREES), jnp.bfloat16), compat.C)
         grids = inline.two_level_grids(of_slot("grid_codes_smem"), of_slot("grids_smem"), simulated=self.simulated)
         packed: Any = None
         for run in range(c.depth // THREES):
@@ -246,7 +254,7 @@ class _Kernel:
                 compat.multiply(biased, codes, b, bounce)
                 if self.simulated:
                     compat.finish(0)
-                compat.multiply(sums, ones, b, bounce)
+                compat.multiply(sums, memory["ones_smem"], b)
                 return biased[...], sums[...]
 
             accumulator = compat.Accumulator(shape, jnp.float32)

@@ -9,6 +9,10 @@ differ between a GPU and the interpreter that stands in for one on a CPU, and ea
 - The copy engine fills what lies outside an array with zeros and drops what is stored there; the interpreter does not,
   so the kernels pad where they are simulated.
 
+What a GPU refuses and nothing before it notices: a copy into shared memory at an address that is no multiple of 128
+bytes (it dies of a "misaligned address": half a row of 64 scales of 2 bytes is enough), and copies of contiguous memory
+do not cut what lies outside an array as copies of tiles do.
+
 Layouts of registers (128 threads, lane l, warp w; `C` the accumulator of 64 rows):
 
     C            row 16 w + l / 4 (+ 8), column 8 j + 2 (l % 4) (+ 1)

@@ -2,14 +2,15 @@
 
     y[m, n] = sum_k x[m, k] * (offsets[k // g, n] + sum_p alphas[k // g, p, n] * b_p[n, k]),    b_p = -1 or +1
 
-With c_p = (b_p + 1) / 2, 0 or 1, and a group's own grid for x, x = step * (256 high + low) in 16 bits of which high and
-low are int8, a group's part is
+With c_p = (b_p + 1) / 2, 0 or 1, and a group's own grid for x, x = step * (256 high + low) of which high and low are
+int8, a group's part is
 
     sum_p 2 alpha_p * step * sum_k c_p * (256 high + low)  +  (offset - sum_p alpha_p) * sum_k x
 
-whose inner sums are products of integers, exact. x costs 2^-16 of its group's largest number, less than bfloat16's own
-rounding; XLA makes the pieces before the kernel. A masked sign is an int8 operand with no further work (`fields`): a
-sign costs a quarter of an instruction, where expansion to bfloat16 would cost two, or a table lookup in shared memory.
+whose inner sums are products of integers, exact. The step is a power of two, 2^-14 to 2^-13 of the group's largest
+number: numbers down to 2^-6 of that are exact, smaller ones rounded to a step. XLA makes the pieces before the kernel.
+A masked sign is an int8 operand with no further work (`fields`): it costs a quarter of an instruction, where expansion
+to bfloat16 would cost two, or a table lookup in shared memory.
 
             inputs                                            4 or 3 planes of signs, one load
             warpgroup 0     warpgroup 1     ..                -> registers & 1, 2, 4, 8 -> int8 operands
@@ -22,17 +23,21 @@ the same bits.
 
 Roofline: bytes of signs and alphas, n * k * bits * (1 / 8 + 2 / g), over the memory's bandwidth; 4 bits in groups of
 128 are 4.5 bits per weight, and 3.2 instructions per weight of a thread: half of the issue slots at 75 % of a copy.
-Measured with this kernel's draft, 2026-11-22, on an H100 80GB HBM3 (jax 0.11.2, kernel time by CUPTI, median, weights
-beyond the cache; a copy runs at 2937 GB/s; `python -m pallas_kernels.bench --kinds binary4 binary3` measures anew), one
-token, groups of 128; "whole" with XLA's four kernels that made the pieces then, three now:
+Measured 2026-11-22 (jax 0.11.2, kernel time by CUPTI of all kernels of a call, median, weights beyond the cache;
+`python -m pallas_kernels.bench --kinds binary4 binary3` measures anew), one token, groups of 128; on an H100 80GB HBM3
+the draft, with XLA's four kernels that made the pieces then (a copy runs at 2937 GB/s), on an H200 this file, with
+three (3360), when a group's step was its largest number over 32512:
 
-    n x k            bits    whole      kernel alone            XLA bfloat16    ratio (LUT-GEMM's own table: 2.1, 2.58)
-    7168 x 28672     4        51.8 us    46.5 us, 2485 GB/s     140.5 us        2.71
-    8192 x 32768     4        64.3       59.1     2555          182.2           2.83
-    12288 x 49152    4       136.5      131.1     2591          401.0           2.94
-    7168 x 28672     3        45.4       40.1     2162          140.5           3.10: 112 tiles on 132 multiprocessors
-    8192 x 32768     3        56.6       51.5     2201          182.2           3.22
-    12288 x 49152    3       115.6      110.6     2305          401.0           3.47
+                     H100    XLA bfloat16    ratio            H200    ratio    LUT-GEMM's own table
+    7168 x 28672     51.8 us    140.5 us      2.71, 4 bits     47.4    2.05     2.1
+    8192 x 32768     64.3       182.2         2.83             53.7    2.33
+    12288 x 49152   136.5       401.0         2.94            121.7    2.24
+    7168 x 28672     45.4       140.5         3.10, 3 bits     41.2    2.36     2.58
+    8192 x 32768     56.6       182.2         3.22             46.4    2.70
+    12288 x 49152   115.6       401.0         3.47            104.4    2.61
+
+7168 outputs are 112 tiles, on 132 multiprocessors. The H200's faster memory helps bfloat16 alone: here instructions are
+felt, of the tensor cores one for each plane, 64 outputs and 32 inputs, every 23 cycles of a multiprocessor.
 """
 
 from dataclasses import dataclass
@@ -51,7 +56,8 @@ MOST_TOKENS: Final = 8
 LEAST_GROUP: Final = 64  # inputs: int8 operands in registers want rows of 64 bytes in shared memory
 UNITS: Final = {2: 128, 3: 256, 4: 64}  # inputs whose words are 32 bytes or a multiple of it
 PIECES: Final = 2  # int8 numbers that an activation becomes
-GRID: Final = 32512  # = 256 * 127: the largest whole number of 16 bits whose high piece is at most 127
+GRID: Final = 2**13  # steps of the power of two below a group's largest number: the high piece is at most 64
+EXPONENT: Final = 0x7F800000  # of a float32
 COLUMNS_OF_GRID: Final = 16  # float32: a copy moves at least 128 bytes, two rows of these
 
 
@@ -137,8 +143,9 @@ def _pieces(x: jax.Array, group: int, bits: int) -> tuple[jax.Array, jax.Array]:
     apart = x.astype(jnp.float32).reshape(tokens, inputs // group, group)
     nothing = jnp.float32(0)
     largest, sums = lax.reduce((jnp.abs(apart), apart), (nothing, nothing), _largest_and_sum, (2,))  # one XLA kernel
-    step = jnp.where(largest == 0, 1.0, largest) / GRID
-    whole = jnp.round(apart / step[:, :, None]).astype(jnp.int32)
+    power = lax.bitcast_convert_type(lax.bitcast_convert_type(largest, jnp.int32) & EXPONENT, jnp.float32)
+    step = jnp.where(power == 0, 1.0, power) / GRID
+    whole = jnp.round(apart / step[:, :, None]).astype(jnp.int32)  # below 2 GRID
     high = (whole + 128) >> 8
     both = jnp.stack([high, whole - 256 * high], axis=1).astype(jnp.int8).reshape(PIECES * tokens, inputs)
     column = jnp.arange(COLUMNS_OF_GRID)

@@ -14,10 +14,12 @@ from dataclasses import dataclass
 from typing import Any, Final, Literal
 
 from pallas_kernels import compat, order
+from pallas_kernels.binary import MOST_TOKENS as BINARY_TOKENS
 from pallas_kernels.binary import fault_of_binary
 from pallas_kernels.decode import MOST_TOKENS, DecodeConfig
 from pallas_kernels.hadamard import RotationConfig
 from pallas_kernels.prefill import PrefillConfig
+from pallas_kernels.spqr import MOST_TOKENS as SPQR_TOKENS
 from pallas_kernels.spqr import fault_of_spqr
 
 type Kind = Literal["w4a16", "w4a8", "w8a8"]
@@ -155,17 +157,23 @@ def choose_narrow(kind: NarrowKind, tokens: int, outputs: int, inputs: int, grou
       >>> choose_narrow("binary3", 1, 7168, 28672, 224)
       DecodeConfig(depth=512, stages=2, warpgroups=4, splits=1, rows=64, cluster=False)
     """
-    for config in _spqr(tokens) if kind == "spqr3" else _binary(tokens, outputs):
-        if kind == "spqr3":
-            fault = fault_of_spqr(config, outputs, inputs)
-        else:
-            fault = fault_of_binary(config, int(kind[-1]), outputs, inputs, groups)
-        if fault is None:
-            return config
+    if tokens <= most_tokens(kind):
+        for config in _spqr(tokens) if kind == "spqr3" else _binary(tokens, outputs):
+            if kind == "spqr3":
+                fault = fault_of_spqr(config, outputs, inputs)
+            else:
+                fault = fault_of_binary(config, int(kind[-1]), outputs, inputs, groups)
+            if fault is None:
+                return config
     raise ValueError(
         f"no {kind} kernel multiplies {tokens} tokens by a weight [{outputs}, {inputs}] in {groups} groups: it wants a "
         "multiple of 64 outputs, groups of 16 (SpQR) or at least 64 inputs; keep the portable layout or pad"
     )
+
+
+def most_tokens(kind: NarrowKind) -> int:
+    """Returns how many tokens a narrow weight's kernel takes."""
+    return SPQR_TOKENS if kind == "spqr3" else BINARY_TOKENS
 
 
 def _binary(tokens: int, outputs: int) -> Iterator[DecodeConfig]:
@@ -179,8 +187,8 @@ def _binary(tokens: int, outputs: int) -> Iterator[DecodeConfig]:
 
 
 def _spqr(tokens: int) -> Iterator[DecodeConfig]:
-    """Yields configurations of spqr.py: x is spread over 8 columns a token, so that more tokens leave less room."""
-    for warpgroups in (4, 2, 1) if tokens <= 2 else (2, 1):
+    """Yields configurations of spqr.py: x is spread over 8 columns a token, so that two tokens leave less room."""
+    for warpgroups in (4, 2, 1):
         yield DecodeConfig(stages=3 if tokens == 1 else 2, warpgroups=warpgroups)
 
 

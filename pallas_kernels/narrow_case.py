@@ -12,7 +12,7 @@ from jaxtyping import Array, BFloat16, Float, Float32
 
 from pallas_kernels import reference
 from pallas_kernels.binary import binary_decode
-from pallas_kernels.configs import NarrowKind, choose_narrow
+from pallas_kernels.configs import NarrowKind, choose_narrow, most_tokens
 from pallas_kernels.decode import DecodeConfig
 from pallas_kernels.narrow import BinaryWeight, SpqrWeight, TwoLevelGrids, prepare_binary, prepare_spqr
 from pallas_kernels.spqr import GROUP, spqr_decode
@@ -104,7 +104,11 @@ def narrow_cases(kinds: tuple[str, ...], sizes: list[tuple[int, ...]], tokens: l
     for kind in (kind for kind in KINDS if kind in kinds):
         group = GROUP if kind == "spqr3" else GROUP_OF_ALPHAS
         for outputs, inputs in sizes:
-            yield from (NarrowCase(kind, count, outputs, inputs, inputs // group) for count in tokens if count <= 8)
+            yield from (
+                NarrowCase(kind, count, outputs, inputs, inputs // group)
+                for count in tokens
+                if count <= most_tokens(kind)
+            )
 
 
 @functools.partial(jax.jit, static_argnums=0)

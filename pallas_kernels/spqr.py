@@ -1,4 +1,4 @@
-"""Products of a few tokens with SpQR's weights: 3-bit codes, groups of 16 under two-level grids, outliers; m <= 8.
+"""Products of a few tokens with SpQR's weights: 3-bit codes, groups of 16 under two-level grids, outliers; m <= 2.
 
     y[m, n] = sum_k x[m, k] * scales[k // 16, n] * (codes[n, k] - zeros[k // 16, n])
               + sum_j x[m, rows[n, j]] * values[n, j]
@@ -20,11 +20,12 @@ warp's 16 rows are the 16 outputs that share a grid. While the first copies are 
 its share of a row's outliers and begins the row's sum with them (`inline.gathered`).
 
 Roofline: 3 + 8 / 16 + 64 / 256 = 3.75 bits per weight over the memory's bandwidth, and 32 for each outlier. Measured
-with this kernel's draft, 2026-11-22, on an H100 80GB HBM3 (jax 0.11.2, kernel time by CUPTI, median, weights beyond the
-cache; `python -m pallas_kernels.bench --kinds spqr3` measures anew), one token, 8192 x 8192: 22.5 us, of which this
-kernel 19.8 (1590 GB/s of 3.75 bits), 2.12 times XLA's bfloat16 (47.6); with 1 % of outliers in 82 slots 26.6 us, 1.79
-times, of which 4.1 are XLA's gather. Issue 6 asks for 2.2. What is in the way: the gather and the spread are kernels of
-their own, and 4.4 instructions per weight of a thread, a fifth of them moves of the ones between registers.
+2026-11-22 (jax 0.11.2, kernel time by CUPTI of all kernels of a call, median, weights beyond the cache;
+`python -m pallas_kernels.bench --kinds spqr3` measures anew), 8192 x 8192, one token: on an H200 with 1 % of outliers
+24.8 us, 1.43 times XLA's bfloat16 (35.4); on an H100 the draft, without outliers, 22.5 us, 2.12 times (47.6). Issue 6
+asks for 2.2 on an H100. What is in the way is not the memory (41 % of a copy): products of 64 outputs, 16 inputs and 8
+columns go by every 37 cycles of a multiprocessor, and the ones double their number; sums of x from XLA could take their
+place. With 7 tokens it took 67.9 us, twice as long as bfloat16: it takes no more than 2.
 """
 
 from dataclasses import dataclass
@@ -40,7 +41,7 @@ from pallas_kernels import compat, inline, meet
 from pallas_kernels.decode import DecodeConfig
 from pallas_kernels.fields import THREES
 
-MOST_TOKENS: Final = 8
+MOST_TOKENS: Final = 2
 GROUP: Final = 16  # inputs that share a scale and a zero: one step of the instruction
 PER_RUN: Final = THREES // GROUP  # groups of a run, and columns of a token
 STORED: Final = THREES * 3 // 4  # int4 numbers of a run's words
@@ -69,7 +70,7 @@ def spqr_decode(
     config: DecodeConfig,
     simulate: compat.Simulation | None = None,
 ) -> BFloat16[Array, "tokens out"]:
-    """Multiplies activations of at most 8 tokens by SpQR's weights.
+    """Multiplies activations of at most 2 tokens by SpQR's weights.
 
     Args:
       x: activations.
@@ -87,7 +88,7 @@ def spqr_decode(
     (m, k), n, simulated = x.shape, len(codes), simulate is not None
     fault = fault_of_spqr(config, n, k)
     if m > MOST_TOKENS:
-        fault = f"{m} tokens are more than {MOST_TOKENS}: dequantize for XLA"
+        fault = f"{m} tokens are more than {MOST_TOKENS}: dequantize for XLA, which is faster there"
     if fault:
         raise ValueError(f"SpQR's weight [{n}, {k}] with {config}: {fault}")
     given = [_spread(x), codes, grid_codes, grids]

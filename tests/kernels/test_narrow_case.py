@@ -29,9 +29,10 @@ def test_kernels_lower_to_cuda(kind: configs.NarrowKind) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("tokens", [1, 7])
+@pytest.mark.parametrize("few", [True, False])
 @pytest.mark.parametrize("kind", KINDS)
-def test_kernel_is_the_product_with_the_same_bits_twice(kind: configs.NarrowKind, tokens: int) -> None:
+def test_kernel_is_the_product_with_the_same_bits_twice(kind: configs.NarrowKind, few: bool) -> None:
+    tokens = 1 if few else configs.most_tokens(kind)
     case = next(narrow_cases((kind,), [(1024, 4096)], [tokens]))
     kernel = jax.jit(case.kernel(case.config()))
     given = case.operands(tokens)

@@ -46,7 +46,7 @@ def test_what_does_not_fit_is_refused() -> None:
     grids = TwoLevelGrids(whole((16, 64)), whole((16, 64)), struct((4, 16, 4), jnp.float16))
     weight = jax.eval_shape(prepare_spqr, whole((64, 256)), grids)
     for tokens, config, message in (
-        (9, DecodeConfig(), "9 tokens are more than 8"),
+        (3, DecodeConfig(), "3 tokens are more than 2"),
         (1, DecodeConfig(warpgroups=2), "256 inputs are no multiple of 2 ranges of 256"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -1,7 +1,7 @@
 """Which kernel multiplies a shape, and how it divides the work: a table of measured shapes, and a rule for others.
 
-The table `h100.json` holds rows of a kind, a weight's shape and the least and most tokens that the row serves, made
-by `python -m pallas_kernels.bench --tune 8 --table PATH` on the card that it names.
+The tables `h100.json` and `h200.json` hold rows of a kind, a weight's shape and the least and most tokens that the row
+serves, made by `python -m pallas_kernels.bench --tune 8 --table PATH` on the card that it names.
 """
 
 import dataclasses
@@ -12,6 +12,8 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Final, Literal
+
+import jax
 
 from pallas_kernels import compat, order
 from pallas_kernels.binary import MOST_TOKENS as BINARY_TOKENS
@@ -24,9 +26,10 @@ from pallas_kernels.spqr import fault_of_spqr
 
 type Kind = Literal["w4a16", "w4a8", "w8a8"]
 type NarrowKind = Literal["binary2", "binary3", "binary4", "spqr3"]
+type Card = Literal["H100", "H200"]
 type Config = DecodeConfig | PrefillConfig
 
-TABLE: Final = "h100.json"
+TABLES: Final[dict[Card, str]] = {"H100": "h100.json", "H200": "h200.json"}
 MULTIPROCESSORS: Final = 132  # of an H100 or H200
 WARPGROUPS_UNDER_WAY: Final = 4 * MULTIPROCESSORS  # for decode: measured, see the file's head
 ONE_BLOCK: Final = 226 * 1024  # bytes of shared memory (227 KiB) that one block of a multiprocessor may plan with
@@ -83,7 +86,7 @@ class Row:
 
 
 @functools.cache
-def choose(kind: Kind, tokens: int, outputs: int, inputs: int, groups: int) -> Config:
+def choose(kind: Kind, tokens: int, outputs: int, inputs: int, groups: int, card: Card | None = None) -> Config:
     """Returns the configuration for a product, whose type tells the kernel: the table's where it fits, else the rule's.
 
     Args:
@@ -92,6 +95,7 @@ def choose(kind: Kind, tokens: int, outputs: int, inputs: int, groups: int) -> C
       outputs: rows of the weight.
       inputs: columns of the weight.
       groups: rows of the scales.
+      card: whose table; None for that of this machine's first device, an H100's where that is neither.
 
     Raises:
       ValueError: no kernel multiplies this shape.
@@ -100,7 +104,7 @@ def choose(kind: Kind, tokens: int, outputs: int, inputs: int, groups: int) -> C
       >>> type(choose("w4a16", 1, 4096, 4096, 32)).__name__, type(choose("w8a8", 1, 4096, 4096, 1)).__name__
       ('DecodeConfig', 'PrefillConfig')
     """
-    found = _measured(kind, tokens, outputs, inputs)
+    found = _measured(kind, tokens, outputs, inputs, card or card_of(jax.devices()[0].device_kind))
     if found is not None and found.fault(outputs, inputs, groups) is None:
         return found
     decode = kind != "w8a8" and tokens <= MOST_TOKENS
@@ -210,16 +214,25 @@ def choose_rotation(padded: int, fast: int) -> RotationConfig:
     return RotationConfig(warpgroups=3 if numbers <= MOST_NUMBERS_OF_THREE else 2, blocks=MULTIPROCESSORS)
 
 
+def card_of(device: str) -> Card:
+    """Returns whose table serves a device, by JAX's `device_kind`.
+
+    >>> card_of("NVIDIA H200"), card_of("NVIDIA H100 80GB HBM3")
+    ('H200', 'H100')
+    """
+    return "H200" if "H200" in device else "H100"
+
+
 @functools.cache
-def table() -> tuple[Row, ...]:
-    """Returns the rows of the package's table."""
-    text = (importlib.resources.files("pallas_kernels") / TABLE).read_text(encoding="utf-8")
+def table(card: Card) -> tuple[Row, ...]:
+    """Returns the rows of a card's table."""
+    text = (importlib.resources.files("pallas_kernels") / TABLES[card]).read_text(encoding="utf-8")
     return tuple(_row(fields) for fields in json.loads(text)["rows"])
 
 
 def merged(device: str, source: str, measured: list[Row]) -> str:
-    """Returns the text of a table: this package's rows, but `measured` for the same products and tokens."""
-    rows = {(row.kind, row.outputs, row.inputs, row.least): row for row in (*table(), *measured)}
+    """Returns the text of a table: this package's rows for the device, but `measured` for the same products."""
+    rows = {(row.kind, row.outputs, row.inputs, row.least): row for row in (*table(card_of(device)), *measured)}
     lines = []
     for row in (rows[key] for key in sorted(rows)):
         kernel = "decode" if isinstance(row.config, DecodeConfig) else "prefill"
@@ -238,7 +251,7 @@ def merged(device: str, source: str, measured: list[Row]) -> str:
 
 def in_table(config: Config) -> bool:
     """Tells whether a configuration is a row's own and not the rule's."""
-    return any(row.config is config for row in table())
+    return any(row.config is config for card in TABLES for row in table(card))
 
 
 def candidates(kind: Kind, tokens: int, outputs: int, inputs: int, groups: int) -> list[Config]:
@@ -266,9 +279,9 @@ def _row(fields: dict[str, Any]) -> Row:
     )
 
 
-def _measured(kind: Kind, tokens: int, outputs: int, inputs: int) -> Config | None:
-    """Returns the configuration of the first row that serves so many tokens."""
-    for row in table():
+def _measured(kind: Kind, tokens: int, outputs: int, inputs: int, card: Card) -> Config | None:
+    """Returns the configuration of the first row of a card's table that serves so many tokens."""
+    for row in table(card):
         if (row.kind, row.outputs, row.inputs) == (kind, outputs, inputs) and row.least <= tokens <= row.most:
             return row.config
     return None

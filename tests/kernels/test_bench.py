@@ -10,7 +10,7 @@ from pallas_kernels.rotation_case import RotationCase
 
 MEASURED = [
     Case(row.kind, min(row.most, 2048), row.outputs, row.inputs, row.inputs // 128 if row.kind == "w4a16" else 1)
-    for row in configs.table()
+    for row in configs.table(configs.card_of(jax.devices()[0].device_kind))
 ]
 
 

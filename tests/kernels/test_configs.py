@@ -1,6 +1,7 @@
 """The choice of kernels: the table's configurations, and the rule's for odd shapes, lower to CUDA without a GPU."""
 
 import dataclasses
+import functools
 import json
 
 import jax
@@ -11,7 +12,8 @@ from pallas_kernels import configs, shapes
 from pallas_kernels.matmul import integer_matmul, w4a16_matmul
 from pallas_kernels.weights import FloatWeight, IntegerWeight
 
-ROWS = configs.table()
+CARDS: tuple[configs.Card, ...] = ("H100", "H200")
+ROWS = {dataclasses.replace(row, microseconds=0.0): None for card in CARDS for row in configs.table(card)}  # once each
 ODD = (  # kind, tokens, outputs, inputs, group: what the rule chooses where the table has no row
     ("w4a16", 5, 576, 576, 64),
     ("w4a16", 64, 4096, 14336, 32),
@@ -21,29 +23,38 @@ ODD = (  # kind, tokens, outputs, inputs, group: what the rule chooses where the
 )
 
 
-def lowered(kind: configs.Kind, tokens: int, outputs: int, inputs: int, group: int) -> str:
+def lowered(
+    kind: configs.Kind, tokens: int, outputs: int, inputs: int, group: int, config: configs.Config | None = None
+) -> str:
     struct = jax.ShapeDtypeStruct
     wide = (inputs // group, outputs)
     if kind == "w4a16":
         grid = struct(wide, jnp.bfloat16)
         weight = FloatWeight(struct((outputs, inputs), jnp.int4), grid, grid)
-        traced = jax.jit(w4a16_matmul).trace(struct((tokens, inputs), jnp.bfloat16), weight)
+        product = functools.partial(w4a16_matmul, config=config)
+        traced = jax.jit(product).trace(struct((tokens, inputs), jnp.bfloat16), weight)
     else:
         codes = struct((outputs, inputs), jnp.int4 if kind == "w4a8" else jnp.int8)
         sums, of_tokens = struct((outputs,), jnp.float32), struct((tokens,), jnp.float32)
         grid = struct(wide, jnp.float32)
         integers = IntegerWeight(codes, grid, sums, grid if kind == "w8a8" else None)
         x = struct((tokens, inputs), jnp.int8)
-        traced = jax.jit(integer_matmul).trace(x, of_tokens, of_tokens, integers)
+        traced = jax.jit(functools.partial(integer_matmul, config=config)).trace(x, of_tokens, of_tokens, integers)
     return traced.lower(lowering_platforms=("cuda",)).as_text()
 
 
+@pytest.mark.parametrize("card", CARDS)
+def test_rows_of_the_table_are_chosen(card: configs.Card) -> None:
+    for row in configs.table(card):
+        groups = row.inputs // 128 if row.kind == "w4a16" else 1
+        for tokens in (row.least, min(row.most, 2048)):
+            assert configs.choose(row.kind, tokens, row.outputs, row.inputs, groups, card) is row.config
+
+
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row.kind} {row.most} {row.outputs}x{row.inputs}")
-def test_rows_of_the_table_lower_to_cuda(row: configs.Row) -> None:
-    most = min(row.most, 2048)
-    group = 128 if row.kind == "w4a16" else row.inputs
-    assert configs.choose(row.kind, most, row.outputs, row.inputs, row.inputs // group) is row.config
-    assert "mosaic_gpu" in lowered(row.kind, most, row.outputs, row.inputs, group)
+def test_rows_of_the_tables_lower_to_cuda(row: configs.Row) -> None:
+    most, group = min(row.most, 2048), 128 if row.kind == "w4a16" else row.inputs
+    assert "mosaic_gpu" in lowered(row.kind, most, row.outputs, row.inputs, group, row.config)
 
 
 @pytest.mark.parametrize("case", ODD, ids=lambda case: f"{case[0]} {case[1]} {case[2]}x{case[3]} g{case[4]}")
@@ -62,9 +73,10 @@ def test_every_named_shape_has_a_configuration() -> None:
 
 
 def test_measured_rows_replace_those_of_the_table() -> None:
-    row = dataclasses.replace(ROWS[0], microseconds=1.5)
-    text = json.loads(configs.merged("card", "day", [row]))
-    assert len(text["rows"]) == len(ROWS)
+    table = configs.table("H200")
+    row = dataclasses.replace(table[0], microseconds=1.5)
+    text = json.loads(configs.merged("NVIDIA H200", "day", [row]))
+    assert len(text["rows"]) == len(table)
     assert [line["microseconds"] for line in text["rows"]].count(1.5) == 1
 
 

@@ -100,10 +100,10 @@ def _quarot(*passes: Passes, subtract: bool = False) -> Passes:
     return (Untie(), FoldNorms(), rotation, *(one for group in passes for one in group))
 
 
-def _spinquant(*passes: Passes, codec: PerTokenKv | None = None) -> Passes:
+def _spinquant(*passes: Passes, codec: PerTokenKv | None = None, weights: tuple[Rule, ...] = ()) -> Passes:
     """Rotates as QuaRot does with the means kept, residual stream and values learned for 4 bits."""
     rules = (ActivationRule(".*_proj", PerToken(4, clip_ratio=0.9)),)
-    rotation = LearnRotation(rules, codec, parts=("residual", "values", "keys", "mlp"))
+    rotation = LearnRotation(rules, codec, parts=("residual", "values", "keys", "mlp"), weights=weights)
     return (Untie(), FoldNorms(), rotation, *(one for group in passes for one in group))
 
 
@@ -117,6 +117,7 @@ def _both(name: str, *passes: Passes) -> dict[str, Passes]:
     return {name: _quarot(*passes, subtract=True), f"{name}-keepmean": _quarot(*passes)}
 
 
+_ROUNDED: Final = (Rule(".*_proj", Rtn(_format(4, None, "symmetric"))),)  # while rotations are learned: no search
 _QUAROT_RTN: Final = _weights(Rtn(_format(4, None, "symmetric"), "search"))
 _QUAROT_GPTQ: Final = _weights(Gptq(_format(4, None, "symmetric"), clip="search"), "per_site")
 _QUAROT_A4: Final = _inputs(PerToken(4, clip_ratio=0.9))
@@ -194,9 +195,10 @@ ROWS: Final[Mapping[str, Passes]] = {
         _inputs(PerToken(8)),
         _cache(PerTokenKv(8, grid="asymmetric", scale_dtype="float32", prompt="stored")),
     ),
-    "spinquant-w4a4-rtn": _spinquant(_QUAROT_RTN, _QUAROT_A4),
+    "spinquant-w4a4-rtn": _spinquant(_QUAROT_RTN, _QUAROT_A4, weights=_ROUNDED),
+    "spinquant-w4a4-rtn-exact": _spinquant(_QUAROT_RTN, _QUAROT_A4),
     "spinquant-w4a4-gptq": _spinquant(_QUAROT_GPTQ, _QUAROT_A4),
-    "spinquant-w4a4kv4-rtn": _spinquant(_QUAROT_RTN, _QUAROT_A4, _QUAROT_KV4, codec=_KV4),
+    "spinquant-w4a4kv4-rtn": _spinquant(_QUAROT_RTN, _QUAROT_A4, _QUAROT_KV4, codec=_KV4, weights=_ROUNDED),
     "spinquant-w4a4kv4-gptq": _spinquant(_QUAROT_GPTQ, _QUAROT_A4, _QUAROT_KV4, codec=_KV4),
     "kv4-token-asym": _cache(PerTokenKv(4, grid="asymmetric", scale_dtype="float32", prompt="stored")),
     "kivi-4": _cache(Kivi(4, 4, scale_dtype="float32", prompt="stored")),

@@ -7,14 +7,15 @@ from typing import Final, final
 import jax
 import numpy as np
 
-from jquant.blocks import ActivationRule, InputQuantizers
+from jquant.blocks import ActivationRule, InputQuantizers, QuantizeWeights, Rule
 from jquant.calibration import RotationTraining, learn_rotation
 from jquant.errors import RecipeError
 from jquant.formats import OrthogonalMatrix
 from jquant.kv import PerTokenKv
-from jquant.models import Llama, blocks, set_kv_codec, stack_layers
+from jquant.models import BLOCK_LINEARS, Llama, blocks, set_kv_codec, stack_layers
 from jquant.numerics import nearest_orthogonal
 from jquant.passes import Context, ModelPass
+from jquant.quantizers import WeightQuantizer
 from jquant.report import Report
 from jquant.transforms import (
     ROTATED_PARTS,
@@ -130,6 +131,8 @@ class LearnRotation(ModelPass):
       training: steps, learning rate, batch.
       matrix: where the residual stream's rotation begins, as in `Rotate`.
       parts: which rotations; "residual" and "values" are the learned ones, "mlp" and "keys" are fixed.
+      weights: what rounds weights meanwhile, the same in each block: quantizers that need no calibration. Exact ones,
+        the default, suit a quantizer to follow that corrects its own errors, such as GPTQ.
 
     Reference: arXiv:2405.16406, section 3.2.
     """
@@ -139,6 +142,7 @@ class LearnRotation(ModelPass):
     training: RotationTraining = _TRAINING
     matrix: OrthogonalMatrix = "hadamard"
     parts: tuple[RotatedPart, ...] = ROTATED_PARTS
+    weights: tuple[Rule, ...] = ()
 
     def __post_init__(self) -> None:
         """Refuses parts without what is learned, calibrated methods, and rounding that does nothing."""
@@ -151,8 +155,17 @@ class LearnRotation(ModelPass):
                     f"rule {rule.match!r}: {type(rule.quantizer).__name__} is calibrated, and would be old after each "
                     "step; learn with per_token or another method that needs no calibration"
                 )
-        if self.kv_codec is None and all(rule.quantizer is None for rule in self.rules):
-            raise RecipeError("nothing is rounded, so no rotation is better than another; give rules or a kv_codec")
+        for one in self.weights:
+            if one.quantizer is not None and one.quantizer.statistic is not None:
+                raise RecipeError(
+                    f"weights, rule {one.match!r}: {type(one.quantizer).__name__} is calibrated, and would be old "
+                    "after each step; learn with rtn or another quantizer that needs no calibration"
+                )
+        rounding = [rule.quantizer for rule in self.rules] + [rule.quantizer for rule in self.weights]
+        if self.kv_codec is None and all(quantizer is None for quantizer in rounding):
+            raise RecipeError(
+                "nothing is rounded, so no rotation is better than another; give rules, weights or a kv_codec"
+            )
         if self.kv_codec is not None and self.kv_codec.prompt == "exact":
             raise RecipeError("kv_codec shows a prompt's queries exact keys and values: set its prompt to stored")
 
@@ -165,6 +178,9 @@ class LearnRotation(ModelPass):
         check_rotation(model, self.parts)
         if self.rules:
             InputQuantizers(self.rules).check(model)
+        if self.weights:
+            QuantizeWeights(self.weights).check(model)
+            self._quantizers(model)
 
     def outline(self, model: Llama) -> Llama:
         """Adds the online rotations to the abstract model."""
@@ -177,7 +193,7 @@ class LearnRotation(ModelPass):
         kept = None if context.store is None else context.store.get_whole()
         if kept is None:
             rounded = self._rounded(rotate(model, parts=self.parts, matrix=self.matrix, seed=seed))
-            matrices, losses = learn_rotation(rounded, context.tokens, self.training)
+            matrices, losses = learn_rotation(rounded, context.tokens, self.training, self._quantizers(model))
             del rounded
             told = {"matrix": self.matrix, "parts": list(self.parts), "seed": seed, "losses": list(losses)}
             kept = matrices, Report(details=(("rotation", told),))
@@ -185,6 +201,18 @@ class LearnRotation(ModelPass):
                 context.store.put_whole(*kept)
         turns = Turns(*(nearest_orthogonal(np.asarray(matrix)) for matrix in kept[0]))
         return rotate(model, parts=self.parts, matrix=self.matrix, seed=seed, turns=turns), kept[1]
+
+    def _quantizers(self, model: Llama) -> tuple[tuple[str, WeightQuantizer], ...]:
+        """Returns what rounds the weights of a block's linears, which must be the same in each block."""
+        found, rule_for = [], QuantizeWeights(self.weights).rule_for
+        for name in BLOCK_LINEARS:
+            rules = (rule_for(f"layers.{index}.{name}") for index in range(model.config.num_hidden_layers))
+            chosen = {None if rule is None else rule.quantizer for rule in rules}
+            if len(chosen) > 1:
+                raise RecipeError(f"weights of {name} are not rounded the same way in each block: give all one rule")
+            if (quantizer := chosen.pop()) is not None:
+                found.append((name, quantizer))
+        return tuple(found)
 
     def _rounded(self, model: Llama) -> Llama:
         """Puts what rounds while rotations are learned into a rotated model, and stacks its layers."""

@@ -9,7 +9,8 @@ value heads, and with the inputs of its linears (and its caches) rounded,
 by Cayley SGD from T = I, straight through the rounding, at a rate that falls linearly to zero. The updates commute with
 R and O: this is SpinQuant's descent from random Hadamard matrices, and no steps are QuaRot. But for the rounding no T
 would matter. So none is multiplied into weights while it is learnt: T stands before each rounding and T^T behind it
-(`jquant.calibration.turned`). Weights stay as they are, as in the paper where GPTQ follows.
+(`jquant.calibration.turned`). Weights stay as they are, as in the paper where GPTQ follows, or are rounded too, as
+there where they are then rounded to nearest.
 
 The published code lowers its rate by a cosine, rounds o_proj's inputs by heads and has no rotation across heads; here
 they are QuaRot's, as are its online rotations.
@@ -31,8 +32,12 @@ from jquant.calibration.turned import turn_rounding
 from jquant.errors import CalibrationError, RecipeError
 from jquant.models import Block, Llama, embed, next_token_losses, prompt_block
 from jquant.numerics import cayley_sgd
+from jquant.quantizers import WeightQuantizer
 from jquant.types import compute_dtype
 
+type Weights = tuple[
+    tuple[str, WeightQuantizer], ...
+]  # linears by their path in a block, and what rounds their weights
 type Matrices = dict[str, Float[Array, "..."]]  # "residual" [hidden, hidden], "values" [layers, head_dim, head_dim]
 
 
@@ -65,7 +70,7 @@ class RotationTraining:
 
 
 def learn_rotation(
-    model: Llama, tokens: Int[Array, "samples length"], training: RotationTraining
+    model: Llama, tokens: Int[Array, "samples length"], training: RotationTraining, weights: Weights = ()
 ) -> tuple[tuple[Float[Array, "hidden hidden"], Float[Array, "layers dim dim"]], tuple[float, ...]]:
     """Learns what shall follow the rotations of residual stream and values.
 
@@ -74,6 +79,7 @@ def learn_rotation(
         stacked.
       tokens: windows of text.
       training: steps, learning rate, batch.
+      weights: what rounds weights; those of other linears stay exact.
 
     Returns:
       T and all T_l, orthogonal up to float32 rounding; and the loss of each step before its update, in nats per token.
@@ -94,7 +100,7 @@ def learn_rotation(
     state, losses = _optimizer(training).init(matrices), []
     for step in range(training.steps):
         rows = (jnp.arange(training.batch_size) + step * training.batch_size) % len(tokens)
-        matrices, state, loss = train_step(model, tokens[rows], matrices, state, training)
+        matrices, state, loss = train_step(model, tokens[rows], matrices, state, training, weights)
         losses.append(float(loss))
         if not math.isfinite(losses[-1]):
             raise CalibrationError(
@@ -104,13 +110,14 @@ def learn_rotation(
     return (matrices["residual"], matrices["values"]), tuple(losses)
 
 
-@functools.partial(jax.jit, static_argnums=4)
+@functools.partial(jax.jit, static_argnums=(4, 5))
 def train_step(
     model: Llama,
     tokens: Int[Array, "batch length"],
     matrices: Matrices,
     state: Any,
     training: RotationTraining,
+    weights: Weights,
 ) -> tuple[Matrices, Any, Float[Array, ""]]:
     """Takes one step of Cayley SGD; one program, whatever the number of layers and steps.
 
@@ -120,16 +127,18 @@ def train_step(
       matrices: where the descent stands.
       state: the optimizer's.
       training: the settings.
+      weights: what rounds weights.
 
     Returns:
       The matrices after the update, the optimizer's state, and the loss before it.
     """
+    loss_of = functools.partial(rounded_loss, weights=weights)
 
     def add(sums: Any, part: Array) -> tuple[Any, None]:
-        return jax.tree.map(jnp.add, sums, jax.value_and_grad(rounded_loss)(matrices, model, part)), None
+        return jax.tree.map(jnp.add, sums, jax.value_and_grad(loss_of)(matrices, model, part)), None
 
     parts = tokens.reshape(training.accumulation, -1, tokens.shape[1])
-    nothing = jax.tree.map(jnp.zeros_like, (jax.eval_shape(rounded_loss, matrices, model, parts[0]), matrices))
+    nothing = jax.tree.map(jnp.zeros_like, (jax.eval_shape(loss_of, matrices, model, parts[0]), matrices))
     sums, _ = jax.lax.scan(add, nothing, parts)
     loss, gradients = jax.tree.map(lambda total: total / training.accumulation, sums)
     with jax.numpy_dtype_promotion("standard"):  # optax's schedules mix counts and floats
@@ -137,19 +146,22 @@ def train_step(
     return optax.apply_updates(matrices, updates), state, loss
 
 
-def rounded_loss(matrices: Matrices, model: Llama, windows: Int[Array, "batch length"]) -> Float[Array, ""]:
+def rounded_loss(
+    matrices: Matrices, model: Llama, windows: Int[Array, "batch length"], weights: Weights
+) -> Float[Array, ""]:
     """Returns the mean loss of the windows' tokens in the model whose rotations are turned by the matrices.
 
     Args:
       matrices: T of the residual stream and T_l of each layer.
       model: as `learn_rotation` has it.
       windows: token ids.
+      weights: what rounds weights.
     """
     lengths = jnp.full(windows.shape[0], windows.shape[1], jnp.int32)
 
     @jax.checkpoint
     def through(x: Float[Array, "batch length hidden"], layer: tuple[Block, Array]) -> tuple[Array, None]:
-        turned = turn_rounding(layer[0], matrices["residual"], layer[1])
+        turned = turn_rounding(layer[0], matrices["residual"], layer[1], dict(weights))
         return prompt_block(turned, x, lengths, windows.shape[1], model.config)[0], None
 
     states, _ = jax.lax.scan(through, embed(model, windows), (model.layers.block, matrices["values"]))  # type: ignore[union-attr]

@@ -3,9 +3,11 @@
 A rotation T of the residual stream changes nothing but what is rounded. Instead of multiplying it into every weight of
 every step, each input quantizer Q of a reader of the stream acts between T and its transpose; so does o_proj's between
 those of the value heads T_l, and a cache's rounding of values. Keys are not turned. Gradients pass the rounding as if
-it were not there, also where it clips; T gets its gradient from the errors.
+it were not there, also where it clips; T gets its gradient from the errors. Weights may be rounded likewise, as they
+will lie: W [in, out] -> A^T Q(A W B^T) B, A the rotation of what it reads and B that of what it writes.
 """
 
+from collections.abc import Mapping
 from typing import Any, ClassVar, Final, final
 
 import jax
@@ -17,10 +19,13 @@ from jquant.activations import ActivationMethod, ActivationQuantizer
 from jquant.kv import ExactCache, KvCodec, PerTokenKv, Prompt, Rope, write
 from jquant.models import BLOCK_LINEARS, Block, get, put
 from jquant.numerics import straight_through
+from jquant.quantizers import WeightQuantizer
 from jquant.types import Leaf, compute_dtype
 
 _STREAM: Final = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")  # readers of the residual stream
 _VALUES: Final = ("o_proj",)  # readers of value heads; down_proj's input has a fixed rotation
+_TO_STREAM: Final = ("o_proj", "down_proj")
+_TO_VALUES: Final = ("v_proj",)
 
 
 @final
@@ -125,26 +130,46 @@ class TurnedKv(KvCodec):
         return write(cache, new, position)
 
 
-def turn_rounding(layer: Block, stream: Float[Array, "hidden hidden"], values: Float[Array, "dim dim"]) -> Block:
+def turn_rounding(
+    layer: Block,
+    stream: Float[Array, "hidden hidden"],
+    values: Float[Array, "dim dim"],
+    weights: Mapping[str, WeightQuantizer],
+) -> Block:
     """Puts stand-ins into a block.
 
     Args:
       layer: a block with input quantizers, and with `PerTokenKv` or an exact cache.
       stream: T of the residual stream.
       values: T_l of the value heads.
+      weights: what rounds the weights of linears, by their path in the block; they need no statistics.
 
     Returns:
       The block, which can be differentiated by both matrices.
     """
     for path in BLOCK_LINEARS:
         name, quantizer = path.rsplit(".", 1)[1], get(layer, path).input_quantizer
+        read = stream if name in _STREAM else values if name in _VALUES else None
         if quantizer is not None:
-            matrix = stream if name in _STREAM else values if name in _VALUES else None
-            layer = put(layer, f"{path}.input_quantizer", TurnedQuantizer(quantizer.method, quantizer, matrix))
+            layer = put(layer, f"{path}.input_quantizer", TurnedQuantizer(quantizer.method, quantizer, read))
+        if path in weights:
+            written = stream if name in _TO_STREAM else values if name in _TO_VALUES else None
+            kernel = _rounded(weights[path], get(layer, path).kernel, read, written)
+            layer = put(layer, f"{path}.kernel", kernel)
     codec = layer.self_attn.kv_codec
     if isinstance(codec, PerTokenKv):
         layer = put(layer, "self_attn.kv_codec", TurnedKv(codec, values, codec.prompt))
     return layer
+
+
+def _rounded(
+    quantizer: WeightQuantizer, kernel: Float[Array, "in out"], read: Leaf | None, written: Leaf | None
+) -> Float[Array, "in out"]:
+    """Returns A^T Q(A W B^T) B."""
+    turned = _turn(written, _turn(read, kernel.astype(compute_dtype(kernel.dtype)).T).T)
+    tensor, _ = quantizer(turned, None, jax.random.key(0))  # what needs no statistics draws nothing
+    rounded = straight_through(turned, tensor.dequantize(turned.dtype))
+    return _turn_back(read, _turn_back(written, rounded).T).T.astype(kernel.dtype)
 
 
 def _as_they_are(

@@ -11,17 +11,32 @@ import numpy as np
 import pytest
 
 from jquant.activations import PerToken, StaticTensor
-from jquant.blocks import ActivationRule
+from jquant.blocks import ActivationRule, Rule
 from jquant.calibration import BlockStore, RotationTraining, learn_rotation
-from jquant.calibration.learn_rotation import train_step
+from jquant.calibration.learn_rotation import rounded_loss, train_step
 from jquant.calibration.turned import TurnedQuantizer
 from jquant.errors import CalibrationError, CheckpointError, FormatError, RecipeError
 from jquant.exact_passes import LearnRotation, Rotate
+from jquant.formats import UniformFormat
 from jquant.kv import ExactKv, PerTokenKv
 from jquant.kv_passes import SetKvCodec
-from jquant.models import Llama, forward, linears, map_linears, put, set_kv_codec, stack_layers, tiny_config
+from jquant.models import (
+    BLOCK_LINEARS,
+    Linear,
+    Llama,
+    forward,
+    hidden_states,
+    linears,
+    map_linears,
+    next_token_losses,
+    put,
+    set_kv_codec,
+    stack_layers,
+    tiny_config,
+)
 from jquant.numerics import cayley_sgd, haar_matrix
 from jquant.passes import Context, QuantizeActivations, run_passes
+from jquant.quantizers import Gptq, Rtn
 from jquant.recipe import load_recipe, parse_recipe, to_yaml
 from jquant.tables import finding_tables
 from jquant.transforms import RotatedPart, Turns, fold_norms, rotate, untie
@@ -33,7 +48,8 @@ PARTS: tuple[RotatedPart, ...] = ("residual", "values", "keys", "mlp")
 METHOD = PerToken(4, clip_ratio=0.9)
 CODEC = PerTokenKv(4, grid="asymmetric", clip=0.95, scale_dtype="float32", prompt="stored")
 RULES = (ActivationRule(".*_proj", METHOD),)
-TRAINING = RotationTraining(steps=12, batch_size=2)
+RTN = Rtn(UniformFormat(4, None, "symmetric", "float32"))
+TRAINING = RotationTraining(steps=12, batch_size=2, accumulation=2)
 PASS = LearnRotation(RULES, CODEC, TRAINING, parts=PARTS)
 TOKENS = jax.random.randint(jax.random.key(1), (2, 24), 0, 128)
 CONTEXT = Context(jax.random.key(4), TOKENS)
@@ -71,14 +87,30 @@ def test_loss_is_that_of_the_model_rotated_by_the_matrices(source: Llama) -> Non
         -jnp.take_along_axis(jax.nn.log_softmax(logits[:, :-1]), TOKENS[:, 1:, None], axis=2).mean()
         for logits in map(jax.jit(forward), (rotated, base), (TOKENS, TOKENS))
     )
-    state = cayley_sgd(1.0).init(matrices)
-    stepped, _, found = train_step(base, TOKENS, matrices, state, TRAINING)
+    _, _, found = train_step(base, TOKENS, matrices, cayley_sgd(1.0).init(matrices), TRAINING, ())
     np.testing.assert_allclose(found, losses, rtol=2e-3)
     assert abs(plain - losses) > 10 * abs(found - losses)
-    by_two = dataclasses.replace(TRAINING, accumulation=2)
-    parted, _, total = jax.jit(lambda *given: train_step.__wrapped__(*given, by_two))(base, TOKENS, matrices, state)
-    np.testing.assert_allclose(total, found, rtol=1e-6)
-    jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, atol=1e-5), parted, stepped)
+
+
+def test_weights_are_rounded_as_they_will_lie(source: Llama) -> None:
+    """The loss of exact inputs and rounded weights is that of the model rotated by the matrices, then rounded."""
+    turns = Turns(haar_matrix(64, 1), np.stack([haar_matrix(16, 2), haar_matrix(16, 3)]))
+    matrices = {"residual": jnp.float32(turns.residual), "values": jnp.float32(turns.values)}
+    weights = tuple((name, RTN) for name in BLOCK_LINEARS)
+
+    @jax.jit
+    def losses(base: Llama, rotated: Llama) -> tuple[jax.Array, jax.Array]:
+        def dense(_: str, layer: Linear) -> Linear:
+            return dataclasses.replace(layer, kernel=RTN(layer.kernel, None, CONTEXT.key)[0].dequantize())
+
+        states = hidden_states(map_linears(rotated, dense), TOKENS)
+        return rounded_loss(matrices, base, TOKENS, weights), next_token_losses(rotated, states, TOKENS).mean()
+
+    rotated = rotate(source, parts=PARTS, seed=SEED, turns=turns)
+    found, expected = losses(stack_layers(rotate(source, parts=PARTS, seed=SEED)), rotated)
+    np.testing.assert_allclose(found, expected, rtol=2e-4)
+    plain = jnp.mean(next_token_losses(rotated, jax.jit(hidden_states)(rotated, TOKENS), TOKENS))
+    assert abs(plain - expected) > 10 * abs(found - expected)
 
 
 def test_gradients_pass_the_rounding_as_if_it_were_not_there() -> None:
@@ -160,6 +192,10 @@ def test_bad_settings_are_refused(source: Llama) -> None:
         LearnRotation((ActivationRule(".*", StaticTensor()),))
     with pytest.raises(RecipeError, match="nothing is rounded"):
         LearnRotation((ActivationRule(".*", None),))
+    with pytest.raises(RecipeError, match="Gptq is calibrated"):
+        LearnRotation(RULES, weights=(Rule(".*", Gptq(UniformFormat(4, None))),))
+    with pytest.raises(RecipeError, match="q_proj are not rounded the same way in each block"):
+        LearnRotation(RULES, weights=(Rule(r"layers\.0\..*", RTN),)).check(source)
     with pytest.raises(RecipeError, match="set its prompt to stored"):
         LearnRotation((), PerTokenKv(prompt="exact"))
     with pytest.raises(RecipeError, match="is unused"):

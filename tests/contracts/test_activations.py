@@ -23,6 +23,7 @@ from jquant.activations import (
 from jquant.checkpoint import load_tree, save_tree
 from jquant.formats import (
     PermutedTensor,
+    PreparedIntegerTensor,
     QuantizedActivation,
     RazoredActivation,
     SplitActivation,
@@ -118,7 +119,7 @@ def test_every_method_and_node_has_a_row() -> None:
 
 
 def test_what_has_no_rule_of_integers_takes_the_numbers_by_the_table() -> None:
-    integers = {(UniformActivation, UniformTensor), (UniformActivation, PermutedTensor)}
+    integers = {(UniformActivation, node) for node in (UniformTensor, PermutedTensor, PreparedIntegerTensor)}
     for (x, weight, _), rule in module._RULES.items():
         if x in (UniformActivation, RazoredActivation) and (x, weight) not in integers:
             assert rule is module._dequantized

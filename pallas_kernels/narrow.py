@@ -113,11 +113,12 @@ def prepare_spqr(
     Args:
       codes: 0 to 7.
       grids: of groups of 16 inputs.
-      values: what is added to a weight in each slot of an output; 0 in slots that are not used.
+      values: what is added to a weight in each slot of an output, 0 in slots that are not used; None, and no rows,
+        where there are no outliers.
       rows: the input of each slot.
 
     Raises:
-      ValueError: the sizes have no kernel.
+      ValueError: the sizes have no kernel, or values are given without rows.
     """
     (outputs, inputs), groups = codes.shape, grids.scale_codes.shape[0]
     if outputs % TILE or inputs % (RUNS * THREES) or inputs != GROUP * groups or inputs > MOST_INPUTS:
@@ -125,6 +126,8 @@ def prepare_spqr(
             f"SpQR's weight [{outputs}, {inputs}] in {groups} groups: the kernel takes a multiple of {TILE} outputs "
             f"and of {RUNS * THREES} inputs, at most {MOST_INPUTS}, in groups of {GROUP}; keep the portable layout"
         )
+    if (values is None) != (rows is None):
+        raise ValueError("SpQR's outliers have values or rows alone: give both, or neither")
     both = (grids.scale_codes.astype(jnp.int32) | grids.zero_codes.astype(jnp.int32) << 4).T
     signed = jnp.where(both > 127, both - 256, both).astype(jnp.int8)
     parts = grids.parts.reshape(4, groups, outputs // TILE, 4).transpose(2, 1, 3, 0).reshape(-1, groups, 16)

@@ -77,7 +77,7 @@ def spqr_decode(
       codes: int4 words in the order of `fields.store_threes`.
       grid_codes: a scale's code in the low four bits, a zero's in the high.
       grids: for each group and run of 16 outputs the scales' base and step and the zeros', of 64 outputs together.
-      values: what is added to a weight in each slot of an output; None where there are no outliers.
+      values: what is added to a weight in each slot of an output; None, and no rows, where there are no outliers.
       rows: the input of each slot.
       config: how the work is divided.
       simulate: run in the interpreter on the CPU with these settings.
@@ -89,6 +89,8 @@ def spqr_decode(
     fault = fault_of_spqr(config, n, k)
     if m > MOST_TOKENS:
         fault = f"{m} tokens are more than {MOST_TOKENS}: dequantize for XLA, which is faster there"
+    if (values is None) != (rows is None):
+        fault = "outliers have values or rows alone: give both, or neither"
     if fault:
         raise ValueError(f"SpQR's weight [{n}, {k}] with {config}: {fault}")
     given = [_spread(x), codes, grid_codes, grids]

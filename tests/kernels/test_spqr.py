@@ -44,7 +44,13 @@ def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(ValueError, match="in 8 groups: the kernel takes"):
         jax.eval_shape(prepare_spqr, whole((64, 128)), grids)
     grids = TwoLevelGrids(whole((16, 64)), whole((16, 64)), struct((4, 16, 4), jnp.float16))
+    values = struct((64, 3), jnp.float16)
+    with pytest.raises(ValueError, match="values or rows alone"):
+        jax.eval_shape(prepare_spqr, whole((64, 256)), grids, values)
     weight = jax.eval_shape(prepare_spqr, whole((64, 256)), grids)
+    alone = weight._replace(values=values)
+    with pytest.raises(ValueError, match="values or rows alone"):
+        jax.eval_shape(functools.partial(spqr_decode, config=DecodeConfig()), struct((1, 256), jnp.bfloat16), *alone)
     for tokens, config, message in (
         (3, DecodeConfig(), "3 tokens are more than 2"),
         (1, DecodeConfig(warpgroups=2), "256 inputs are no multiple of 2 ranges of 256"),

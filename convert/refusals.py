@@ -16,7 +16,13 @@ from convert import gptq
 from convert.quantized import linear_shapes
 from jquant.activations import PerToken, TensorQuantizer, TokenQuantizer
 from jquant.errors import ConversionError
-from jquant.formats import PermutedTensor, QuantizedTensor, UniformTensor
+from jquant.formats import (
+    PermutedTensor,
+    PreparedFloatTensor,
+    PreparedIntegerTensor,
+    QuantizedTensor,
+    UniformTensor,
+)
 from jquant.kv import ExactKv
 from jquant.models import Linear, Llama, blocks, get
 
@@ -24,6 +30,7 @@ type ExportFormat = Literal["compressed-tensors", "gptq", "safetensors"]
 type Consumer = Literal["transformers", "vllm", "gptqmodel"]
 
 _TOKEN_GRIDS: Final[Mapping[str, str]] = {"transformers": "symmetric_full", "vllm": "symmetric"}
+_PREPARED: Final = (PreparedFloatTensor, PreparedIntegerTensor)
 _GPTQ_MULTIPLE: Final = 32  # inputs and outputs fill whole words at every width
 _SHOWN: Final = 3  # paths named for one reason
 
@@ -68,6 +75,10 @@ def _refusals(model: Llama, format: ExportFormat, consumer: Consumer, dtype: str
                     "rotations that fold away alone: rotate with parts: [residual]"
                 ),
             )
+        if isinstance(kernel.inner if isinstance(kernel, PermutedTensor) else kernel, _PREPARED):
+            laid = "its weight lies as a GPU's kernels read it, some scales rounded"
+            yield path, f"{laid}; write it back first: jquant.prepare(model, Target.REFERENCE)"
+            continue
         yield from _of_activations(path, linear, format, consumer)
         if isinstance(kernel, QuantizedTensor) and format != "safetensors":
             yield from _of_weight(path, kernel, format, dtype)

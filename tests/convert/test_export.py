@@ -22,6 +22,7 @@ from jquant.errors import CheckpointError, ConversionError
 from jquant.formats import CenteredTensor, UniformFormat, online_rotation
 from jquant.kv import Kivi
 from jquant.models import Llama, LlamaConfig, Stacked, get, linear_paths, put, set_kv_codec
+from jquant.targets import Target, prepare
 from tests.convert.quantized_models import dense_model, quantized_model
 
 W4: Final = UniformFormat(4, 32, "symmetric")
@@ -178,6 +179,10 @@ def centered() -> Llama:
     )
 
 
+def prepared() -> Llama:
+    return prepare(quantized_model(UniformFormat(4, 32)), Target.H100)
+
+
 REFUSED: Final[Mapping[str, tuple[ExportFormat, Consumer, Make, str]]] = {
     "KIVI": (
         "safetensors",
@@ -190,6 +195,12 @@ REFUSED: Final[Mapping[str, tuple[ExportFormat, Consumer, Make, str]]] = {
         "transformers",
         lambda: with_linear(quantized_model(W4), input_rotation=online_rotation(64)),
         rf"{PATH}: its input is rotated online \(hadamard.*parts: \[residual\]",
+    ),
+    "prepared": (
+        "safetensors",
+        "transformers",
+        prepared,
+        r"layers.* and 4 more: its weight lies as a GPU",
     ),
     "centered": ("compressed-tensors", "vllm", centered, rf"{PATH}: .*CenteredTensor.*nearest: safetensors"),
     "outlier split": (

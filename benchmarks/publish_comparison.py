@@ -1,9 +1,9 @@
 """Publishes a comparison: docs/comparison.json, its page and report, and the README's table, all from its rows.
 
-    python benchmarks/publish_comparison.py OUT RECIPE [RECIPE ...]
+    python benchmarks/publish_comparison.py OUT RECIPE [RECIPE ...] [--note TEXT]
 
-OUT is the folder of `jquant compare`, whose rows may be those of several processes. A test holds the README's table to
-docs/comparison.json.
+OUT is the folder of `jquant compare`, whose rows may be those of several processes. The note, of what readers must know
+beside, ends the caption. A test holds the README's table to docs/comparison.json.
 """
 
 import argparse
@@ -59,13 +59,14 @@ def page(content: Mapping[str, Any]) -> str:
     )
 
 
-def publish(out: Path, recipes: Sequence[str], root: Path) -> None:
+def publish(out: Path, recipes: Sequence[str], root: Path, note: str = "") -> None:
     """Writes all of it below a root that has README.md and docs/."""
     content = json.loads((out / "table.json").read_text("utf-8"))
     rows = {row["name"]: row for row in (json.loads(file.read_text("utf-8")) for file in (out / "rows").glob("*.json"))}
     missing = [name for name in (BASELINE, *recipes) if name not in rows]
     if missing:
         raise SystemExit(f"no row of {', '.join(missing)} in {out / 'rows'}: finish the comparison first")
+    content["caption"] = f"{content['caption']} {note}".strip()
     content["rows"] = [rows[name] for name in (BASELINE, *recipes)]
     docs = root / "docs"
     (docs / "comparison.json").write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", "utf-8")
@@ -84,8 +85,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path)
     parser.add_argument("recipes", nargs="+")
+    parser.add_argument("--note", default="")
     arguments = parser.parse_args()
-    publish(arguments.out, arguments.recipes, ROOT)
+    publish(arguments.out, arguments.recipes, ROOT, arguments.note)
 
 
 if __name__ == "__main__":

@@ -276,11 +276,13 @@ def test_generate_takes_several_prompts(quantized: str, capsys: pytest.CaptureFi
 def test_chat_answers_line_by_line(
     quantized: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sys.stdin", io.StringIO("/stats\nhello\nand again\n/stats\n/clear\nagain\n/stats\n/what\n"))
+    lines = ["/stats", "hello", "long " * 9999, "and again", "/stats", "/clear", "again", "/stats", "/what"]
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines)))
     assert run("chat", quantized, "--max-tokens", "4", "--system", "be brief") == 0
     shown = capsys.readouterr().out
-    assert shown.count("> ") >= 9
+    assert shown.count("> ") >= 10
     assert "no answer yet" in shown
+    assert shown.count("shorten the prompt or ask for fewer tokens; or forget the conversation: /clear") == 1
     reads = [int(count) for count in re.findall(r": (\d+) tokens read, \d written, the first after", shown)]
     assert len(reads) == 2
     assert reads[1] == len("system: be brief\nuser: again\nassistant: ") < reads[0]  # /clear forgot the rest

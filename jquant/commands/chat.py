@@ -13,8 +13,9 @@ from rich.panel import Panel
 from rich.text import Text
 
 from convert import load_tokenizer
-from eval import Message, ReplyTimes, reply
+from eval import Message, ReplyTimes, render, reply
 from jquant.commands.display import note, stdout
+from jquant.errors import DataError
 from jquant.folders import open_abstract, open_for_use
 from jquant.inspection import CacheFacts, measure_cache
 from jquant.models import Llama
@@ -90,12 +91,20 @@ def run(
             options: dict[str, Any] = {"max_tokens": max_tokens, "sampler": sampler, "key": key}
             return reply(side.model, side.tokenizer, side.messages, **options, on_end=side.times.append)
 
-        for side, text in zip(sides, show(console, sides, answer), strict=True):
+        try:
+            texts = show(console, sides, answer)
+        except DataError as error:  # the question is taken back; what was said before it stays
+            console.print(f"{error}; or forget the conversation: /clear", markup=False, highlight=False, soft_wrap=True)
+            for side in sides:
+                side.messages.pop()
+            continue
+        for side, text in zip(sides, texts, strict=True):
             side.messages.append({"role": "assistant", "content": text})
 
 
 def _open(name: str, target: TargetName, start: list[Message]) -> _Side:
     tokenizer: Any = load_tokenizer(name)
+    render(tokenizer, [{"role": "user", "content": ""}])  # a tokenizer without a template is refused before any work
     tree = open_for_use(name, target=target)
     note(f"products by {describe_products(tree)}")
     return _Side(name, tree, tokenizer, measure_cache(open_abstract(name)), list(start))

@@ -19,6 +19,10 @@ from pallas_kernels.attention_configs import choose_kivi as choose_kivi
 from pallas_kernels.attention_configs import choose_window as choose_window
 from pallas_kernels.attention_kernel import AttentionConfig as AttentionConfig
 from pallas_kernels.binary import binary_decode as binary_decode
+from pallas_kernels.feedback import FeedbackConfig as FeedbackConfig
+from pallas_kernels.feedback import round_on_grids as round_on_grids
+from pallas_kernels.feedback import round_to_steps as round_to_steps
+from pallas_kernels.feedback import round_with_outliers as round_with_outliers
 from pallas_kernels.flash_tokens import Grid as Grid
 from pallas_kernels.hadamard import rotate_quantize as rotate_quantize
 from pallas_kernels.kronecker import Rotation as Rotation

@@ -52,6 +52,7 @@ ROWS: Final = C.reduce(1)
 COLUMNS: Final = C.reduce(0)
 ROWS_OF_ACCUMULATOR: Final = 64  # what one warpgroup's instruction makes
 LEAST_COLUMNS: Final = 8  # of an instruction's result
+THREADS: Final = 128  # of a warpgroup
 LEAST_SWIZZLE: Final = 256  # bits of a row
 PRODUCER_REGISTERS: Final = 40  # what the warpgroup that only issues copies keeps (Pallas' own advice for Hopper)
 
@@ -113,6 +114,11 @@ def kernel(
         ),
         interpret=simulate,
     )
+
+
+def line(numbers: int) -> Any:
+    """Returns the layout of a vector whose numbers lie with neighbouring threads of a warpgroup, as many with each."""
+    return plgpu.Layout.WG_STRIDED((numbers,), vec_size=numbers // THREADS)
 
 
 def load(ref: Any, layout: Any, *, checked: bool = True) -> Any:

@@ -5,12 +5,14 @@
     weights              w[n, k] = scales[k // g, n] * (codes[n, k] - zeros[k // g, n])
 
     rotation             y = M x / sqrt(order), quantized on each token's own grid
+    feedback             row j rounds P_j - sum_{i < j} F_ij c_i, c_i what rounding row i changed
 
 A weight lies [out, in], its inputs contiguous, because the tensor cores take int8 in that order only; g = in / groups,
 and one group is "per channel". Codes are signed: a format's unsigned code less 2^(bits - 1), and its zero likewise.
 """
 
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -175,3 +177,82 @@ def spqr_weight(
     if values is None or rows is None:
         return weight
     return weight.at[jnp.arange(len(codes))[:, None], rows].add(values.astype(jnp.float32))
+
+
+def round_on_grids(
+    rows: Float[Array, "rows out"],
+    factor: Float[Array, "rows rows"],
+    groups: Int[Array, "rows"],
+    scales: Float[Array, "groups out"],
+    zeros: Float[Array, "groups out"],
+    bits: int,
+) -> tuple[Shaped[Array, "rows out"], Float[Array, "rows out"]]:
+    """Returns the codes of rows that are rounded in turn, each one's error fed back to those below, and the errors.
+
+    Example:
+      >>> factor, grid = jnp.array([[1.0, 0.5], [0.0, 1.0]]), jnp.ones((1, 1))
+      >>> codes, errors = round_on_grids(jnp.array([[1.4], [1.4]]), factor, jnp.zeros(2, jnp.int32), grid, 0 * grid, 2)
+      >>> codes.ravel().tolist(), errors.ravel().round(3).tolist()
+      ([1, 1], [0.4000000059604645, 0.20000000298023224])
+    """
+
+    def apply(values: jax.Array, row: jax.Array) -> tuple[jax.Array, jax.Array]:
+        scale, zero = scales[groups[row]], zeros[groups[row]]
+        codes = jnp.clip(jnp.round(values / scale) + zero, 0, 2**bits - 1)
+        return codes.astype(jnp.uint8), (values - scale * (codes - zero)) / factor[row, row]
+
+    codes, errors = _feed_back(rows, factor, apply)
+    return codes, errors
+
+
+def round_with_outliers(
+    rows: Float[Array, "rows out"],
+    factor: Float[Array, "rows rows"],
+    counts: Float[Array, "rows"],
+    limit: Float[Array, ""],
+    scales: Float[Array, "out"],
+    zeros: Float[Array, "out"],
+    bits: int,
+    dtype: jax.typing.DTypeLike,
+) -> tuple[Shaped[Array, "rows out"], ...]:
+    """Returns codes, outliers (1 or 0), what stands for the weights, and errors, of rows that SpQR rounds in turn."""
+
+    def nearest(values: jax.Array) -> tuple[jax.Array, jax.Array]:
+        codes = jnp.clip(jnp.round(values / jnp.where(scales > 0, scales, 1.0) + zeros), 0, 2**bits - 1)
+        return codes, scales * (codes - zeros)
+
+    def apply(values: jax.Array, row: jax.Array) -> tuple[jax.Array, ...]:
+        told = ((values - nearest(values)[1]) * counts[row]) ** 2 > limit
+        codes, rounded = nearest(jnp.where(told, 0.0, values))
+        dense = jnp.where(told, values.astype(dtype).astype(jnp.float32), rounded)
+        return codes.astype(jnp.uint8), told.astype(jnp.uint8), dense, (values - dense) / factor[row, row]
+
+    return _feed_back(rows, factor, apply)
+
+
+def round_to_steps(
+    rows: Float[Array, "rows out"],
+    feedback: Float[Array, "rows rows"],
+    ends: Float[Array, "2"],
+    last: Float[Array, "rows out"],
+    noise: Float[Array, "rows out"] | None,
+) -> Float[Array, "rows out"]:
+    """Returns whole numbers of rows rounded in turn, each one's change of the last sweep's fed back to those below."""
+
+    def apply(values: jax.Array, row: jax.Array) -> tuple[jax.Array, jax.Array]:
+        rounded = jnp.round(values) if noise is None else jnp.floor(values + noise[row])
+        codes = jnp.clip(rounded, ends[0], ends[1])
+        return codes, codes - last[row]
+
+    return _feed_back(rows, feedback, apply)[0]
+
+
+def _feed_back(rows: jax.Array, factor: jax.Array, apply: Callable[..., tuple[jax.Array, ...]]) -> tuple[Any, ...]:
+    """Rounds rows in turn; what `apply` gives last, times the factor's row, goes from those below."""
+
+    def step(rows: jax.Array, row: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+        kept = apply(rows[row], row)
+        return rows - factor[row][:, None] * kept[-1][None, :], kept
+
+    found: tuple[Any, ...] = jax.lax.scan(step, rows, jnp.arange(rows.shape[0]))[1]
+    return found

@@ -13,9 +13,10 @@ Exact identity, used as a test: sum_j e_j^2 = (w - q)^T H (w - q) with the dampe
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Final, Literal, NamedTuple, final
+from typing import Any, Literal, NamedTuple, final
 
 import jax
 import jax.numpy as jnp
@@ -25,10 +26,9 @@ from jquant.formats import PermutedTensor, QuantizedTensor, UniformFormat, quant
 from jquant.numerics import Grid, decode, encode, inverse_factor, revive_dead
 from jquant.quantizers.base import Diagnostics, WeightQuantizer, hessian_figures
 from jquant.quantizers.rtn import Clip, fit_groups, round_to_nearest
+from jquant.quantizers.solver import Solver
 from jquant.quantizers.statistics import HESSIAN, SecondMoment
 from jquant.types import Key
-
-BLOCK_SIZE: Final = 64  # rows between matrix products; the paper has 128, the codes are the same
 
 
 class Rounding(NamedTuple):
@@ -37,10 +37,12 @@ class Rounding(NamedTuple):
     Attributes:
       fit: inputs [in, out], inputs of a group or None for one group -> a tree of [groups, out]: the groups' grids.
       apply: a row [out] and its grid, a tree of [out] -> a tree of what is kept of the row, and the rounded row [out].
+      bits: of a code where the grids are uniform, which kernels know how to apply; None for others.
     """
 
     fit: Callable[[jax.Array, int | None], Any]
     apply: Callable[[jax.Array, Any], tuple[Any, jax.Array]]
+    bits: int | None = None
 
 
 class Solution(NamedTuple):
@@ -133,7 +135,7 @@ class Gptq(WeightQuantizer):
             weight,
             hessian,
             order,
-            Rounding(fit, apply),
+            Rounding(fit, apply, self.format.bits),
             damping=self.damping,
             group_size=self.format.group_size,
             groups=self.groups,
@@ -166,6 +168,7 @@ def spread_errors(
     damping: float,
     group_size: int | None,
     groups: Literal["static", "dynamic"],
+    solver: Solver = Solver.MACHINE,
 ) -> Solution:
     """Runs GPTQ's recursion with any rounding of rows, in the dtype of `weight`.
 
@@ -177,6 +180,7 @@ def spread_errors(
       damping: share of the mean diagonal added to the Hessian.
       group_size: inputs that share a grid; None for all.
       groups: whether grids are fitted before the recursion, or to the rows as updated when their turn comes.
+      solver: what rounds the rows of a block; the scan where grids are not uniform.
 
     Returns:
       The solution, in processing order.
@@ -186,7 +190,10 @@ def spread_errors(
     hessian, weight = revive_dead(hessian.astype(weight.dtype), weight)
     factor = inverse_factor(hessian[order[:, None], order[None, :]], damping)
     dynamic = groups == "dynamic" and count > 1
-    size = inputs // count if dynamic else min(BLOCK_SIZE, inputs)
+    size = inputs // count
+    solver = Solver.SCAN if rounding.bits is None else solver.resolve(weight.dtype, size if dynamic else 1)
+    size = size if dynamic else min(solver.rows, inputs)
+    round_block = functools.partial(_round_block, rounding, solver)
     grid = rounding.fit(weight, group_size)
 
     padding = -inputs % size  # rows of zeros with an identity factor: they take no error and give none
@@ -197,7 +204,7 @@ def spread_errors(
         rows, spread, which = (jax.lax.dynamic_slice_in_dim(a, start, size) for a in (weight, upper, grid_of_row))
         own = rounding.fit(rows, None) if dynamic else grid
         within = jax.lax.dynamic_slice_in_dim(spread, start, size, axis=1)  # [size, size]
-        codes, errors = _round_block(rows, within, own, which, rounding.apply)
+        codes, errors = round_block(rows, within, own, which)
         rest = weight - jnp.matmul(spread.T, errors, precision=jax.lax.Precision.HIGHEST)
         return rest, (codes, errors, own if dynamic else None)
 
@@ -210,18 +217,24 @@ def spread_errors(
 
 
 def _round_block(
-    rows: jax.Array,
-    upper: jax.Array,
-    grid: Any,
-    which: jax.Array,
-    apply: Callable[[jax.Array, Any], tuple[Any, jax.Array]],
+    rounding: Rounding, solver: Solver, rows: jax.Array, upper: jax.Array, grid: Any, which: jax.Array
 ) -> tuple[Any, jax.Array]:
     """Rounds the rows of one block in turn; `which` tells each row's grid. Returns what is kept and the errors."""
 
-    def row(rows: jax.Array, index: jax.Array) -> tuple[jax.Array, tuple[Any, jax.Array]]:
-        kept, rounded = apply(rows[index], jax.tree.map(lambda leaf: leaf[which[index]], grid))
-        error = (rows[index] - rounded) / upper[index, index]
-        return rows - upper[index][:, None] * error[None, :], (kept, error)
+    def scan(rows: jax.Array, upper: jax.Array, which: jax.Array, grid: Any) -> tuple[Any, jax.Array]:
+        def row(rows: jax.Array, index: jax.Array) -> tuple[jax.Array, tuple[Any, jax.Array]]:
+            kept, rounded = rounding.apply(rows[index], jax.tree.map(lambda leaf: leaf[which[index]], grid))
+            error = (rows[index] - rounded) / upper[index, index]
+            return rows - upper[index][:, None] * error[None, :], (kept, error)
 
-    _, (kept, errors) = jax.lax.scan(row, rows, jnp.arange(rows.shape[0]))
-    return kept, errors
+        _, (kept, errors) = jax.lax.scan(row, rows, jnp.arange(rows.shape[0]))
+        return kept, errors
+
+    def kernel(rows: jax.Array, upper: jax.Array, which: jax.Array, grid: Grid, *, simulate: Any) -> Any:
+        from pallas_kernels import round_on_grids
+
+        assert rounding.bits is not None
+        which = which.astype(jnp.int32)
+        return round_on_grids(rows, upper, which, grid.scales, grid.zeros, bits=rounding.bits, simulate=simulate)
+
+    return solver.run(kernel, scan, rows, upper, which, grid)

@@ -18,16 +18,15 @@ Chee, Cai, Kuleshov, De Sa 2023, arXiv:2307.13304; their W is our t^T. Their cod
 """
 
 import functools
-from typing import Final, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jquant.numerics import unit_factor
+from jquant.quantizers.solver import Solver
 from jquant.types import Key, Leaf
-
-BLOCK_SIZE: Final = 64  # rows between matrix products
 
 type Rounding = Literal["ldlq", "stochastic", "greedy", "near"]
 type Order = Literal["natural", "reversed", "activation"]
@@ -50,6 +49,26 @@ class Rounded(NamedTuple):
     damping: Leaf
 
 
+class Factored(NamedTuple):
+    """A damped Hessian H_d, its rows and columns in the order of processing, as sweeps need it.
+
+    Attributes:
+      sequence: which inputs these are.
+      upper: M [in, in].
+      pivots: D [in].
+      hollow: H_d without its diagonal.
+      diagonal: of H_d.
+      damping: what was added to the Hessian's diagonal, relative to its mean.
+    """
+
+    sequence: Leaf
+    upper: Leaf
+    pivots: Leaf
+    hollow: Leaf
+    diagonal: Leaf
+    damping: Leaf
+
+
 def order_of(hessian: Float[Array, "in in"], order: Order) -> Int[Array, "in"]:
     """Returns the inputs in processing order; "activation" takes the largest diagonal first, ties in natural order."""
     if order == "activation":
@@ -58,7 +77,23 @@ def order_of(hessian: Float[Array, "in in"], order: Order) -> Int[Array, "in"]:
     return inputs if order == "natural" else jnp.flip(inputs)
 
 
-@functools.partial(jax.jit, static_argnames=("rounding", "order", "fidelity"))
+def factorize(hessian: Float[Array, "in in"], damping: float | Float[Array, ""], order: Order) -> Factored:
+    """Orders, damps and factors a Hessian, once for all roundings that it serves.
+
+    Args:
+      hessian: H, of the inputs' own order.
+      damping: share of the mean diagonal added to H first; raised step by step if it does not suffice.
+      order: of the rows, in all sweeps.
+    """
+    sequence = order_of(hessian, order)
+    hessian = hessian[sequence[:, None], sequence[None, :]]
+    factor = unit_factor(hessian, damping)
+    diagonal = jnp.diagonal(hessian) + factor.damping * jnp.mean(jnp.diagonal(hessian))
+    hollow = hessian * (1 - jnp.eye(hessian.shape[0], dtype=hessian.dtype))
+    return Factored(sequence, factor.upper, factor.pivots, hollow, diagonal, factor.damping)
+
+
+@functools.partial(jax.jit, static_argnames=("rounding", "order", "fidelity", "solver"))
 def round_with_feedback(
     target: Float[Array, "in out"],
     hessian: Float[Array, "in in"],
@@ -70,6 +105,7 @@ def round_with_feedback(
     greedy_passes: int | Int[Array, ""] = 0,
     top: int | Int[Array, ""] | None = None,
     fidelity: Fidelity = "paper",
+    solver: Solver = Solver.MACHINE,
 ) -> Rounded:
     """Rounds a matrix, given in units of grid steps, to whole numbers.
 
@@ -85,6 +121,7 @@ def round_with_feedback(
       top: the largest code; codes are clipped to 0..top inside the sweep. None for all whole numbers.
       fidelity: "reference" clips after each greedy pass instead and forgets what that changed, as the code of the
         paper does, so that later passes start from errors that are not there.
+      solver: what rounds the rows of a block.
 
     Returns:
       Codes in the inputs' own order.
@@ -97,37 +134,58 @@ def round_with_feedback(
 
     Reference: arXiv:2307.13304.
     """
-    sequence = order_of(hessian, order)
-    hessian = hessian[sequence[:, None], sequence[None, :]]
-    factor = unit_factor(hessian, damping)
-    diagonal = jnp.diagonal(hessian) + factor.damping * jnp.mean(jnp.diagonal(hessian))
-    hollow = hessian * (1 - jnp.eye(hessian.shape[0], dtype=hessian.dtype))
-    first = jnp.triu(factor.upper, 1) if rounding != "near" else jnp.zeros_like(hessian)
+    factored = factorize(hessian, damping, order)
+    return round_factored(
+        target, factored, key, rounding=rounding, greedy_passes=greedy_passes, top=top, fidelity=fidelity, solver=solver
+    )
+
+
+def round_factored(
+    target: Float[Array, "in out"],
+    factored: Factored,
+    key: Key,
+    *,
+    rounding: Rounding,
+    greedy_passes: int | Int[Array, ""],
+    top: int | Int[Array, ""] | None,
+    fidelity: Fidelity,
+    solver: Solver = Solver.MACHINE,
+) -> Rounded:
+    """Rounds as `round_with_feedback`, whose arguments these are, with a Hessian that is factored."""
+    sequence, upper, pivots, hollow, diagonal, damping = factored
+    first = jnp.triu(upper, 1) if rounding != "near" else jnp.zeros_like(upper)
     noise = jax.random.uniform(key, target.shape, target.dtype) if rounding == "stochastic" else None
     codes, errors = target[sequence], jnp.zeros_like(target)
-    limit = None if top is None else jnp.asarray(top, target.dtype)
+    everything = jnp.asarray([-jnp.inf, jnp.inf], target.dtype)
+    ends = everything if top is None else jnp.stack([jnp.zeros((), target.dtype), jnp.asarray(top, target.dtype)])
+    sweep = functools.partial(_sweep, solver.resolve(target.dtype))
     if rounding != "greedy":
-        codes, errors = _sweep(codes, errors, first, noise, limit)
+        codes, errors = sweep(codes, errors, first, noise, ends)
 
     def greedy(_: jax.Array, state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         if fidelity == "paper":
-            return _sweep(*state, hollow / diagonal[None, :], None, limit)
-        codes, errors = _sweep(*state, hollow / diagonal[None, :], None, None)
-        return jnp.clip(codes, 0, limit), errors
+            return sweep(*state, hollow / diagonal[None, :], None, ends)
+        codes, errors = sweep(*state, hollow / diagonal[None, :], None, everything)
+        return jnp.clip(codes, ends[0], ends[1]), errors
 
     codes, _ = jax.lax.fori_loop(0, greedy_passes, greedy, (codes, errors))
     errors = codes - target[sequence]
     curved = jnp.matmul(hollow, errors, precision=jax.lax.Precision.HIGHEST) + diagonal[:, None] * errors
     restored = jnp.zeros_like(codes).at[sequence].set(codes)
-    return Rounded(restored, jnp.sum(errors * curved, axis=0), factor.pivots, factor.damping)
+    return Rounded(restored, jnp.sum(errors * curved, axis=0), pivots, damping)
 
 
 def _sweep(
-    codes: jax.Array, errors: jax.Array, feedback: jax.Array, noise: jax.Array | None, top: jax.Array | None
+    solver: Solver,
+    codes: jax.Array,
+    errors: jax.Array,
+    feedback: jax.Array,
+    noise: jax.Array | None,
+    ends: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
     """Rounds the rows in turn and returns codes and errors; `noise` in [0, 1) in place of the half of rounding."""
     count = codes.shape[0]
-    size = min(BLOCK_SIZE, count)
+    size = min(solver.rows, count)
     padding = -count % size  # rows of zeros without feedback: they take no error and give none
     codes, errors = (jnp.pad(rows, ((0, padding), (0, 0))) for rows in (codes, errors))
     feedback = jnp.pad(feedback, ((0, padding), (0, padding)))
@@ -137,25 +195,33 @@ def _sweep(
         columns = jax.lax.dynamic_slice_in_dim(feedback, start, size, axis=1)
         within = jax.lax.dynamic_slice_in_dim(columns, start, size)  # [size, size]
         own, made = (jax.lax.dynamic_slice_in_dim(rows, start, size) for rows in (codes, errors))
-        draws = None if noise is None else jax.lax.dynamic_slice_in_dim(noise, start, size)
+        draws = () if noise is None else (jax.lax.dynamic_slice_in_dim(noise, start, size),)
         points = own - made - jnp.matmul(columns.T, errors, precision=jax.lax.Precision.HIGHEST)
-        rounded = _sweep_block(points, own, within, draws, top)
+        rounded = solver.run(_round_by_kernel, _round_by_scan, points, own, within, ends, *draws)
         return jax.lax.dynamic_update_slice_in_dim(errors, made + rounded - own, start, axis=0), rounded
 
     errors, blocks = jax.lax.scan(block, errors, jnp.arange(0, count + padding, size))
     return blocks.reshape(codes.shape)[:count], errors[:count]
 
 
-def _sweep_block(
-    points: jax.Array, codes: jax.Array, feedback: jax.Array, noise: jax.Array | None, top: jax.Array | None
+def _round_by_scan(
+    points: jax.Array, codes: jax.Array, feedback: jax.Array, ends: jax.Array, *noise: jax.Array
 ) -> jax.Array:
     """Rounds the rows of one block in turn, `points` holding what they would round now."""
 
     def row(points: jax.Array, index: jax.Array) -> tuple[jax.Array, jax.Array]:
         point = points[index]
-        rounded = jnp.round(point) if noise is None else jnp.floor(point + noise[index])
-        rounded = rounded if top is None else jnp.clip(rounded, 0, top)
+        rounded = jnp.floor(point + noise[0][index]) if noise else jnp.round(point)
+        rounded = jnp.clip(rounded, ends[0], ends[1])
         change = rounded - codes[index]
         return points - feedback[index][:, None] * change[None, :], rounded
 
     return jax.lax.scan(row, points, jnp.arange(points.shape[0]))[1]
+
+
+def _round_by_kernel(
+    points: jax.Array, codes: jax.Array, feedback: jax.Array, ends: jax.Array, *noise: jax.Array, simulate: Any
+) -> Any:
+    from pallas_kernels import round_to_steps
+
+    return round_to_steps(points, feedback, ends, codes, noise[0] if noise else None, simulate=simulate)

@@ -33,7 +33,7 @@ from jquant.formats import (
 )
 from jquant.numerics import Transform, revive_dead, rotate
 from jquant.quantizers.base import Diagnostics, WeightQuantizer, hessian_figures
-from jquant.quantizers.ldlq import Fidelity, Order, Rounded, Rounding, round_with_feedback
+from jquant.quantizers.ldlq import Factored, Fidelity, Order, Rounded, Rounding, factorize, round_factored
 from jquant.quantizers.rtn import fit_groups, round_to_nearest
 from jquant.quantizers.statistics import HESSIAN, SecondMoment
 from jquant.types import DType, Key
@@ -138,7 +138,8 @@ class Quip(WeightQuantizer):
         self, weight: jax.Array, hessian: jax.Array, format: UniformFormat, key: Key
     ) -> tuple[QuantizedTensor, jax.Array, jax.Array]:
         grid = fit_groups(weight, format, "none")
-        rounded = self._round(weight / grid.scales + grid.zeros, hessian, self.damping, key, self.greedy_passes)
+        factored = factorize(hessian, self.damping, self.order)
+        rounded = self._round(weight / grid.scales + grid.zeros, factored, key, self.greedy_passes)
         tensor = quantize_uniform(rounded.codes.astype(jnp.uint8), grid.scales, grid.zeros, format)
         return tensor, rounded.loss * grid.scales[0] ** 2, rounded.damping
 
@@ -149,10 +150,12 @@ class Quip(WeightQuantizer):
         basis = incoherent_basis(weight, hessian, seed, transform, self.scale_dtype)
         extra = _PROJECTION_DAMPING * (1 + self.damping) if self.fidelity == "reference" else 0.0
 
+        factored = factorize(basis.hessian, self.damping + extra, self.order)
+
         def round_on(rho: Any, greedy_passes: Any) -> tuple[Rounded, jax.Array]:
             target, step = centered_target(basis.weight, self.bits, rho)
             key_of_noise = jax.random.fold_in(key, 1)
-            return self._round(target, basis.hessian, self.damping + extra, key_of_noise, greedy_passes), step
+            return self._round(target, factored, key_of_noise, greedy_passes), step
 
         if self.rho is None and self.fidelity == "paper":
             rounded, step = self._search(round_on, weight.dtype)
@@ -180,17 +183,13 @@ class Quip(WeightQuantizer):
         start = (jnp.asarray(jnp.inf, dtype), jnp.asarray(_PUBLISHED_RHO, dtype), empty)
         return jax.lax.fori_loop(0, len(RHOS) + 1, turn, start)[2]
 
-    def _round(
-        self, target: jax.Array, hessian: jax.Array, damping: float, key: Key, greedy_passes: int | jax.Array
-    ) -> Rounded:
+    def _round(self, target: jax.Array, factored: Factored, key: Key, greedy_passes: int | jax.Array) -> Rounded:
         top = 2**self.bits - 1
-        return round_with_feedback(
+        return round_factored(
             jnp.clip(target, 0, top) if self.fidelity == "reference" else target,
-            hessian,
+            factored,
             key,
-            damping=damping,
             rounding=self.rounding,
-            order=self.order,
             greedy_passes=greedy_passes,
             top=top,
             fidelity=self.fidelity,

@@ -15,7 +15,7 @@ out). Exact identity, used as a test: sum e^2 = (w - q)^T H (w - q) with the dam
 
 import functools
 from dataclasses import dataclass
-from typing import Final, Literal, NamedTuple, final
+from typing import Any, Final, Literal, NamedTuple, final
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,7 @@ from jquant.formats import PermutedTensor, QuantizedTensor, SpqrFormat, Statisti
 from jquant.numerics import inverse_factor, revive_dead
 from jquant.quantizers.base import Diagnostics, WeightQuantizer, weight_error
 from jquant.quantizers.bilevel import Fidelity, Grids, fit_group, leave_one_out, nearest, stored
+from jquant.quantizers.solver import Solver
 from jquant.quantizers.statistics import HESSIAN, SecondMoment
 from jquant.types import Key
 
@@ -35,12 +36,13 @@ MOST_TRIES: Final = 24  # solves of one search; a bracket and eight halvings tak
 
 
 class Problem(NamedTuple):
-    """A matrix in processing order, the factor of its Hessian, and how much each input's error counts (0 if dead)."""
+    """A matrix in processing order, its factor, how much each input's error counts (0 if dead), what rounds rows."""
 
     rows: Float[Array, "in out"]
     upper: Float[Array, "in in"]
     counts: Float[Array, "in"]
     damping: Float[Array, ""]
+    solver: Solver = Solver.MACHINE
 
 
 class Solution(NamedTuple):
@@ -139,7 +141,7 @@ class Spqr(WeightQuantizer):
         weight = weight.astype(hessian.dtype)
         natural = self.order == "natural"
         order = jnp.arange(weight.shape[0]) if natural else jnp.argsort(-jnp.diagonal(hessian), stable=True)
-        problem = self._prepare(weight, hessian, order)
+        problem = self.prepare(weight, hessian, order)
         solution, threshold = self._solve_within_room(problem)
         tensor = self._pack(solution, order, self.room(solution.codes.shape))
         moments = hessian[order[:, None], order[None, :]]
@@ -152,9 +154,10 @@ class Spqr(WeightQuantizer):
         }
         return tensor, figures if self.outlier_threshold is None else figures | {"threshold": threshold}
 
-    def _prepare(
+    def prepare(
         self, weight: Float[Array, "in out"], hessian: Float[Array, "in in"], order: Int[Array, "in"]
     ) -> Problem:
+        """Returns the problem in an order, from the undamped Hessian."""
         alive = jnp.diagonal(hessian)[order] != 0
         hessian, weight = revive_dead(hessian, weight)
         factor = inverse_factor(hessian[order[:, None], order[None, :]], self.damping)
@@ -165,7 +168,7 @@ class Spqr(WeightQuantizer):
         """Solves with the threshold, or by bisection with one whose outliers fit."""
         dtype = problem.rows.dtype
         if self.outlier_threshold is None:
-            return self._solve(problem, jnp.asarray(jnp.inf, dtype)), jnp.asarray(jnp.inf, dtype)
+            return self.solve(problem, jnp.asarray(jnp.inf, dtype)), jnp.asarray(jnp.inf, dtype)
         first, room = jnp.asarray(self.outlier_threshold, dtype), self.room(problem.rows.shape)
         spread = jnp.var(problem.rows, axis=1) * (problem.rows.shape[1] / max(1, problem.rows.shape[1] - 1))
         unit = jnp.mean(spread * problem.counts**2)
@@ -174,7 +177,7 @@ class Spqr(WeightQuantizer):
             between = jnp.where(state.below > 0, jnp.sqrt(state.below * state.above), state.above / 4)
             outside = jnp.where(jnp.isinf(state.above), jnp.maximum(4 * state.below, 2.0**-10), between)
             threshold = jnp.where(state.tries == 0, first, outside)
-            solution = self._solve(problem, threshold * unit)
+            solution = self.solve(problem, threshold * unit)
             fits = solution.outliers.sum() <= room
             kept = jax.tree.map(lambda new, old: jnp.where(fits, new, old), solution, state.solution)
             below, above = jnp.where(fits, state.below, threshold), jnp.where(fits, threshold, state.above)
@@ -186,13 +189,13 @@ class Spqr(WeightQuantizer):
             enough = full | close | ((state.below < 0) & (self.bits_target is None))
             return jnp.isinf(state.above) | ~enough
 
-        shapes = jax.eval_shape(lambda: self._solve(problem, unit))
+        shapes = jax.eval_shape(lambda: self.solve(problem, unit))
         nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
         start = Search(jnp.int32(0), jnp.asarray(-1, dtype), jnp.asarray(jnp.inf, dtype), nothing)
         end = jax.lax.while_loop(unfinished, attempt, start)
         return end.solution, end.above
 
-    def _solve(self, problem: Problem, limit: Float[Array, ""]) -> Solution:
+    def solve(self, problem: Problem, limit: Float[Array, ""]) -> Solution:
         """Runs the recursion with one absolute threshold."""
         size = self.format.group_size
 
@@ -202,7 +205,9 @@ class Spqr(WeightQuantizer):
             )
             within = jax.lax.dynamic_slice_in_dim(spread, start, size, axis=1)
             grids = self._fit(rows, counts, limit)
-            codes, outliers, dense, errors = self._round_rows(rows, within, counts, grids, limit)
+            codes, outliers, dense, errors = self._round_rows(
+                (rows, within, counts, limit, grids.scales, grids.zeros), problem.solver
+            )
             rest = weight - jnp.matmul(spread.T, errors, precision=jax.lax.Precision.HIGHEST)
             return rest, Solution(codes, outliers, dense, errors, grids)
 
@@ -211,31 +216,39 @@ class Spqr(WeightQuantizer):
         codes, outliers, dense, errors = (array.reshape(problem.rows.shape) for array in solved[:4])
         return Solution(codes, outliers, dense, errors, solved.grids)
 
-    def _round_rows(
-        self,
-        rows: Float[Array, "size out"],
-        upper: Float[Array, "size size"],
-        counts: Float[Array, "size"],
-        grids: Grids,
-        limit: Float[Array, ""],
-    ) -> tuple[Shaped[Array, "size out"], ...]:
+    def _round_rows(self, arrays: tuple[jax.Array, ...], solver: Solver) -> tuple[Shaped[Array, "size out"], ...]:
         """Rounds the rows of one group in turn; returns codes, outliers, dense rows and errors."""
+        solver = solver.resolve(arrays[0].dtype, len(arrays[0]))
+        found: tuple[jax.Array, ...] = solver.run(self._round_by_kernel, self._round_by_scan, *arrays)
+        return found
+
+    def _round_by_scan(self, *arrays: jax.Array) -> tuple[jax.Array, ...]:
+        rows, upper, counts, limit, scales, zeros = arrays
 
         def row(rows: Float[Array, "size out"], index: Int[Array, ""]) -> tuple[jax.Array, tuple[jax.Array, ...]]:
             values = rows[index]
-            _, rounded = nearest(values, grids.scales, grids.zeros, self.format.bits)
+            _, rounded = nearest(values, scales, zeros, self.format.bits)
             outliers = ((values - rounded) * counts[index]) ** 2 > limit
-            codes, rounded = nearest(jnp.where(outliers, 0.0, values), grids.scales, grids.zeros, self.format.bits)
+            codes, rounded = nearest(jnp.where(outliers, 0.0, values), scales, zeros, self.format.bits)
             dense = jnp.where(outliers, stored(values, self.format.dtype), rounded)
             errors = (values - dense) / upper[index, index]
             return rows - upper[index][:, None] * errors[None, :], (codes, outliers, dense, errors)
 
         return jax.lax.scan(row, rows, jnp.arange(rows.shape[0]))[1]
 
-    def _fit(self, rows: Float[Array, "size out"], counts: Float[Array, "size"], limit: Float[Array, ""]) -> Grids:
-        """Fits the grid of one group to what is left of it without dead inputs and those better left out."""
+    def _round_by_kernel(self, *arrays: jax.Array, simulate: Any) -> tuple[jax.Array, ...]:
+        from pallas_kernels import round_with_outliers
+
+        bits, dtype = self.format.bits, self.format.dtype
+        codes, told, dense, errors = round_with_outliers(*arrays, bits=bits, dtype=dtype, simulate=simulate)
+        return codes, told != 0, dense, errors
+
+    def _fit(
+        self, rows: Float[Array, "size out"], counts: Float[Array, "size"], limit: Float[Array, ""] | None
+    ) -> Grids:
+        """Fits the grid of one group to what is left of it without dead inputs and, above a limit, costly weights."""
         removed = jnp.broadcast_to((counts == 0)[:, None], rows.shape)
-        if self.search == "leave_one_out" and self.outlier_threshold is not None:
+        if limit is not None and self.search == "leave_one_out" and self.outlier_threshold is not None:
             removed |= leave_one_out(rows, removed, counts, limit, self.format.bits, self.fidelity)
         return fit_group(rows, removed, self.format, self.fidelity)
 
@@ -243,7 +256,7 @@ class Spqr(WeightQuantizer):
         """Returns the matrix rounded to nearest on grids of this format: no feedback, no outliers."""
 
         def group(rows: Float[Array, "size out"], counts: Float[Array, "size"]) -> Float[Array, "size out"]:
-            grids = self._fit(rows, counts, jnp.asarray(jnp.inf, rows.dtype))
+            grids = self._fit(rows, counts, None)
             return nearest(rows, grids.scales[None], grids.zeros[None], self.format.bits)[1]
 
         size, outputs = self.format.group_size, problem.rows.shape[1]

@@ -11,7 +11,7 @@ import pytest
 from jquant.formats import PermutedTensor, QuantizedTensor, UniformFormat, quantize_uniform
 from jquant.numerics import unpack
 from jquant.quantizers import Diagnostics, Gptq, Rtn, SecondMoment
-from jquant.quantizers.gptq import BLOCK_SIZE
+from jquant.quantizers.solver import SCANNED_ROWS
 from tests.oracles import closed_form
 from tests.oracles import gptq as oracle
 
@@ -181,8 +181,8 @@ def damped_loss(weight: np.ndarray, tensor: QuantizedTensor, hessian: np.ndarray
 def test_float64_gives_the_oracles_codes_and_identity(way: str) -> None:
     """172 inputs: several blocks of rows, the last one padded; the oracle knows no blocks."""
     inputs, group = 172, 43
-    assert inputs > 2 * BLOCK_SIZE
-    assert inputs % BLOCK_SIZE
+    assert inputs > 2 * SCANNED_ROWS
+    assert inputs % SCANNED_ROWS
     weight, hessian = correlated(inputs, 12, 400)
     expected = oracle.gptq(weight, hessian.astype(np.float64), 3, group=group, **WAYS[way])
     with jax.enable_x64(True):

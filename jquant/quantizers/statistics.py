@@ -47,9 +47,31 @@ def _init_moment(features: int) -> SecondMoment:
 
 
 def _update_moment(moment: SecondMoment, x: Float[Array, "tokens in"]) -> SecondMoment:
-    wide = x.astype(jnp.float32)
-    outer = jnp.matmul(wide.T, wide, precision=jax.lax.Precision.HIGHEST)
-    return SecondMoment(total=moment.total + outer, tokens=moment.tokens + jnp.float32(x.shape[0]))
+    return SecondMoment(total=moment.total + gram(x), tokens=moment.tokens + jnp.float32(x.shape[0]))
+
+
+def gram(x: Float[Array, "tokens in"]) -> Float[Array, "in in"]:
+    """Returns x^T x, summed in float32.
+
+    A product of two numbers of 16 bits is exact in float32, so a GPU's tensor cores take those as they are; what they
+    lose is the order of the sum, and rounding: they cut. Numbers of 32 bits are multiplied as such.
+
+    Example:
+      >>> gram(jnp.array([[1.0, 2.0], [0.0, 3.0]], jnp.bfloat16)).tolist()
+      [[1.0, 2.0], [2.0, 13.0]]
+    """
+
+    def widened(x: Float[Array, "tokens in"]) -> Float[Array, "in in"]:
+        wide = x.astype(jnp.float32)
+        return jnp.matmul(wide.T, wide, precision=jax.lax.Precision.HIGHEST)
+
+    def as_it_is(x: Float[Array, "tokens in"]) -> Float[Array, "in in"]:
+        return jnp.matmul(x.T, x, preferred_element_type=jnp.float32)
+
+    if x.dtype.itemsize != 2:
+        return widened(x)
+    products: jax.Array = jax.lax.platform_dependent(x, cuda=as_it_is, default=widened)
+    return products
 
 
 def _init_largest(features: int) -> Float[Array, "in"]:

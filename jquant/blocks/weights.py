@@ -196,13 +196,14 @@ def _solve(
     """Solves the linears of one group as one matrix and cuts the result apart."""
     linears: list[Linear] = [get(block, name) for name in names]
     sizes = tuple(layer.kernel.shape[1] for layer in linears)
-    tensor, diagnostics = _solve_jitted(quantizer, tuple(layer.kernel for layer in linears), statistics, key)
+    tensor, diagnostics = solve_jointly(quantizer, tuple(layer.kernel for layer in linears), statistics, key)
     parts = split_outputs(tensor, sizes)
     yield from zip(names, parts, split_diagnostics(diagnostics, sizes), strict=True)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _solve_jitted(
+def solve_jointly(
     quantizer: WeightQuantizer, kernels: tuple[Float[Array, "in _"], ...], statistics: Any, key: Key
 ) -> tuple[QuantizedTensor, Diagnostics]:
+    """Quantizes linears of one input as one matrix, in the order in which they are given."""
     return quantizer(jnp.concatenate(kernels, axis=1), statistics, key)

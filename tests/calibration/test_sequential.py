@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jquant.blocks import QuantizeWeights, Rule
-from jquant.blocks.weights import _solve_jitted, collect
+from jquant.blocks.weights import collect, solve_jointly
 from jquant.calibration import BlockStore, check_weights, quantize_blocks
 from jquant.calibration.sequential import advance
 from jquant.errors import CalibrationError, FormatError
@@ -38,7 +38,7 @@ def model() -> Llama:
 
 def test_one_compiled_solve_for_each_shape_whatever_the_depth() -> None:
     """Four sites have four shapes: q, k and v as one, o, gate and up as one, down."""
-    steps = (_solve_jitted, collect, advance)
+    steps = (solve_jointly, collect, advance)
     for step in steps:
         step.clear_cache()
     model = deep(4)
@@ -62,7 +62,7 @@ def test_each_block_sees_what_the_quantized_blocks_before_it_give(
     inputs = advance(quantized.layers[0], embed(model, TOKENS), model.config)
     before = put(quantized.layers[1], "mlp.down_proj", model.layers[1].mlp.down_proj)
     moment = collect(before, inputs, ("mlp_hidden",), HESSIAN, model.config)["mlp_hidden"]
-    (tensor, _) = _solve_jitted(GPTQ, (model.layers[1].mlp.down_proj.kernel,), moment, KEY)
+    (tensor, _) = solve_jointly(GPTQ, (model.layers[1].mlp.down_proj.kernel,), moment, KEY)
     np.testing.assert_array_equal(tensor.codes, quantized.layers[1].mlp.down_proj.kernel.codes)
     whole = collect(before, embed(model, TOKENS), ("mlp_hidden",), HESSIAN, model.config)["mlp_hidden"]
     assert np.abs(whole.total - moment.total).max() > 1

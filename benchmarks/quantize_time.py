@@ -1,0 +1,155 @@
+r"""How long a recipe takes to quantize a model of a named shape: random bfloat16 weights, random windows, cold.
+
+Runs what `jquant quantize` runs between reading the model and saving it (`jquant.passes.run_passes`), then the parts of
+one more block apart: what collects statistics (with the Hessian's sums by themselves), factors, solves, and advances.
+Prints JSON lines: each block, the programs that were compiled, the parts, and the sum for the model's whole depth,
+which is extrapolated from the last block where fewer layers were asked for or the time ran out.
+
+    python benchmarks/quantize_time.py [--recipe gptq-w4g128] [--layers 32] [--seconds 180]
+
+docs/solvers.md quotes lines that this script printed.
+"""
+
+import argparse
+import collections
+import dataclasses
+import json
+import time
+from collections.abc import Callable
+from typing import Any, Final
+
+import jax
+import jax.numpy as jnp
+
+from jquant.blocks import SITES, QuantizeWeights
+from jquant.blocks.weights import collect, solve_jointly
+from jquant.calibration.sequential import advance, dense_kernels
+from jquant.formats import split_outputs
+from jquant.models import SHAPES, Block, LlamaConfig, abstract_llama, blocks, embed, get, put, random_like
+from jquant.numerics import inverse_factor
+from jquant.passes import Context, Sequential, run_passes
+from jquant.quantizers.statistics import HESSIAN
+from jquant.recipe import load_recipe
+from jquant.report import BlockReport
+
+STARTED: Final = time.monotonic()
+COMPILING: Final = "/jax/core/compile/"  # how JAX names what it reports of tracing, lowering and compiling
+BYTES: Final = 1e9
+
+
+class OutOfTime(Exception):
+    """The limit that was given is reached."""
+
+
+def main() -> None:
+    """Prints JSON lines."""
+    arguments = _arguments()
+    compiled: dict[str, float] = collections.defaultdict(float)
+
+    def count(event: str, duration_secs: float, **details: str | int) -> None:
+        if event.startswith(COMPILING):
+            compiled[str(details.get("fun_name"))] += duration_secs
+
+    jax.monitoring.register_event_duration_secs_listener(count)
+    config = dataclasses.replace(SHAPES[arguments.shape], num_hidden_layers=arguments.layers)
+    recipe = load_recipe(arguments.recipe)
+    show(device=jax.devices()[0].device_kind, jax=jax.__version__, **vars(arguments))
+    model = jax.block_until_ready(random_like(abstract_llama(config, "bfloat16"), jax.random.key(0)))
+    shape = (arguments.samples, arguments.length)
+    tokens = jax.random.randint(jax.random.key(1), shape, 0, config.vocab_size, jnp.int32)
+    show(model="ready", seconds=round(time.monotonic() - STARTED, 1))
+
+    before, began = dict(compiled), time.monotonic()
+    times: list[float] = []
+
+    def on_block(report: BlockReport) -> None:
+        now = time.monotonic() - began
+        times.append(now - sum(times))
+        own = {name: compiled[name] - before.get(name, 0.0) for name in compiled}
+        show(block=report.index, seconds=round(times[-1], 2), compiling=round(sum(own.values()), 2))
+        if now > arguments.seconds:
+            raise OutOfTime
+
+    try:
+        run_passes(recipe.passes, model, Context(key=jax.random.key(0), tokens=tokens, on_block=on_block))
+    except OutOfTime:
+        show(stopped=len(times))
+    whole = time.monotonic() - began
+    own = {name: compiled[name] - before.get(name, 0.0) for name in compiled}
+    ranked = sorted(own.items(), key=lambda item: -item[1])
+    show(
+        compiled={name: round(seconds, 2) for name, seconds in ranked if seconds >= 0.1},
+        all=round(sum(own.values()), 1),
+    )
+    memory = jax.devices()[0].memory_stats() or {}
+    depth, done = SHAPES[arguments.shape].num_hidden_layers, len(times)
+    show(
+        recipe=arguments.recipe,
+        layers=done,
+        seconds=round(whole, 1),
+        depth=depth,
+        seconds_of_depth=round(whole + (depth - done) * times[-1], 1),
+        measured=done == depth,
+        peak_gb=round(memory.get("peak_bytes_in_use", 0) / BYTES, 1),
+    )
+    if arguments.parts:
+        quantize = next(one for step in recipe.passes if isinstance(step, Sequential) for one in step.passes)
+        assert isinstance(quantize, QuantizeWeights)
+        _parts(quantize, blocks(model)[0], embed(model, tokens), config)
+
+
+def _parts(quantize: QuantizeWeights, block: Block, inputs: jax.Array, config: LlamaConfig) -> None:
+    """Prints the milliseconds of each part of one block; what was compiled for the run is not compiled again."""
+    for site, names in SITES.items():
+        sums = watch("forward and Hessian", site, collect, block, inputs, (site,), HESSIAN, config)[site]
+        features = sums.total.shape[0]
+        x = jax.random.normal(jax.random.key(2), (*inputs.shape[:2], features), inputs.dtype)
+        watch("Hessian", site, _sum_moments, x)
+        watch("factor", site, inverse_factor, sums.mean(), 0.01)
+        rule = quantize.rule_for(f"layers.0.{names[0]}")
+        assert rule is not None
+        assert rule.quantizer is not None
+        for part in [names] if rule.quantizer.separable else [(name,) for name in names]:
+            kernels = tuple(get(block, name).kernel for name in part)
+            sizes = tuple(kernel.shape[1] for kernel in kernels)
+            of = f"{site} {features} x {sum(sizes)}"
+            tensor, _ = watch("solve", of, solve_jointly, rule.quantizer, kernels, sums, jax.random.key(0))
+            for name, own in zip(part, split_outputs(tensor, sizes), strict=True):
+                block = put(block, f"{name}.kernel", own)
+    dense = watch("dense weights", "block", dense_kernels, block)
+    watch("advance", "block", advance, dense, inputs, config)
+
+
+@jax.jit
+def _sum_moments(x: jax.Array) -> Any:
+    return jax.lax.scan(lambda sums, window: (HESSIAN.update(sums, window), None), HESSIAN.init(x.shape[-1]), x)[0]
+
+
+def watch(part: str, of: str, function: Callable[..., Any], *arguments: Any) -> Any:
+    """Prints the milliseconds of the second call of a function; the first may compile."""
+    jax.block_until_ready(function(*arguments))
+    started = time.monotonic()
+    result = jax.block_until_ready(function(*arguments))
+    show(part=part, of=of, ms=round(1e3 * (time.monotonic() - started), 2))
+    return result
+
+
+def show(**figures: Any) -> None:
+    """Prints a JSON line."""
+    print(json.dumps(figures | {"at": round(time.monotonic() - STARTED, 1)}), flush=True)
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=list(SHAPES), default="llama-3.1-8b")
+    parser.add_argument("--recipe", default="gptq-w4g128")
+    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--samples", type=int, default=128)
+    parser.add_argument("--length", type=int, default=2048)
+    parser.add_argument("--seconds", type=float, default=600.0, help="no block is begun after so many")
+    parser.add_argument("--parts", action="store_true", help="time the parts of a block too")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

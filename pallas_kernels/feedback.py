@@ -19,6 +19,11 @@ The rows of later blocks get F^T c by a matrix product outside. A thread has one
 The order of subtractions is that of the definition: the interpreter gives every bit of it. On a GPU a product and its
 subtraction are rounded once, and a quotient to two units in the last place, so that a number beside the middle of two
 codes may take the other.
+
+Roofline: B^2 / 2 multiplications a column, 34 million for 128 x 4096, and 6 MB in and out: microseconds; what it takes
+is one column's chain of 128 roundings. Measured 2026-11-22 on an H100 80GB HBM3 (jax 0.11.2), GridRounding, the call
+from the host included: 128 x 4096 59 us, x 6144 57, x 28672 113 (16 rows held: 59, 54, 99, and six times as long to
+lower); the float32 product that follows takes 183 us for 4096 rows of 4096 outputs. docs/solvers.md has whole solves.
 """
 
 import abc

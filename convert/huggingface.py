@@ -26,6 +26,7 @@ _BUFFER: Final = re.compile(
     r"(model\.layers\.\d+\.self_attn|model)\.rotary_emb\.inv_freq"
 )  # old exports keep it; recomputed
 _CODEC: Final = "self_attn.kv_codec"
+_BLOCK: Final = r"layers\.\d+"
 _HEAD: Final = "lm_head.weight"
 _EMBEDDING: Final = "model.embed_tokens.weight"
 _KERNEL: Final = ".kernel"
@@ -95,13 +96,23 @@ def lazy_model(path: str | Path, *, dtype: StoredDtype = "auto") -> LazyModel:
             return read_codec(source, int(node.split(".")[1]))
         linear = next((name for name in packing if f"{node}.".startswith(f"{name}.")), None)
         if linear is None:
-            given = get(abstract, node)
-            return jax.tree_util.tree_map_with_path(lambda part, _: read_array(source, _join(node, part), dtype), given)
+            found, places = get(abstract, node), [name for name in packing if name.startswith(f"{node}.")]
+            if has_float8_cache(source) and re.fullmatch(_BLOCK, node):
+                places.append(f"{node}.{_CODEC}")
+            for place in places:
+                found = put(found, place.removeprefix(f"{node}."), read(place))
+            return jax.tree_util.tree_map_with_path(
+                lambda part, leaf: read_array(source, _join(node, part), dtype) if _is_abstract(leaf) else leaf, found
+            )
         bias = None if get(abstract, linear).bias is None else read_array(source, f"{linear}.bias", dtype)
         whole = dataclasses.replace(read_linear(source, linear, packing[linear], shapes[linear]), bias=bias)
         return whole if node == linear else get(whole, node.removeprefix(f"{linear}."))
 
     return LazyModel(abstract, read)
+
+
+def _is_abstract(leaf: Any) -> bool:
+    return isinstance(leaf, jax.ShapeDtypeStruct)
 
 
 def _join(node: str, part: Any) -> str:

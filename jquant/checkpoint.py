@@ -4,6 +4,10 @@ A checkpoint is a folder: `structure.json` (format version, sha256 of the conten
 names, static fields, array shapes and dtypes), `arrays/` (Orbax, one entry for each path) and whatever files go along
 (recipe, report, tokenizer). It is written under another name beside its place and renamed when complete: a folder that
 loads is whole. The files are hashed before Orbax reads them, as it takes a changed byte for a weight.
+
+A model is written, hashed and read in parts, each of whole nodes (table, blocks, norm, head) that take half a GiB
+together where they are small enough, so that memory need not hold more than one. Where there are several,
+`structure.json` lists them and `arrays/` has a folder for each.
 """
 
 import hashlib
@@ -11,7 +15,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -20,15 +24,22 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from jquant.errors import CheckpointError
-from jquant.models import LazyModel, Llama, get
+from jquant.formats import tree_nbytes
+from jquant.models import LazyModel, Llama, get, top_nodes
 from jquant.structure import decode_structure, encode_structure
 
-VERSION: Final = 1
+VERSION: Final = 2
 STRUCTURE: Final = "structure.json"
 ARRAYS: Final = "arrays"
+PART_NBYTES: Final = 2**29  # of arrays written together; a node that is larger has a part of its own
+_ONE_PART: Final = 1  # version of what is not divided, which the first release reads
+_PARTS: Final = "parts"
+
+type Content = bytes | Callable[[], bytes]  # what is called is called when all arrays are written
+type OnLeaf = Callable[[str, jax.Array], None]  # (path, array)
 
 
-def save_tree(tree: Any, path: Path | str, *, files: Mapping[str, bytes] | None = None) -> str:
+def save_tree(tree: Any, path: Path | str, *, files: Mapping[str, Content] | None = None) -> str:
     """Writes a tree of nodes as a checkpoint folder, whole or not at all.
 
     Args:
@@ -43,22 +54,58 @@ def save_tree(tree: Any, path: Path | str, *, files: Mapping[str, bytes] | None 
       CheckpointError: the path exists, the tree holds what is no node of jquant, or it cannot be written (no
         permission, disk full); nothing is left behind.
     """
-    path = Path(path)
+    is_model = isinstance(tree, Llama) and isinstance(tree.layers, tuple)
+    nodes = top_nodes(tree) if is_model else ("",)
+    return _save(tree, lambda node: get(tree, node) if node else tree, nodes, Path(path), files)
+
+
+def save_lazily(model: LazyModel, path: Path | str, *, files: Mapping[str, Content] | None = None) -> str:
+    """Writes a model that is read node by node: the folder is the one that `save_model` writes of the whole model.
+
+    Args:
+      model: what is read, each node once.
+      path: the folder to make; its parent must exist, it must not.
+      files: as of `save_tree`.
+
+    Returns:
+      The sha256 of structure and arrays.
+
+    Raises:
+      CheckpointError: as `save_tree`; and whatever reading an array raises.
+    """
+    return _save(model.abstract, model.read, top_nodes(model.abstract), Path(path), files)
+
+
+def _save(
+    tree: Any,
+    read: Callable[[str], Any],
+    nodes: Sequence[str],
+    path: Path,
+    files: Mapping[str, Content] | None,
+) -> str:
+    """Writes what `read` returns for the nodes, in their order, of a tree that may be abstract."""
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise CheckpointError(f"{path} exists and is not empty; give another path, or delete it first")
     structure = encode_structure(tree)
+    parts = _divide(tree, nodes)
     try:
         partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
     except OSError as error:
         raise CheckpointError(_cannot_write(path, error)) from error
     try:
-        sha256 = digest(tree)
+        total = _begin_digest(structure)
+        for number, part in enumerate(parts):
+            leaves = {_join(node, name): leaf for node in part for name, leaf in _named_leaves(read(node))}
+            _update(total, leaves.items())
+            with ocp.StandardCheckpointer() as checkpointer:
+                checkpointer.save((partial / ARRAYS / _part_folder(parts, number)).absolute(), leaves)
+            del leaves
         for name, content in (files or {}).items():
             (partial / name).parent.mkdir(parents=True, exist_ok=True)
-            (partial / name).write_bytes(content)
-        with ocp.StandardCheckpointer() as checkpointer:
-            checkpointer.save((partial / ARRAYS).absolute(), dict(_named_leaves(tree)))
-        description = {"jquant": VERSION, "sha256": sha256, "files": _hash_files(partial / ARRAYS), "tree": structure}
+            (partial / name).write_bytes(content if isinstance(content, bytes) else content())
+        description: dict[str, Any] = {"jquant": _ONE_PART if len(parts) == 1 else VERSION, "sha256": total.hexdigest()}
+        description |= {_PARTS: parts} if len(parts) > 1 else {}
+        description |= {"files": _hash_files(partial / ARRAYS), "tree": structure}
         (partial / STRUCTURE).write_text(json.dumps(description, indent=1))
         partial.chmod(0o755)
         os.replace(partial, path)
@@ -66,7 +113,24 @@ def save_tree(tree: Any, path: Path | str, *, files: Mapping[str, bytes] | None 
         raise CheckpointError(_cannot_write(path, error)) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return sha256
+    return total.hexdigest()
+
+
+def _divide(tree: Any, nodes: Sequence[str]) -> list[list[str]]:
+    parts: list[list[str]] = [[]]
+    size = 0
+    for node in nodes:
+        nbytes = tree_nbytes(get(tree, node) if node else tree)
+        if parts[-1] and size + nbytes > PART_NBYTES:
+            parts.append([])
+            size = 0
+        parts[-1].append(node)
+        size += nbytes
+    return parts
+
+
+def _part_folder(parts: Sequence[Sequence[str]], number: int) -> str:
+    return "" if len(parts) == 1 else f"part-{number:03d}"
 
 
 def load_tree(path: Path | str) -> Any:
@@ -104,7 +168,7 @@ def recorded_digest(path: Path | str) -> str:
     return _describe(Path(path))["sha256"]
 
 
-def save_model(model: Llama, path: Path | str, *, files: Mapping[str, bytes] | None = None) -> str:
+def save_model(model: Llama, path: Path | str, *, files: Mapping[str, Content] | None = None) -> str:
     """Writes a model as a checkpoint; see `save_tree`."""
     return save_tree(model, path, files=files)
 
@@ -139,11 +203,45 @@ def open_lazily(path: Path | str) -> LazyModel:
 
 def digest(tree: Any) -> str:
     """Returns the sha256 of a tree's structure and of every byte of its arrays, in order of their paths."""
-    total = hashlib.sha256(json.dumps(encode_structure(tree), sort_keys=True).encode())
-    for name, leaf in sorted(_named_leaves(tree)):
-        total.update(name.encode())
-        total.update(np.ascontiguousarray(jax.device_get(leaf)).view(np.uint8).tobytes())
+    total = _begin_digest(encode_structure(tree))
+    _update(total, _named_leaves(tree))
     return total.hexdigest()
+
+
+def digest_lazily(model: LazyModel, on_leaf: OnLeaf = lambda path, leaf: None) -> str:
+    """Returns `digest` of a model that is read node by node, each once.
+
+    Args:
+      model: what is read.
+      on_leaf: called with each array while it is in memory.
+
+    Example:
+      >>> from jquant.models import in_memory, random_model, tiny_config
+      >>> model = random_model(tiny_config(), jax.random.key(0))
+      >>> digest_lazily(in_memory(model)) == digest(model)
+      True
+    """
+    total = _begin_digest(encode_structure(model.abstract))
+    for node in top_nodes(model.abstract):
+        leaves = [(_join(node, name), leaf) for name, leaf in _named_leaves(model.read(node))]
+        _update(total, leaves)
+        for name, leaf in leaves:
+            on_leaf(name, leaf)
+    return total.hexdigest()
+
+
+def _begin_digest(structure: Any) -> Any:
+    return hashlib.sha256(json.dumps(structure, sort_keys=True).encode())
+
+
+def _update(total: Any, leaves: Iterable[tuple[str, Any]]) -> None:
+    for name, leaf in sorted(leaves, key=lambda pair: pair[0]):
+        total.update(name.encode())
+        total.update(np.ascontiguousarray(jax.device_get(leaf)).reshape(-1).view(np.uint8).data)
+
+
+def _join(below: str, name: str) -> str:
+    return ".".join(part for part in (below, name) if part)
 
 
 def _describe(path: Path) -> dict[str, Any]:
@@ -173,17 +271,33 @@ def _restore(path: Path, abstract: Any, below: str) -> Any:
     """Reads the arrays of a node, given without them, at a path below the tree; "" is the whole."""
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     names = {
-        ".".join(part for part in (below, name) if part): jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device)
+        _join(below, name): jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device)
         for name, leaf in _named_leaves(abstract)
     }
+    arrays: dict[str, jax.Array] = {}
+    parts = _describe(path).get(_PARTS, [[""]])
+    for number, nodes in enumerate(parts):
+        inside = tuple(f"{node}." if node else "" for node in nodes)
+        wanted = {name: leaf for name, leaf in names.items() if f"{name}.".startswith(inside)}
+        if wanted:
+            arrays |= _restore_part(path, path / ARRAYS / _part_folder(parts, number), wanted)
+    if len(arrays) < len(names):
+        raise CheckpointError(_damaged(path, f"no part has {sorted(names.keys() - arrays.keys())[0]}"))
+    return jax.tree.unflatten(jax.tree.structure(abstract), [arrays[name] for name in names])
+
+
+def _restore_part(path: Path, folder: Path, names: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
     arguments = ocp.checkpoint_utils.construct_restore_args(names)
     try:
         with ocp.PyTreeCheckpointer() as checkpointer:
             wanted = ocp.args.PyTreeRestore(names, restore_args=arguments, partial_restore=True)
-            arrays = checkpointer.restore((path / ARRAYS).absolute(), wanted) if names else {}
+            arrays = checkpointer.restore(folder.absolute(), wanted)
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(_damaged(path, str(error))) from error
-    return jax.tree.unflatten(jax.tree.structure(abstract), [arrays[name] for name in names])
+    absent = sorted(name for name in names if isinstance(arrays[name], jax.ShapeDtypeStruct))
+    if absent:
+        raise CheckpointError(_damaged(path, f"{folder.relative_to(path)} has no {', '.join(absent[:3])}"))
+    return dict(arrays)
 
 
 def _named_leaves(tree: Any) -> Iterator[tuple[str, Any]]:

@@ -24,6 +24,7 @@ from jquant.models import Block, LlamaConfig, get
 _FLOAT32: Final = 4  # bytes
 _SCORES: Final = 3  # copies of one window's attention scores alive at once; memory_analysis of `advance` on CPU
 _SOLVE_SQUARES: Final = 8  # arrays [n, n] alive at once in a GPTQ solve; memory_analysis at n, m = 576 to 3072 on CPU
+_ROUNDED: Final = 10  # bytes a weight that rounding a matrix takes at once; memory_analysis of RTN's solve on CPU
 _TRAINED: Final = 6  # arrays of a trained block's size alive at once; memory_analysis of `train_block` on CPU
 _KEPT_HIDDEN: Final = 16  # arrays [tokens, hidden] that one window's gradient keeps, likewise
 _KEPT_INNER: Final = 8  # arrays [tokens, inner], likewise
@@ -88,6 +89,11 @@ def working_nbytes(config: LlamaConfig, length: int, solves: Iterable[tuple[int,
     scores = _SCORES * config.num_attention_heads * length * length
     largest = max((_SOLVE_SQUARES * n * n + _SOLVE_WEIGHTS * n * m for n, m in solves), default=0)
     return _FLOAT32 * max(scores, largest)
+
+
+def rounding_nbytes(inputs: int, outputs: int) -> int:
+    """Returns the bytes that a solve without a Hessian needs beside its kernel."""
+    return _ROUNDED * inputs * outputs
 
 
 def observing_nbytes(block: Block, config: LlamaConfig, length: int) -> int:

@@ -12,7 +12,7 @@ from jquant.calibration import RotationTraining, learn_rotation
 from jquant.errors import RecipeError
 from jquant.formats import OrthogonalMatrix
 from jquant.kv import PerTokenKv
-from jquant.models import BLOCK_LINEARS, Llama, blocks, set_kv_codec, stack_layers
+from jquant.models import BLOCK_LINEARS, LazyModel, Llama, blocks, rewrite, set_kv_codec, stack_layers
 from jquant.numerics import nearest_orthogonal
 from jquant.passes import Context, ModelPass
 from jquant.quantizers import WeightQuantizer
@@ -54,6 +54,14 @@ class Untie(ModelPass):
         """Runs `transforms.untie`."""
         return untie(model), Report()
 
+    def streams(self) -> bool:
+        """Tells that the head is a copy of the table."""
+        return True
+
+    def stream(self, model: LazyModel, context: Context) -> tuple[LazyModel, Report]:
+        """Unties the model when its head is read."""
+        return rewrite(model, untie), Report()
+
 
 @final
 @dataclass(frozen=True)
@@ -71,6 +79,14 @@ class FoldNorms(ModelPass):
     def __call__(self, model: Llama, context: Context) -> tuple[Llama, Report]:
         """Runs `transforms.fold_norms`."""
         return fold_norms(model), Report()
+
+    def streams(self) -> bool:
+        """Tells that each block has its own norms."""
+        return True
+
+    def stream(self, model: LazyModel, context: Context) -> tuple[LazyModel, Report]:
+        """Folds norms as blocks and head are read."""
+        return rewrite(model, fold_norms), Report()
 
 
 @final
@@ -110,10 +126,28 @@ class Rotate(ModelPass):
 
     def __call__(self, model: Llama, context: Context) -> tuple[Llama, Report]:
         """Runs `transforms.rotate` with a seed from the run's key."""
-        seed = int(jax.random.bits(context.key, dtype="uint32"))
+        seed = _seed(context)
+        return self._rotate(model, seed), self._report(seed)
+
+    def streams(self) -> bool:
+        """Tells that each block is rotated alone."""
+        return True
+
+    def stream(self, model: LazyModel, context: Context) -> tuple[LazyModel, Report]:
+        """Rotates table, blocks and head as they are read."""
+        seed = _seed(context)
+        return rewrite(model, lambda whole: self._rotate(whole, seed)), self._report(seed)
+
+    def _rotate(self, model: Llama, seed: int) -> Llama:
         model = subtract_embedding_mean(model) if self.subtract_embedding_mean else model
-        rotated = rotate(model, parts=self.parts, matrix=self.matrix, seed=seed)
-        return rotated, Report(details=(("rotation", {"matrix": self.matrix, "parts": self.parts, "seed": seed}),))
+        return rotate(model, parts=self.parts, matrix=self.matrix, seed=seed)
+
+    def _report(self, seed: int) -> Report:
+        return Report(details=(("rotation", {"matrix": self.matrix, "parts": self.parts, "seed": seed}),))
+
+
+def _seed(context: Context) -> int:
+    return int(jax.random.bits(context.key, dtype="uint32"))
 
 
 @final
@@ -190,7 +224,7 @@ class LearnRotation(ModelPass):
     def __call__(self, model: Llama, context: Context) -> tuple[Llama, Report]:
         """Rotates with a seed from the run's key, learns, and rotates the model as it came by both."""
         assert context.tokens is not None
-        seed = int(jax.random.bits(context.key, dtype="uint32"))
+        seed = _seed(context)
         kept = None if context.store is None else context.store.get_whole()
         if kept is None:
             rounded = self._rounded(rotate(model, parts=self.parts, matrix=self.matrix, seed=seed))

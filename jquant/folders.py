@@ -43,14 +43,17 @@ def open_model(source: str | Path, *, dtype: StoredDtype = "auto") -> Llama:
     return load_model(source)
 
 
-def open_lazily(source: str | Path) -> LazyModel:
+def open_lazily(source: str | Path, *, dtype: StoredDtype = "auto") -> LazyModel:
     """Opens what `open_model` loads, and leaves its arrays where they are until they are asked for.
 
     Raises:
       CheckpointError: as `open_model`.
       ConversionError: as `open_model`, as far as headers show; reading an array may raise it too.
     """
-    return open_checkpoint(source) if is_checkpoint(source) else lazy_model(source)
+    if not is_checkpoint(source):
+        return lazy_model(source, dtype=dtype)
+    _require_own_dtype(source, dtype)
+    return open_checkpoint(source)
 
 
 def open_abstract(source: str | Path, *, dtype: StoredDtype = "auto") -> Llama:

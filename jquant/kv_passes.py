@@ -20,7 +20,7 @@ from jquant.checkpoint import abstract_tree
 from jquant.errors import CheckpointError, RecipeError
 from jquant.kv import Codebook, ExactKv, Float8Kv, KvCodec, KvQuant, Prompt, RazorKv
 from jquant.kv.vectors import ScaleDtype
-from jquant.models import Llama, blocks
+from jquant.models import LazyModel, Llama, blocks, rewrite
 from jquant.passes import Context, ModelPass
 from jquant.report import Report
 
@@ -65,6 +65,15 @@ class SetKvCodec(ModelPass):
         """Puts the codec."""
         del context
         return self.outline(model), Report()
+
+    def streams(self) -> bool:
+        """Tells that each block has its own codec."""
+        return True
+
+    def stream(self, model: LazyModel, context: Context) -> tuple[LazyModel, Report]:
+        """Puts the codec as blocks are read."""
+        del context
+        return rewrite(model, self.outline), Report()
 
 
 @final

@@ -6,29 +6,33 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import final
+from typing import Final, final
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
-from jquant.blocks import SITES, ActivationRule, BlockPass, InputQuantizers
+from jquant.blocks import SITES, ActivationPlace, ActivationRule, BlockPass, InputQuantizers
 from jquant.calibration import (
     AlphaSearch,
     BlockStore,
+    Keeping,
     SharedStatistics,
     check_weights,
     collect_absmax,
     quantize_blocks,
     search_alpha,
+    stream_blocks,
 )
-from jquant.checkpoint import digest
+from jquant.checkpoint import digest_lazily
 from jquant.errors import RecipeError
-from jquant.models import Block, Llama, blocks, get
+from jquant.models import Block, LazyModel, Llama, blocks, get, in_memory, rewrite
 from jquant.report import BlockReport, Report
 from jquant.transforms import check_alpha, check_smoothing, smooth
 from jquant.types import Key
+
+_WHOLE: Final = "needs the whole model in memory: it cannot run one block at a time (--memory blocks)"
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,7 @@ class Context:
       tokens: calibration windows [samples, length], or None if no pass needs them.
       store: where finished blocks are kept, or None to keep them in memory alone.
       statistics: folder for statistics of the source's own activations, which other runs share; None to keep none.
+      activations: where the inputs of blocks are kept between blocks; no choice changes a bit of the result.
       on_block: called after each block, for progress.
     """
 
@@ -47,6 +52,7 @@ class Context:
     tokens: Int[Array, "samples length"] | None = None
     store: BlockStore | None = None
     statistics: Path | None = None
+    activations: ActivationPlace = "device"
     on_block: Callable[[BlockReport], None] = lambda report: None
 
 
@@ -68,6 +74,18 @@ class ModelPass(abc.ABC):
     @abc.abstractmethod
     def __call__(self, model: Llama, context: Context) -> tuple[Llama, Report]:
         """Returns the rewritten model and what there is to report."""
+
+    def streams(self) -> bool:
+        """Tells whether the pass can work with one block in memory; if so, `stream` does."""
+        return False
+
+    def stream(self, model: LazyModel, context: Context) -> tuple[LazyModel, Report]:
+        """Returns what `__call__` does, bit for bit, of a model that is read node by node.
+
+        Raises:
+          RecipeError: the pass needs the whole model in memory.
+        """
+        raise RecipeError(f"{type(self).__name__} {_WHOLE}")
 
 
 @final
@@ -98,22 +116,38 @@ class Sequential(ModelPass):
             self.passes,
             key=context.key,
             store=context.store,
-            statistics=_shared(model, context) if any(one.needs_teacher() for one in self.passes) else None,
+            statistics=self._shared(in_memory(model), context),
+            activations=context.activations,
             on_block=context.on_block,
         )
 
+    def streams(self) -> bool:
+        """Tells that one block after another is read."""
+        return True
 
-def _shared(model: Llama, context: Context) -> SharedStatistics | None:
+    def stream(self, model: LazyModel, context: Context) -> tuple[LazyModel, Report]:
+        """Runs `calibration.stream_blocks`."""
+        keeping = Keeping(context.store, self._shared(model, context), context.activations)
+        return stream_blocks(
+            model, context.tokens, self.passes, key=context.key, keeping=keeping, on_block=context.on_block
+        )
+
+    def _shared(self, model: LazyModel, context: Context) -> SharedStatistics | None:
+        taught = any(one.needs_teacher() for one in self.passes)
+        return _shared(model, context) if taught else None
+
+
+def _shared(model: LazyModel, context: Context) -> SharedStatistics | None:
     """Returns where statistics of this model on these windows are kept."""
     if context.statistics is None or context.tokens is None:
         return None
     origin = {
-        "model": digest(model),
+        "model": digest_lazily(model),
         "windows": hashlib.sha256(np.ascontiguousarray(np.asarray(context.tokens)).tobytes()).hexdigest(),
         "device": jax.devices()[0].device_kind,
         "jax": jax.__version__,
     }
-    return SharedStatistics.of(context.statistics, model.config.num_hidden_layers, origin)
+    return SharedStatistics.of(context.statistics, model.abstract.config.num_hidden_layers, origin)
 
 
 @final
@@ -150,9 +184,28 @@ class QuantizeActivations(ModelPass):
 
     def __call__(self, model: Llama, context: Context) -> tuple[Llama, Report]:
         """Runs `calibration.quantize_blocks`; there is nothing to report."""
-        store = context.store if self.needs_tokens() else None
-        model, _ = quantize_blocks(model, context.tokens, (self.as_block_pass(),), key=context.key, store=store)
+        store, place = context.store if self.needs_tokens() else None, context.activations
+        passes = (self.as_block_pass(),)
+        model, _ = quantize_blocks(model, context.tokens, passes, key=context.key, store=store, activations=place)
         return model, Report()
+
+    def streams(self) -> bool:
+        """Tells that one block after another is read."""
+        return True
+
+    def stream(self, model: LazyModel, context: Context) -> tuple[LazyModel, Report]:
+        """Runs `calibration.stream_blocks`, or places what needs no calibration as blocks are read."""
+        if not self.needs_tokens():
+            return rewrite(model, self._place), Report()
+        keeping = Keeping(context.store, activations=context.activations)
+        model, _ = stream_blocks(model, context.tokens, (self.as_block_pass(),), key=context.key, keeping=keeping)
+        return model, Report()
+
+    def _place(self, model: Llama) -> Llama:
+        place = self.as_block_pass().place
+        return dataclasses.replace(
+            model, layers=tuple(place(one, index, {}) for index, one in enumerate(blocks(model)))
+        )
 
 
 @final
@@ -194,21 +247,65 @@ def run_passes(passes: Sequence[ModelPass], model: Llama, context: Context) -> t
     """Applies passes in order, after checking all of them, so that bad input costs no finished work.
 
     Raises:
-      RecipeError: a pass needs calibration tokens and there are none, or a rule matches nothing.
+      RecipeError: a pass needs calibration tokens and there are none, a rule matches nothing, or a pass keeps its
+        activations on the device where they shall be elsewhere.
       FormatError: a shape or a format does not fit.
       CalibrationError: a weight is not finite or is all zero, or a solve failed.
     """
-    outline = jax.eval_shape(lambda tree: tree, model)
+    _check_passes(passes, jax.eval_shape(lambda tree: tree, model), context)
+    check_weights(model)
+    report = Report()
+    for number, one in enumerate(passes):
+        model, part = one(model, _own(context, number))
+        report = report.merge(part)
+    return model, report
+
+
+def stream_passes(passes: Sequence[ModelPass], model: LazyModel, context: Context) -> tuple[LazyModel, Report]:
+    """Applies passes as `run_passes`, with the same result to the bit, to a model of which one block is in memory.
+
+    The caller has looked at the weights (`calibration.WeightFaults`).
+
+    Args:
+      passes: each of which `streams`.
+      model: what is read, some of it more than once.
+      context: has a store, which the result's blocks are read from.
+
+    Raises:
+      RecipeError: as `run_passes`, or a pass needs the whole model in memory; it is named.
+      FormatError: as `run_passes`.
+      CalibrationError: a solve failed.
+    """
+    check_streaming(passes)
+    _check_passes(passes, jax.eval_shape(lambda tree: tree, model.abstract), context)
+    report = Report()
+    for number, one in enumerate(passes):
+        model, part = one.stream(model, _own(context, number))
+        report = report.merge(part)
+    return model, report
+
+
+def check_streaming(passes: Sequence[ModelPass]) -> None:
+    """Raises RecipeError, naming all of them, if there are passes that need the whole model in memory."""
+    whole = [type(one).__name__ for one in passes if not one.streams()]
+    if whole:
+        raise RecipeError(f"{', '.join(whole)} {_WHOLE}")
+
+
+def _check_passes(passes: Sequence[ModelPass], outline: Llama, context: Context) -> None:
     for one in passes:
         one.check(outline)
         outline = one.outline(outline)
         if one.needs_tokens() and context.tokens is None:
             raise RecipeError(f"{type(one).__name__} needs calibration data; give the recipe a `calibration` section")
-    check_weights(model)
-    report = Report()
-    for number, one in enumerate(passes):
-        store = None if context.store is None else dataclasses.replace(context.store, step=number)
-        own = dataclasses.replace(context, key=jax.random.fold_in(context.key, number), store=store)
-        model, part = one(model, own)
-        report = report.merge(part)
-    return model, report
+        if one.needs_tokens() and context.activations != "device" and not one.streams():
+            raise RecipeError(
+                f"{type(one).__name__} keeps its activations on the device; they cannot be kept on "
+                f"{context.activations}"
+            )
+
+
+def _own(context: Context, number: int) -> Context:
+    """Returns the context of one pass: a key and a store of its own."""
+    store = None if context.store is None else dataclasses.replace(context.store, step=number)
+    return dataclasses.replace(context, key=jax.random.fold_in(context.key, number), store=store)

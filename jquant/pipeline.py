@@ -5,13 +5,14 @@ goes on from there; blocks are taken over only if model, recipe, tokens and vers
 """
 
 import contextlib
+import functools
 import hashlib
 import importlib.metadata
 import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import jax
 import jax.numpy as jnp
@@ -20,8 +21,10 @@ from jaxtyping import Int32
 
 from convert import Consumer, ExportFormat, Verified, export_model, locate, open_source
 from convert.huggingface import StoredDtype
-from jquant.calibration import BlockStore
-from jquant.checkpoint import digest, is_checkpoint, save_model
+from jquant.blocks import ActivationPlace
+from jquant.budget import ModelPlace, available, choose, describe_memory
+from jquant.calibration import BlockStore, WeightFaults
+from jquant.checkpoint import digest, digest_lazily, is_checkpoint, save_lazily
 from jquant.data import TextTokenizer, load_text, load_windows, token_windows
 from jquant.errors import CalibrationError, CheckpointError, DataError, JquantError
 from jquant.folders import (
@@ -35,8 +38,8 @@ from jquant.folders import (
     prepare_output,
 )
 from jquant.formats import tree_nbytes
-from jquant.models import Llama, LlamaConfig, abstract_llama
-from jquant.passes import Context, run_passes
+from jquant.models import LazyModel, Llama, LlamaConfig, abstract_llama, in_memory
+from jquant.passes import Context, run_passes, stream_passes
 from jquant.plan import Plan, plan
 from jquant.progress import OnProgress, Progress, ignore
 from jquant.recipe import Recipe, to_yaml
@@ -53,7 +56,7 @@ _RESULTS: Final = ("jquant", "jax", "jaxlib", "numpy")  # packages whose version
 def convert_checkpoint(
     source: str | Path, out: Path, *, dtype: StoredDtype = "auto", on_progress: OnProgress = ignore
 ) -> Llama:
-    """Writes a foreign checkpoint as a jquant checkpoint, with its tokenizer.
+    """Writes a foreign checkpoint as a jquant checkpoint, with its tokenizer; half a GiB of arrays at a time.
 
     Args:
       source: a Hugging Face folder, a GGUF file or a hub id.
@@ -62,7 +65,7 @@ def convert_checkpoint(
       on_progress: called at each stage.
 
     Returns:
-      The model.
+      The model, with `jax.ShapeDtypeStruct` for arrays.
 
     Raises:
       ConversionError: the source cannot be read.
@@ -70,13 +73,14 @@ def convert_checkpoint(
     """
     started = time.monotonic()
     prepare_output(out, nbytes=tree_nbytes(open_abstract(source, dtype=dtype)))
-    on_progress(Progress("reading the model"))
+    on_progress(Progress("opening the model"))
     _, files = open_tokenizer(source)
-    model = open_model(source, dtype=dtype)
-    on_progress(Progress("saving"))
-    details = (("source", str(source)), ("bytes", tree_nbytes(model)), ("seconds", time.monotonic() - started))
-    save_model(model, out, files=files | {REPORT: Report(details=details).to_json().encode()})
-    return model
+    model = open_lazily(source, dtype=dtype)
+    on_progress(Progress("reading and saving"))
+    nbytes = tree_nbytes(model.abstract)
+    details = (("source", str(source)), ("bytes", nbytes), ("seconds", time.monotonic() - started))
+    save_lazily(model, out, files=files | {REPORT: Report(details=details).to_json().encode()})
+    return model.abstract
 
 
 def export_checkpoint(
@@ -129,9 +133,13 @@ def quantize(
     dtype: StoredDtype = "auto",
     resume: bool = False,
     statistics: Path | None = None,
+    memory: ModelPlace | Literal["auto"] = "auto",
+    activations: ActivationPlace | Literal["auto"] = "auto",
     on_progress: OnProgress = ignore,
 ) -> Report:
     """Quantizes a checkpoint by a recipe and saves the result with recipe, report and tokenizer.
+
+    Wherever model and activations are kept, the result is the same to the bit.
 
     Args:
       source: a Hugging Face folder, a GGUF file, a hub id, or an unquantized jquant checkpoint.
@@ -141,6 +149,9 @@ def quantize(
       dtype: of a foreign checkpoint's arrays, and so of the activations.
       resume: whether a run must be there to go on with; without, one is gone on with if there is one.
       statistics: folder for what is collected on the source's own activations, to share it with other runs.
+      memory: "whole" to load the model, "blocks" to read one block at a time from disk; "auto" chooses as
+        `jquant.budget` says.
+      activations: where calibration activations are kept: "device", "host" or "disk"; "auto" chooses likewise.
       on_progress: called at each stage and after each block.
 
     Returns:
@@ -155,33 +166,48 @@ def quantize(
     abstract = open_abstract(source, dtype=dtype)
     _check_length(recipe, abstract)
     figures = plan(abstract, recipe)
+    way = choose(figures, recipe, memory, activations, available())
     _check_store(store_path, resume=resume)
-    prepare_output(out, nbytes=figures.nbytes + figures.store_nbytes - _size_of(store_path))
+    needed = figures.nbytes + figures.store_nbytes + (figures.needs.activations if way.activations == "disk" else 0)
+    prepare_output(out, nbytes=needed - _size_of(store_path))
     on_progress(Progress("reading tokenizer, calibration text and model"))
     tokenizer, files = open_tokenizer(source)
     tokens, provenance = calibration_tokens(recipe, tokenizer, abstract.config, folder=folder)
-    model = open_model(source, dtype=dtype)
+    model = open_model(source, dtype=dtype) if way.model == "whole" else open_lazily(source, dtype=dtype)
     fingerprint = _fingerprint(model, recipe, tokens)
     store = BlockStore.open(store_path, fingerprint)
     with store.lock, _kept(store):
         _remove_stale(out)
+        total = abstract.config.num_hidden_layers
         if store.finished():
-            total = model.config.num_hidden_layers
             on_progress(Progress(f"resuming: {store.finished()} of {total} blocks are finished"))
         context = Context(
             key=jax.random.key(recipe.seed),
             tokens=None if tokens is None else jnp.asarray(tokens),
             store=store,
             statistics=statistics,
-            on_block=_count_blocks(model.config.num_hidden_layers, on_progress),
+            activations=way.activations,
+            on_block=_count_blocks(total, on_progress),
         )
-        quantized, report = run_passes(recipe.passes, model, context)
-        report = report.merge(Report(details=_details(source, recipe, fingerprint, provenance, figures, started)))
+        result, report = _run(recipe, model, context)
+
+        @functools.cache
+        def finish() -> Report:
+            details = _details(source, recipe, fingerprint, provenance, figures, started)
+            return report.merge(Report(details=(*details, ("memory", describe_memory(figures, way)))))
+
         on_progress(Progress("saving"))
-        files |= {RECIPE: to_yaml(recipe).encode(), REPORT: report.to_json().encode()}
-        save_model(quantized, out, files=files)
+        files |= {RECIPE: to_yaml(recipe).encode()}
+        save_lazily(result, out, files={**files, REPORT: lambda: finish().to_json().encode()})
     shutil.rmtree(store_path, ignore_errors=True)
-    return report
+    return finish()
+
+
+def _run(recipe: Recipe, model: Llama | LazyModel, context: Context) -> tuple[LazyModel, Report]:
+    if isinstance(model, LazyModel):
+        return stream_passes(recipe.passes, model, context)
+    quantized, report = run_passes(recipe.passes, model, context)
+    return in_memory(quantized), report
 
 
 def calibration_tokens(
@@ -258,15 +284,23 @@ def _count_blocks(total: int, on_progress: OnProgress) -> Callable[[BlockReport]
     return lambda report: on_progress(Progress("quantizing", report.index + 1, total, report))
 
 
-def _fingerprint(model: Llama, recipe: Recipe, tokens: np.ndarray | None) -> dict[str, str]:
+def _fingerprint(model: Llama | LazyModel, recipe: Recipe, tokens: np.ndarray | None) -> dict[str, str]:
     windows = b"" if tokens is None else np.ascontiguousarray(tokens).tobytes()
     return {
         "recipe": recipe_digest(recipe),
-        "model": digest(model),
+        "model": _look_through(model) if isinstance(model, LazyModel) else digest(model),
         "calibration tokens": hashlib.sha256(windows).hexdigest(),
         "device": jax.devices()[0].device_kind,
         **{f"{name} version": importlib.metadata.version(name) for name in _RESULTS},
     }
+
+
+def _look_through(model: LazyModel) -> str:
+    """Returns a model's digest, and refuses weights that cannot be meant; each array is read once for both."""
+    faults = WeightFaults(model.abstract)
+    found = digest_lazily(model, faults.look)
+    faults.refuse()
+    return found
 
 
 def _details(

@@ -11,11 +11,12 @@ import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from jquant.blocks import SITES, Distill, QuantizeWeights
+from jquant.blocks import SITES, Distill, QuantizeWeights, piece_size
 from jquant.calibration import AlphaSearch
 from jquant.costs import (
     Work,
@@ -25,6 +26,7 @@ from jquant.costs import (
     learning_nbytes,
     learning_operations,
     observing_nbytes,
+    rounding_nbytes,
     solve_operations,
     training_nbytes,
     working_nbytes,
@@ -34,7 +36,7 @@ from jquant.exact_passes import LearnRotation
 from jquant.formats import QuantizedTensor, split_outputs, tree_nbytes
 from jquant.inspection import CacheFacts, measure_cache
 from jquant.kv_passes import CalibrateFloat8Kv, CalibrateKvQuant, CalibrateRazorKv
-from jquant.models import Llama, blocks, get, linear_paths, put
+from jquant.models import Llama, blocks, get, linear_paths, put, top_nodes
 from jquant.passes import ModelPass, QuantizeActivations, Sequential, Smooth
 from jquant.quantizers import WeightQuantizer
 from jquant.recipe import Calibration, Recipe
@@ -63,6 +65,34 @@ class LinearPlan:
         return 8.0 * self.nbytes / math.prod(self.shape)
 
 
+class Needs(NamedTuple):
+    """Hold bytes of what a run has in memory at once, by which `jquant.budget` predicts its peak.
+
+    Attributes:
+      block: the largest block of the source.
+      solved: the largest block of the result.
+      node: the largest of the source's table, blocks and head.
+      result_node: the same of the result.
+      array: the source's largest array.
+      activations: the inputs of one block over all calibration text; 0 if none are carried.
+      sets: how many such sets there are at once.
+      piece: the inputs that are on the device at once where they are kept elsewhere.
+      working: what a solve, or a block over one window, takes beside all these.
+      movable: whether the inputs can be kept off the device.
+    """
+
+    block: int
+    solved: int
+    node: int
+    result_node: int
+    array: int
+    activations: int
+    sets: int
+    piece: int
+    working: int
+    movable: bool
+
+
 @dataclass(frozen=True)
 class Plan:
     """What a run will give and cost.
@@ -77,6 +107,7 @@ class Plan:
       work: floating-point operations.
       solve_shapes: distinct (in, out) of the solves; each is compiled once.
       cache: what keys and values will take.
+      needs: what is in memory at once.
     """
 
     linears: tuple[LinearPlan, ...]
@@ -88,6 +119,7 @@ class Plan:
     work: Work
     solve_shapes: tuple[tuple[int, int], ...]
     cache: CacheFacts
+    needs: Needs
 
     def bits_per_weight(self) -> float:
         """Returns the bits per weight of all quantized linears taken together, 0 if there is none."""
@@ -175,7 +207,37 @@ def plan(model: Llama, recipe: Recipe) -> Plan:
         work=work,
         solve_shapes=tuple(dict.fromkeys(_shape(model, solve) for solve in solves)),
         cache=measure_cache(result),
+        needs=_needs(model, result, recipe, sets, max(working, _rounding(model, solves))),
     )
+
+
+def _needs(model: Llama, result: Llama, recipe: Recipe, sets: int, working: int) -> Needs:
+    calibration = recipe.calibration
+    carried = calibration is not None and any(one.needs_tokens() for one in recipe.passes)
+    shape = (
+        (calibration.samples, calibration.length, model.config.hidden_size) if calibration and carried else (0, 0, 0)
+    )
+    dtype = jnp.dtype(model.embed_tokens.dtype)
+    parts = [part for one in recipe.passes for part in _block_passes(one)]
+    measuring = [one for one in recipe.passes if one.needs_tokens()]
+    return Needs(
+        block=max(map(tree_nbytes, blocks(model))),
+        solved=max(map(tree_nbytes, blocks(result))),
+        node=max(tree_nbytes(get(model, node)) for node in top_nodes(model)),
+        result_node=max(tree_nbytes(get(result, node)) for node in top_nodes(result)),
+        array=max(map(tree_nbytes, jax.tree.leaves(model))),
+        activations=math.prod(shape) * dtype.itemsize,
+        sets=sets,
+        piece=piece_size(shape, dtype) * math.prod(shape[1:]) * dtype.itemsize if carried else 0,
+        working=working,
+        movable=carried and all(one.streams() for one in measuring) and not any(one.needs_teacher() for one in parts),
+    )
+
+
+def _rounding(model: Llama, solves: list[Solve]) -> int:
+    """Returns the bytes that the largest solve without a Hessian takes beside its kernel."""
+    light = {_shape(model, solve) for solve in solves if solve.quantizer.statistic is None}
+    return max((rounding_nbytes(*shape) for shape in light), default=0)
 
 
 def outline(model: Llama, recipe: Recipe) -> Llama:

@@ -9,6 +9,9 @@ from jquant.blocks.base import Teacher as Teacher
 from jquant.blocks.base import summarize as summarize
 from jquant.blocks.distill import Distill as Distill
 from jquant.blocks.distill import Training as Training
+from jquant.blocks.offloaded import ActivationPlace as ActivationPlace
+from jquant.blocks.offloaded import Offloaded as Offloaded
+from jquant.blocks.offloaded import piece_size as piece_size
 from jquant.blocks.rules import check_pattern as check_pattern
 from jquant.blocks.weights import SITES as SITES
 from jquant.blocks.weights import QuantizeWeights as QuantizeWeights

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 from jquant.activations import ActivationMethod, ActivationQuantizer
 from jquant.blocks.base import BlockData, BlockPass, StatisticStore
 from jquant.blocks.rules import check_pattern, first_match, refuse_unused
-from jquant.blocks.weights import SITES, collect
+from jquant.blocks.weights import SITES, collect_all
 from jquant.errors import CalibrationError, FormatError
 from jquant.models import Block, Llama, get, linear_paths, put
 from jquant.quantizers import ABSMAX, Diagnostics
@@ -92,7 +92,7 @@ class InputQuantizers(BlockPass):
         sites = tuple(
             site for site, names in SITES.items() if any(self._calibrated(data.index, name) for name in names)
         )
-        largest = collect(block, data.inputs, sites, ABSMAX, data.config) if sites else {}
+        largest = collect_all(block, data.inputs, sites, ABSMAX, data.config) if sites else {}
         for site, seen in largest.items():
             if not bool(jnp.isfinite(seen).all()):
                 raise CalibrationError(

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jquant.blocks.base import BlockData, BlockPass, StatisticStore, split_diagnostics
+from jquant.blocks.offloaded import Offloaded
 from jquant.blocks.rules import check_pattern, first_match, refuse_unused
 from jquant.errors import CalibrationError, FormatError, RecipeError
 from jquant.formats import QuantizedTensor, split_outputs
@@ -157,16 +158,34 @@ class QuantizeWeights(BlockPass):
             return None
         if self.sequence == "per_block":
             return whole[statistic.name][site]
-        return collect(block, data.inputs, (site,), statistic, data.config)[site]
+        return collect_all(block, data.inputs, (site,), statistic, data.config)[site]
 
 
 def _of_inputs(block: Block, data: BlockData, statistic: Statistic) -> dict[str, Any]:
-    return collect(block, data.inputs, tuple(SITES), statistic, data.config)
+    return collect_all(block, data.inputs, tuple(SITES), statistic, data.config)
+
+
+def collect_all(
+    block: Block, inputs: Any, sites: tuple[str, ...], statistic: Statistic, config: LlamaConfig
+) -> dict[str, Any]:
+    """Returns what `collect` does, of inputs that may be `Offloaded`: the same sums in the same order."""
+    if not isinstance(inputs, Offloaded):
+        found: dict[str, Any] = collect(block, inputs, sites, statistic, config)
+        return found
+    sums = {site: statistic.init(get(block, SITES[site][0]).kernel.shape[0]) for site in sites}
+    for piece in inputs.pieces():
+        sums = collect(block, piece, sites, statistic, config, sums)
+    return sums
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3, 4))
 def collect(
-    block: Block, inputs: Any, sites: tuple[str, ...], statistic: Statistic, config: LlamaConfig
+    block: Block,
+    inputs: Any,
+    sites: tuple[str, ...],
+    statistic: Statistic,
+    config: LlamaConfig,
+    sums: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Sums a statistic of what the linears of each site multiply, over all samples.
 
@@ -176,6 +195,7 @@ def collect(
       sites: names of `SITES`; what the others need is not computed.
       statistic: what to sum.
       config: the model's sizes.
+      sums: what to go on from; None to begin.
 
     Returns:
       The sum for each site.
@@ -187,7 +207,8 @@ def collect(
         return {site: statistic.update(sums[site], getattr(taps, site)[0]) for site in sites}, None
 
     features = {site: get(block, SITES[site][0]).kernel.shape[0] for site in sites}
-    return jax.lax.scan(step, {site: statistic.init(features[site]) for site in sites}, inputs)[0]
+    begun = {site: statistic.init(features[site]) for site in sites} if sums is None else sums
+    return jax.lax.scan(step, begun, inputs)[0]
 
 
 def _solve(

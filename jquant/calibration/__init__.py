@@ -11,9 +11,12 @@ from jquant.calibration.kv import put_codecs as put_codecs
 from jquant.calibration.kvquant import calibrate_kvquant as calibrate_kvquant
 from jquant.calibration.learn_rotation import RotationTraining as RotationTraining
 from jquant.calibration.learn_rotation import learn_rotation as learn_rotation
+from jquant.calibration.sequential import Keeping as Keeping
+from jquant.calibration.sequential import WeightFaults as WeightFaults
 from jquant.calibration.sequential import check_weights as check_weights
 from jquant.calibration.sequential import dense_kernels as dense_kernels
 from jquant.calibration.sequential import quantize_blocks as quantize_blocks
+from jquant.calibration.sequential import stream_blocks as stream_blocks
 from jquant.calibration.shared import SharedStatistics as SharedStatistics
 from jquant.calibration.smoothing import AlphaError as AlphaError
 from jquant.calibration.smoothing import AlphaSearch as AlphaSearch

@@ -4,25 +4,58 @@ A straight loop with jitted pieces. Its random keys come from `fold_in(key, inde
 alone, so that a run resumed from a store gives the same bits as one that was never stopped.
 """
 
+import contextlib
 import dataclasses
 import functools
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from jquant.blocks import BlockData, BlockPass, StatisticStore, Teacher, summarize
+from jquant.blocks import ActivationPlace, BlockData, BlockPass, Offloaded, StatisticStore, Teacher, summarize
 from jquant.calibration.store import BlockStore
-from jquant.errors import CalibrationError
+from jquant.errors import CalibrationError, RecipeError
 from jquant.formats import QuantizedTensor, compact_outliers
 from jquant.kv import ExactKv
-from jquant.models import BLOCK_LINEARS, Block, Llama, LlamaConfig, blocks, embed, get, linear_paths, prompt_block, put
+from jquant.models import (
+    BLOCK_LINEARS,
+    Block,
+    LazyModel,
+    Llama,
+    LlamaConfig,
+    blocks,
+    embed,
+    get,
+    in_memory,
+    linear_paths,
+    prompt_block,
+    put,
+    with_blocks,
+)
 from jquant.quantizers import Diagnostics
 from jquant.report import BlockReport, LinearReport, Report
 from jquant.types import Key
+
+
+@dataclass(frozen=True)
+class Keeping:
+    """Where a run keeps what it makes on the way; no choice changes a bit of the result.
+
+    Attributes:
+      store: keeps each finished block on disk; blocks that it already holds are taken from it. None for no store.
+      statistics: keeps what is collected on the source's own activations, for other runs; None to keep nothing.
+      activations: where inputs of blocks are kept between blocks: on the "device", in "host" memory, or on "disk", in
+        a temporary file beside the store.
+    """
+
+    store: BlockStore | None = None
+    statistics: StatisticStore | None = None
+    activations: ActivationPlace = "device"
 
 
 def quantize_blocks(
@@ -33,6 +66,7 @@ def quantize_blocks(
     key: Key,
     store: BlockStore | None = None,
     statistics: StatisticStore | None = None,
+    activations: ActivationPlace = "device",
     on_block: Callable[[BlockReport], None] = lambda report: None,
 ) -> tuple[Llama, Report]:
     """Rewrites the blocks in order.
@@ -42,8 +76,9 @@ def quantize_blocks(
       tokens: calibration windows; None if no pass needs inputs or a teacher.
       passes: what is done to each block, in order.
       key: random key of the run.
-      store: keeps each finished block on disk; blocks that it already holds are taken from it.
-      statistics: keeps what is collected on the source's own activations, for other runs.
+      store: see `Keeping`, as the next two.
+      statistics: what other runs collected.
+      activations: where inputs of blocks are kept.
       on_block: called with each block's report, also for blocks from the store.
 
     Returns:
@@ -51,32 +86,121 @@ def quantize_blocks(
 
     Raises:
       CalibrationError: a solve gave something that is not finite; the linear is named, finished blocks are kept.
+      RecipeError: activations shall be kept off the device and a pass needs a teacher.
     """
-    carried = any(one.needs_inputs() for one in passes)
-    taught = any(one.needs_teacher(statistics) for one in passes)
-    inputs = embed(model, tokens) if carried and tokens is not None else None
-    source_inputs = embed(model, tokens) if taught and tokens is not None else None
-    layers, reports = list(blocks(model)), []
-    for index, layer in enumerate(layers):
-        started = time.monotonic()
-        teacher = None if source_inputs is None else _teach(layer, source_inputs, model.config)
-        resumed = store.get(index) if store else None
-        if resumed is not None:
-            layers[index], report = resumed
-            solved = layers[index]
-        else:
-            data = BlockData(inputs=inputs, config=model.config, index=index, teacher=teacher, statistics=statistics)
-            solved, rows, losses = _run(passes, layer, data, jax.random.fold_in(key, index))
-            layers[index] = compact_outliers(jax.block_until_ready(solved))
-            report = BlockReport(index=index, linears=rows, seconds=time.monotonic() - started, losses=losses)
-            if store:
-                store.put(index, layers[index], report)
-        if inputs is not None and index + 1 < len(layers):
-            inputs = advance(dense_kernels(solved), inputs, model.config)
-        source_inputs = None if teacher is None else teacher.outputs
+    blocks(model)
+    layers, reports = [], []
+    keeping = Keeping(store, statistics, activations)
+    for layer, report in solve_blocks(in_memory(model), tokens, passes, key=key, keeping=keeping):
+        layers.append(layer)
         reports.append(report)
         on_block(report)
     return dataclasses.replace(model, layers=tuple(layers)), Report(blocks=tuple(reports))
+
+
+def stream_blocks(
+    model: LazyModel,
+    tokens: Int[Array, "samples length"] | None,
+    passes: Sequence[BlockPass],
+    *,
+    key: Key,
+    keeping: Keeping,
+    on_block: Callable[[BlockReport], None] = lambda report: None,
+) -> tuple[LazyModel, Report]:
+    """Rewrites the blocks in order as `quantize_blocks`, with one of them in memory, and leaves them in the store.
+
+    Args:
+      model: what is read, each block once.
+      tokens: as of `quantize_blocks`, and so the others.
+      passes: what is done to each block.
+      key: random key of the run.
+      keeping: has a store.
+      on_block: called with each block's report.
+
+    Returns:
+      A model whose blocks are read from the store, and one report a block.
+
+    Raises:
+      CalibrationError: as `quantize_blocks`.
+      RecipeError: as `quantize_blocks`.
+    """
+    store = keeping.store
+    assert store is not None
+    reports = []
+    for _, report in solve_blocks(model, tokens, passes, key=key, keeping=keeping):
+        reports.append(report)
+        on_block(report)
+    layers = tuple(store.abstract(index) for index in range(len(reports)))
+    abstract = dataclasses.replace(model.abstract, layers=layers)
+    return with_blocks(model, abstract, store.block), Report(blocks=tuple(reports))
+
+
+def solve_blocks(
+    model: LazyModel,
+    tokens: Int[Array, "samples length"] | None,
+    passes: Sequence[BlockPass],
+    *,
+    key: Key,
+    keeping: Keeping,
+) -> Iterator[tuple[Block, BlockReport]]:
+    """Yields each block rewritten, and its report; holds one block at a time. See `quantize_blocks`."""
+    config, store = model.abstract.config, keeping.store
+    carried = any(one.needs_inputs() for one in passes)
+    taught = any(one.needs_teacher(keeping.statistics) for one in passes)
+    if taught and keeping.activations != "device":
+        raise RecipeError(
+            f"activations are to be kept on {keeping.activations}, but the recipe compares blocks with the source's "
+            "own activations, which are on the device: keep all there, or take fewer samples"
+        )
+    last = len(blocks(model.abstract)) - 1
+    with contextlib.ExitStack() as open_files:
+        inputs = _first_inputs(model, tokens, keeping) if carried and tokens is not None else None
+        if isinstance(inputs, Offloaded):
+            open_files.enter_context(contextlib.closing(inputs.file))
+        source_inputs = _embed(model, tokens) if taught and tokens is not None else None
+        for index in range(last + 1):
+            started, layer = time.monotonic(), model.read(f"layers.{index}")
+            teacher = None if source_inputs is None else _teach(layer, source_inputs, config)
+            resumed = store.get(index) if store else None
+            if resumed is not None:
+                layer, report = resumed
+                solved = layer
+            else:
+                data = BlockData(inputs, config, index, teacher, keeping.statistics)
+                solved, rows, losses = _run(passes, layer, data, jax.random.fold_in(key, index))
+                layer = compact_outliers(jax.block_until_ready(solved))
+                report = BlockReport(index=index, linears=rows, seconds=time.monotonic() - started, losses=losses)
+                if store:
+                    store.put(index, layer, report)
+            if inputs is not None and index < last:
+                inputs = advance_all(dense_kernels(solved), inputs, config)
+            source_inputs = None if teacher is None else teacher.outputs
+            yield layer, report
+
+
+def _embed(model: LazyModel, tokens: Int[Array, "samples length"]) -> Float[Array, "samples length hidden"]:
+    return embed(dataclasses.replace(model.abstract, embed_tokens=model.read("embed_tokens")), tokens)
+
+
+def _first_inputs(model: LazyModel, tokens: Int[Array, "samples length"], keeping: Keeping) -> Any:
+    if keeping.activations == "device":
+        return _embed(model, tokens)
+    shape = (tokens.shape[0], tokens.shape[1], model.abstract.config.hidden_size)
+    folder = None if keeping.store is None else keeping.store.path
+    kept = Offloaded.empty(shape, model.abstract.embed_tokens.dtype, keeping.activations, folder)
+    table = dataclasses.replace(model.abstract, embed_tokens=model.read("embed_tokens"))
+    for index in range(tokens.shape[0] // kept.piece):
+        kept.put(index, embed(table, tokens[index * kept.piece : (index + 1) * kept.piece]))
+    return kept
+
+
+def advance_all(layer: Block, inputs: Any, config: LlamaConfig) -> Any:
+    """Returns what a block makes of inputs that may be `Offloaded`, which are then written over."""
+    if not isinstance(inputs, Offloaded):
+        return advance(layer, inputs, config)
+    for index, piece in enumerate(inputs.pieces()):
+        inputs.put(index, advance(layer, piece, config))
+    return inputs
 
 
 def dense_kernels(layer: Block) -> Block:
@@ -117,19 +241,34 @@ def check_weights(model: Llama) -> None:
     Raises:
       CalibrationError: an array is NaN or infinite, or a block's matrix is zero everywhere; all such paths are named.
     """
-    matrices = {f"{path}.kernel" for path in linear_paths(model)}
-    faults = []
+    faults = WeightFaults(model)
     for path, leaf in jax.tree_util.tree_leaves_with_path(model):
-        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        faults.look(jax.tree_util.keystr(path, simple=True, separator="."), leaf)
+    faults.refuse()
+
+
+class WeightFaults:
+    """Collects what is wrong with weights that are looked at one by one."""
+
+    def __init__(self, model: Llama) -> None:
+        """Begins with none; the model may be abstract."""
+        self._matrices = {f"{path}.kernel" for path in linear_paths(model)}
+        self._faults: list[str] = []
+
+    def look(self, name: str, leaf: Shaped[Array, "*shape"]) -> None:
+        """Looks at the array of a path."""
         finite, zero = (bool(answer) for answer in _look_at(leaf))
         if not finite:
-            faults.append(f"{name.removesuffix('.kernel')} has NaN or infinite weights")
-        elif zero and name in matrices:
-            faults.append(f"{name.removesuffix('.kernel')} is zero everywhere")
-    if faults:
-        raise CalibrationError(
-            f"{'; '.join(faults)}. The checkpoint is damaged or incomplete: fetch or convert it again"
-        )
+            self._faults.append(f"{name.removesuffix('.kernel')} has NaN or infinite weights")
+        elif zero and name in self._matrices:
+            self._faults.append(f"{name.removesuffix('.kernel')} is zero everywhere")
+
+    def refuse(self) -> None:
+        """Raises CalibrationError if there is a fault."""
+        if self._faults:
+            raise CalibrationError(
+                f"{'; '.join(self._faults)}. The checkpoint is damaged or incomplete: fetch or convert it again"
+            )
 
 
 @jax.jit

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Final
 
-from jquant.checkpoint import is_checkpoint, load_tree, save_tree
+from jquant.checkpoint import abstract_tree, is_checkpoint, load_tree, save_tree
 from jquant.errors import CheckpointError
 from jquant.models import Block
 from jquant.report import BlockReport, Report, block_report_from_dict
@@ -84,6 +84,26 @@ class BlockStore:
             return load_tree(folder), report
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{folder} is damaged ({error}); delete it to solve this block again") from error
+
+    def block(self, index: int) -> Block:
+        """Returns a finished block.
+
+        Raises:
+          CheckpointError: it is damaged.
+        """
+        found = self.get(index)
+        if found is None:
+            raise CheckpointError(f"{self._folder(index)} is gone; run again to solve this block again")
+        return found[0]
+
+    def abstract(self, index: int) -> Block:
+        """Returns a finished block with `jax.ShapeDtypeStruct` for arrays.
+
+        Raises:
+          CheckpointError: it is damaged.
+        """
+        block: Block = abstract_tree(self._folder(index))
+        return block
 
     def put(self, index: int, block: Block, report: BlockReport) -> None:
         """Stores a finished block, whole or not at all.

@@ -2,11 +2,13 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
 from convert.huggingface import StoredDtype
+from jquant.blocks import ActivationPlace
+from jquant.budget import ModelPlace
 from jquant.commands.display import show_progress, stdout
 from jquant.folders import make_writable, write_text
 from jquant.pages import quantization_page
@@ -25,6 +27,8 @@ def run(
     data: Path | None = None,
     dtype: StoredDtype = "auto",
     resume: Annotated[bool, Parameter(negative="")] = False,
+    memory: ModelPlace | Literal["auto"] = "auto",
+    activations: ActivationPlace | Literal["auto"] = "auto",
     report: Path | None = None,
 ) -> None:
     """Quantize a model by a recipe; the result has recipe, report and tokenizer with it.
@@ -40,13 +44,26 @@ def run(
       data: the folder where the files of the calibration data set lie, instead of the hub.
       dtype: of the model's arrays, and so of the calibration; auto keeps what is stored.
       resume: refuse to begin a new run: there must be one to go on with.
+      memory: whole loads the model, blocks reads one block at a time from disk; auto reads blocks where the whole is
+        predicted to take more than 80 % of what is free. The result is the same.
+      activations: where calibration activations are kept: on the device, in host memory, or on disk; auto likewise.
       report: an HTML file to write: the result by layer, the recipe, where the data came from.
     """
     chosen = load_recipe(recipe, set_)
     if report is not None:
         make_writable(report.parent)
     with show_progress() as on_progress:
-        found = quantize(source, out, chosen, folder=data, dtype=dtype, resume=resume, on_progress=on_progress)
+        found = quantize(
+            source,
+            out,
+            chosen,
+            folder=data,
+            dtype=dtype,
+            resume=resume,
+            memory=memory,
+            activations=activations,
+            on_progress=on_progress,
+        )
     for table in (report_table(found), *finding_tables(found)):
         stdout().print(table)
     if report is not None:

@@ -83,7 +83,7 @@ def test_a_packed_folder_is_read_by_path(tmp_path: Path) -> None:
     folder = given.write_packed(tmp_path, section, tensors)
     lazy, model = lazy_model(folder), load_model(folder)
     assert lazy.abstract == abstract_model(folder)
-    for path in (given.PATH, f"{given.PATH}.kernel.scales", "layers.0.mlp", "embed_tokens"):
+    for path in (given.PATH, f"{given.PATH}.kernel.scales", "layers.0.mlp", "layers.0", "embed_tokens"):
         jax.tree.map(np.testing.assert_array_equal, lazy.read(path), get(model, path))
 
 

@@ -1,26 +1,25 @@
 """Texts that models write on until a phrase: the measure behind tasks whose answer is extracted from what was written.
 
-Tokens are written in rounds, each a loop on the device that ends when all rows have written their end of text; after
-each one the texts are looked at, so that a batch ends when all its rows have written one of the phrases, their end of
-text, or the most tokens there may be.
+Tokens are written in rounds, after each of which the texts are looked at: a row that has written one of the phrases,
+its end of text, or the most tokens there may be, takes the next prompt (`eval.refill`).
 """
 
+import dataclasses
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from eval.batches import BATCH_TOKENS, Batch, make_batches
+from eval.batches import BATCH_TOKENS, make_batches
+from eval.refill import write_all
 from jquant.errors import DataError
 from jquant.models import Llama
-from jquant.runtime import advance, begin, token_stride
 from jquant.sampling import GREEDY, Sampler
 from jquant.types import Key
-
-_ROUND: Final = 32  # tokens written between two looks at the texts
 
 
 @runtime_checkable
@@ -65,6 +64,7 @@ def complete(
     batch_tokens: int = BATCH_TOKENS,
     key: Key | None = None,
     on_text: Callable[[int, Completion], None] = lambda index, completion: None,
+    on_steps: Callable[[int], None] = lambda run: None,
 ) -> list[Completion]:
     """Write on after each prompt.
 
@@ -79,6 +79,8 @@ def complete(
       batch_tokens: tokens of prompts, padding counted, that go through the model at once.
       key: of the random choice; may be left out for a greedy sampler.
       on_text: called with a prompt's index and its completion as soon as there is one; in no particular order.
+      on_steps: called with the row-steps that were run: after a prompt's first token, each is a token that one row
+        could have written.
 
     Raises:
       DataError: a prompt is empty, has an id outside the vocabulary, or `max_tokens` leaves no room for one.
@@ -98,39 +100,34 @@ def complete(
     kept = [list(prompt[-room:]) for prompt in prompts]
     results: dict[int, Completion] = {}
     batches = make_batches([len(prompt) for prompt in kept], longest=room, batch_tokens=batch_tokens)
-    for number, batch in enumerate(batches):
-        draw = jax.random.fold_in(jax.random.key(0) if key is None else key, number)
-        for index, text in zip(batch.members, _write(model, tokenizer, kept, batch, ending, draw), strict=True):
-            results[index] = Completion(text, len(prompts[index]) - len(kept[index]))
-            on_text(index, results[index])
+    stops = jnp.asarray(np.asarray([] if ending.token is None else [ending.token], np.int32))
+
+    def keep(index: int, tokens: list[int]) -> None:
+        text = _cut(tokenizer, tokens[: ending.max_tokens], ending)
+        results[index] = Completion(text, len(prompts[index]) - len(kept[index]))
+        on_text(index, results[index])
+
+    for _, alike in itertools.groupby(batches, key=lambda batch: batch.width):
+        first, *others = alike
+        members = (*first.members, *(member for batch in others for member in batch.members))
+        write_all(
+            model,
+            kept,
+            dataclasses.replace(first, members=members),
+            stops,
+            jax.random.key(0) if key is None else key,
+            max_tokens=ending.max_tokens,
+            sampler=ending.sampler,
+            ended=lambda tokens: _names_phrase(tokenizer, tokens, ending),
+            on_tokens=keep,
+            on_steps=on_steps,
+        )
     return [results[index] for index in range(len(prompts))]
 
 
-def _write(
-    model: Llama, tokenizer: Decoder, prompts: Sequence[Sequence[int]], batch: Batch, ending: Ending, key: Key
-) -> list[str]:
-    """Return the texts of a batch's members."""
-    tokens, lengths = batch.pad(prompts)
-    rounds = -(-(ending.max_tokens - 1) // _ROUND)  # after the first token
-    stops = jnp.asarray(np.asarray([] if ending.token is None else [ending.token], np.int32))
-    sampler, capacity = ending.sampler, batch.width + max(1, rounds) * _ROUND
-    writing = begin(model, jnp.asarray(tokens), jnp.asarray(lengths), stops, key, capacity=capacity, sampler=sampler)
-    first = zip(np.asarray(writing.tokens).tolist(), np.asarray(writing.stopped).tolist(), strict=True)
-    rows = [[] if stopped else [token] for token, stopped in first][: len(batch.members)]
-    for index in range(rounds):
-        until = jnp.int32(1 + (index + 1) * _ROUND)  # whole strides
-        written, counts, writing = advance(
-            model, writing, until, stops, key, room=_ROUND, stride=token_stride(), sampler=sampler
-        )
-        new = zip(np.asarray(written).tolist(), np.asarray(counts).tolist(), strict=True)
-        rows = [row + more[:count] for row, (more, count) in zip(rows, new, strict=False)]
-        stopped = np.asarray(writing.stopped).tolist()
-        if all(ended or _names_phrase(tokenizer, row, ending) for row, ended in zip(rows, stopped, strict=False)):
-            break
-    return [_cut(tokenizer, row[: ending.max_tokens], ending) for row in rows]
-
-
 def _names_phrase(tokenizer: Decoder, tokens: list[int], ending: Ending) -> bool:
+    if not ending.phrases:
+        return False
     text = str(tokenizer.decode(tokens, skip_special_tokens=False))
     return any(phrase in text for phrase in ending.phrases)
 

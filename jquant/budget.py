@@ -29,7 +29,7 @@ type ModelPlace = Literal["whole", "blocks"]
 
 _SHARE: Final = 0.8  # of what is free that a run may be predicted to need
 _BASE: Final = 500 * 2**20  # bytes of a process before it reads a model: Python, XLA, its programs; measured here
-_READING: Final = 3  # copies of an array while it is read: mapped pages, the file's bytes, the array turned round
+_READING: Final = 3.5  # copies of an array while it is read: mapped pages, bytes, what is finite, the array turned
 _WRITING: Final = 2  # copies of a part while it is written: its arrays, what Orbax has not written yet
 _PIECES: Final = 3  # pieces of activations alive at once, where they are not on the device
 _ENDLESS: Final = 2**62
@@ -76,18 +76,18 @@ def predict(figures: Plan, way: Way, *, has_device: bool) -> Memory:
     needs = figures.needs
     kept = needs.sets * needs.activations
     piece = min(kept, _PIECES * needs.piece)
+    transient = int((_READING - 1) * needs.array)
     if way.model == "whole":
         held = figures.source_nbytes + figures.store_nbytes
-        reading = figures.source_nbytes + (_READING - 1) * needs.array
+        reading = figures.source_nbytes + transient
     else:
         held = needs.block + needs.solved
-        reading = needs.node + (_READING - 1) * needs.array
+        reading = needs.node + transient
     solving = held + needs.working + (kept if way.activations == "device" else piece)
     writing = (_WRITING if way.model == "blocks" else 1) * max(min(figures.nbytes, PART_NBYTES), needs.result_node)
     in_memory = needs.activations if way.activations == "host" else 0
     if has_device:
-        transient = max((_READING - 1) * needs.array, writing)
-        return Memory(_BASE + in_memory + transient, max(solving, reading))
+        return Memory(_BASE + in_memory + max(transient, writing), max(solving, reading - transient))
     ending = writing + (figures.store_nbytes + figures.source_nbytes if way.model == "whole" else 0)
     return Memory(_BASE + in_memory + max(solving, reading, ending), 0)
 

@@ -10,6 +10,7 @@ together where they are small enough, so that memory need not hold more than one
 `structure.json` lists them and `arrays/` has a folder for each.
 """
 
+import gc
 import hashlib
 import json
 import os
@@ -100,6 +101,7 @@ def _save(
             with ocp.StandardCheckpointer() as checkpointer:
                 checkpointer.save((partial / ARRAYS / _part_folder(parts, number)).absolute(), leaves)
             del leaves
+            gc.collect()  # Orbax keeps what it has written in cycles, which would pile up part by part
         for name, content in (files or {}).items():
             (partial / name).parent.mkdir(parents=True, exist_ok=True)
             (partial / name).write_bytes(content if isinstance(content, bytes) else content())

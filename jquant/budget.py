@@ -82,12 +82,12 @@ def predict(figures: Plan, way: Way, *, has_device: bool) -> Memory:
         reading = figures.source_nbytes + transient
     else:
         held = needs.block + needs.solved
-        reading = needs.node + transient
+        reading = needs.node + transient + min(figures.nbytes, PART_NBYTES)  # what was written lingers
     solving = held + needs.working + (kept if way.activations == "device" else piece)
     writing = (_WRITING if way.model == "blocks" else 1) * max(min(figures.nbytes, PART_NBYTES), needs.result_node)
     in_memory = needs.activations if way.activations == "host" else 0
     if has_device:
-        return Memory(_BASE + in_memory + max(transient, writing), max(solving, reading - transient))
+        return Memory(_BASE + in_memory + max(transient, writing), max(solving, needs.node))
     ending = writing + (figures.store_nbytes + figures.source_nbytes if way.model == "whole" else 0)
     return Memory(_BASE + in_memory + max(solving, reading, ending), 0)
 

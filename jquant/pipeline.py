@@ -247,7 +247,11 @@ def _check_length(recipe: Recipe, model: Llama) -> None:
 
 def _check_store(path: Path, *, resume: bool) -> None:
     """Refuses a folder that is no store (it would be deleted at the end), and `resume` without a store."""
-    if not path.exists():
+    try:
+        is_there = path.exists()
+    except OSError as error:
+        raise CheckpointError(f"cannot write to {path}: {error}. Choose a folder that you may write to") from error
+    if not is_there:
         if resume:
             raise CheckpointError(f"there is no {path} to resume; leave --resume out to begin a run")
         return

@@ -82,7 +82,7 @@ class BlockStore:
         try:
             report = block_report_from_dict(json.loads((folder / REPORT).read_text()))
             return load_tree(folder), report
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (CheckpointError, OSError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{folder} is damaged ({error}); delete it to solve this block again") from error
 
     def block(self, index: int) -> Block:

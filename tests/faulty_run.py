@@ -1,0 +1,222 @@
+"""Runs that are killed, starved and misled, for tests/test_faults.py: `python -m tests.faulty_run FOLDER SCENARIO`.
+
+All is imported once, and each run is a fork of this process: it has one thread and no XLA client yet, which a fork
+would break. Children share a cache of compiled programs, so that most of their time is the run's own.
+"""
+
+import fcntl
+import json
+import os
+import resource
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final
+
+import jax
+import numpy as np
+import orbax.checkpoint
+import transformers  # noqa: F401 (imported late where it is used)
+
+from jquant.checkpoint import _check_files, is_checkpoint, recorded_digest
+from jquant.errors import JquantError
+from jquant.pipeline import export_checkpoint, quantize
+from jquant.recipe import Recipe, parse_recipe
+
+SEED: Final = 20261122
+KILLS: Final = 20
+RECIPE: Final = """
+name: faulty
+calibration: {samples: 4, length: 16}
+passes:
+  - sequential:
+      passes:
+        - quantize_weights:
+            rules:
+              - {match: ".*down_proj", quantizer: {gptq: {format: {group_size: 32}}}}
+              - {match: ".*up_proj", quantizer: {rtn: {format: {group_size: 32}}}}
+"""
+_LONGEST: Final = 60.0  # seconds that a run may take at most
+
+
+def recipe() -> Recipe:
+    """Return GPTQ and RTN on two linears of each block."""
+    return parse_recipe(RECIPE)
+
+
+def run(folder: Path, **options: Any) -> None:
+    """Quantize, block by block, activations in a file."""
+    quantize(folder / "source", folder / "out", recipe(), memory="blocks", activations="disk", **options)
+
+
+def fork(job: Callable[[], None], out: Path, kill_after: float | None = None) -> tuple[int, float]:
+    """Run a job in a child, whose words go to a file; return its exit status, negative for a signal, and seconds."""
+    started = time.monotonic()
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            with out.open("w") as words:
+                os.dup2(words.fileno(), 1)
+                os.dup2(words.fileno(), 2)
+            job()
+            status = 0
+        except JquantError as error:
+            os.write(1, str(error).encode())
+            status = 2
+        except BaseException:  # noqa: BLE001 (whatever it is, a fork must not go on as its parent)
+            os.write(1, traceback.format_exc().encode())
+        os._exit(status)
+    limit = _LONGEST if kill_after is None else kill_after
+    while time.monotonic() - started < limit:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status), time.monotonic() - started
+        time.sleep(0.002)
+    os.kill(child, signal.SIGKILL)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), time.monotonic() - started
+
+
+def whole(out: Path) -> str:
+    """Return the digest of a finished checkpoint, after checking all its files; "" if there is none."""
+    if not out.exists():
+        return ""
+    _check_files(out)
+    return recorded_digest(out)
+
+
+def clear(folder: Path) -> None:
+    """Move what is finished away."""
+    (folder / "out").rename(folder / f"done-{time.monotonic_ns()}")
+
+
+def first(folder: Path) -> tuple[str, float]:
+    """Run undisturbed twice; return the digest, and the seconds of the second run, when programs are compiled."""
+    for _ in range(2):
+        status, seconds = fork(lambda: run(folder), folder / "words")
+        assert status == 0, (folder / "words").read_text()
+        expected = whole(folder / "out")
+        clear(folder)
+    return expected, seconds
+
+
+def kills(folder: Path) -> dict[str, Any]:
+    """Kill a run at random moments, going on each time; a run that ends is followed by a new one."""
+    expected, seconds = first(folder)
+    moments = np.random.default_rng(SEED).uniform(0.1, 1.0, KILLS) * seconds
+    found, killed, ended, blocks = {expected}, 0, 0, []
+    for moment in moments:
+        status, _ = fork(lambda: run(folder), folder / "words", moment)
+        assert status in (0, -signal.SIGKILL), (folder / "words").read_text()
+        killed, ended = killed + (status != 0), ended + (status == 0)
+        blocks.append(sum(map(is_checkpoint, (folder / "out.partial").glob("block-*"))))
+        if whole(folder / "out"):
+            found.add(whole(folder / "out"))
+            clear(folder)
+    status, _ = fork(lambda: run(folder), folder / "words")
+    found.add(whole(folder / "out"))
+    left = [path.name for path in folder.iterdir() if path.name.endswith(".partial")]
+    return {"killed": killed, "ended": ended, "blocks": blocks, "digests": len(found), "status": status, "left": left}
+
+
+def disks(folder: Path) -> dict[str, Any]:
+    """Let files grow no further than some sizes, then run without a limit; and write where nothing may be written."""
+    expected, _ = first(folder)
+    words: dict[str, str] = {}
+    for limit in (2**14, 2**17):
+
+        def starved(limit: int = limit) -> None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+            run(folder)
+
+        status, _ = fork(starved, folder / "words")
+        words[str(limit)] = f"{status}: {(folder / 'words').read_text()[:900]}"
+        assert not whole(folder / "out")
+    locked = folder / "locked"
+    locked.mkdir()
+    locked.chmod(0o555)
+
+    def refused() -> None:
+        if os.geteuid() == 0:
+            os.setuid(65534)  # nobody: a folder's mode binds all but root
+        quantize(folder / "source", locked / "out", recipe(), memory="blocks")
+
+    status, _ = fork(refused, folder / "words")
+    words["read-only"] = f"{status}: {(folder / 'words').read_text()[:900]}"
+    status, _ = fork(lambda: run(folder), folder / "words")
+    return {"words": words, "status": status, "same": whole(folder / "out") == expected}
+
+
+def clocks(folder: Path) -> dict[str, Any]:
+    """Let the clock jump by years within a run and files be from the future, and let a run meet another on its store.
+
+    Orbax measures its patience by the clock, so that a jump while it writes may end a run: by name, and to be resumed.
+    """
+    expected, seconds = first(folder)
+
+    def jumping() -> None:
+        real, jumps = time.time, iter(range(10**9))
+        time.time = lambda: real() + (-1.0) ** (next(jumps) // 100) * 1e8  # years forth and back, every 100 looks
+        run(folder)
+
+    fork(jumping, folder / "words", seconds * 0.8)
+    for path in (folder / "out.partial").rglob("*"):
+        os.utime(path, (2**32, 2**32))
+    misled, _ = fork(jumping, folder / "words") if not (folder / "out").exists() else (0, 0.0)
+    said = (folder / "words").read_text()
+    status, _ = fork(lambda: run(folder), folder / "words") if misled else (0, 0.0)
+    same = whole(folder / "out") == expected
+    clear(folder)
+    found = {"misled": misled, "said": said, "status": status, "same": same}
+    (folder / "out.partial").mkdir()
+    with (folder / "out.partial" / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # this process works on the store
+        rival, _ = fork(lambda: run(folder), folder / "words")
+        found |= {"rival": rival, "words": (folder / "words").read_text()}
+    fork(lambda: run(folder), folder / "words")
+    return found | {"after": whole(folder / "out") == expected}
+
+
+def exports(folder: Path) -> dict[str, Any]:
+    """Kill an export at random moments: its folder is there and whole, or not there; the next one is the same."""
+    fork(lambda: run(folder), folder / "words")
+
+    def export() -> None:
+        export_checkpoint(folder / "out", folder / "theirs", format="compressed-tensors")
+
+    def content() -> dict[str, bytes]:
+        return {path.name: path.read_bytes() for path in sorted((folder / "theirs").iterdir())}
+
+    status, seconds = fork(export, folder / "words")
+    assert status == 0, (folder / "words").read_text()
+    expected, halves = content(), 0
+    for moment in np.random.default_rng(SEED).uniform(0.2, 1.0, 5) * seconds:
+        (folder / "theirs").rename(folder / f"theirs-{time.monotonic_ns()}")
+        fork(export, folder / "words", moment)
+        if (folder / "theirs").exists():
+            halves += content() != expected
+        else:
+            status, _ = fork(export, folder / "words")
+            assert status == 0, (folder / "words").read_text()
+            halves += content() != expected
+    return {"halves": halves}
+
+
+SCENARIOS: Final = {"kills": kills, "disks": disks, "clocks": clocks, "exports": exports}
+
+
+def main() -> None:
+    """Run one scenario; print what it found as JSON."""
+    folder = Path(sys.argv[1])
+    jax.config.update("jax_compilation_cache_dir", str(folder / "cache"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    assert orbax.checkpoint.__name__  # imported before any fork
+    sys.stdout.write(json.dumps(SCENARIOS[sys.argv[2]](folder)))
+
+
+if __name__ == "__main__":
+    main()

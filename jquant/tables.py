@@ -13,10 +13,12 @@ from rich.table import Table
 
 from eval import TapStatistics
 from jquant.benchmark import Benchmark
+from jquant.budget import Way, predict
 from jquant.inspection import CacheFacts, Facts
 from jquant.measure import Analysis, Measurement, ModelFigures, NeedleRow, TaskMeasurement
 from jquant.plan import Plan
 from jquant.report import LinearReport, Report
+from jquant.simulate import RATES, Simulation
 
 _TITLES: Final = ("recipe", "bits per weight", "bits per KV value", "bytes", "quantize seconds")
 _SHALLOW: Final = 4  # blocks up to which a report shows every linear
@@ -75,6 +77,9 @@ def plan_table(plan: Plan, name: str) -> Table:
     table.add_row("result on disk", format_bytes(plan.nbytes))
     table.add_row("on disk meanwhile, beside it", format_bytes(plan.store_nbytes))
     table.add_row("peak memory, predicted", format_bytes(plan.peak_nbytes))
+    blocks = predict(plan, Way("blocks"), has_device=True)
+    table.add_row("one block at a time, host", format_bytes(blocks.host))
+    table.add_row("one block at a time, device", format_bytes(blocks.device))
     table.add_row("calibration tokens", f"{plan.tokens:,}")
     table.add_row("calibration passes", f"{_scaled(work.forward)}FLOP")
     table.add_row("Hessians", f"{_scaled(work.statistics)}FLOP")
@@ -92,6 +97,25 @@ def plan_linears_table(plan: Plan) -> Table:
     keyed = sorted((_kind(row.path), row.shape, row.method, round(row.bits_per_weight(), 4)) for row in plan.linears)
     for (kind, shape, method, bits), members in groupby(keyed):
         table.add_row(kind, str(len(list(members))), f"{shape[0]} x {shape[1]}", method, f"{bits:.4f}")
+    return table
+
+
+def simulation_table(rows: Sequence[Simulation]) -> Table:
+    """Returns what a run should take, one row for each number of devices, and the rates below."""
+    titles = ("on each device", "read and write", "calibrate", "solve", "in all", "copies", "a copy's share")
+    table = _table("on paper, by measured rates", "GPUs", *titles, "tokens/s of one row")
+    for row in rows:
+        table.add_row(
+            str(row.devices),
+            format_bytes(row.device_nbytes),
+            *(f"{part:,.0f} s" for part in (row.host_seconds, row.calibration_seconds, row.solve_seconds)),
+            f"{row.seconds():,.0f} s",
+            str(row.copies),
+            format_bytes(row.serving_nbytes),
+            f"{row.tokens_per_second:,.0f}" if row.tokens_per_second else "does not fit",
+        )
+    rates = (f"{name}: {rate.value:.3g} {rate.unit}, {rate.source}".replace(" ,", ",") for name, rate in RATES.items())
+    table.caption = "\n".join(rates)
     return table
 
 

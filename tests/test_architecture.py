@@ -27,7 +27,7 @@ FLOORS: Final = (
     ("jquant.exact_passes", "jquant.kv_passes"),
     ("jquant.recipe",),
     ("jquant.plan",),
-    ("jquant.budget",),
+    ("jquant.budget", "jquant.simulate"),
     ("jquant.pipeline", "jquant.measure", "jquant.pictures", "jquant.benchmark"),
     ("jquant.tables",),
     ("jquant.comparison",),

@@ -13,6 +13,7 @@ SHAPES: Final[Mapping[str, LlamaConfig]] = {
     "llama-2-7b": LlamaConfig(32000, 4096, 11008, 32, 32, 32, 128, 4096, 1e-5),
     "llama-3.1-8b": LlamaConfig(128256, 4096, 14336, 32, 32, 8, 128, 131072, 1e-5, _LLAMA3_ROPE),
     "llama-3.1-70b": LlamaConfig(128256, 8192, 28672, 80, 64, 8, 128, 131072, 1e-5, _LLAMA3_ROPE),
+    "llama-3.1-405b": LlamaConfig(128256, 16384, 53248, 126, 128, 8, 128, 131072, 1e-5, _LLAMA3_ROPE),
     "qwen3-8b": LlamaConfig(
         151936, 4096, 12288, 36, 32, 8, 128, 40960, 1e-6, RopeConfig(1e6), qk_norm=True, model_type="qwen3"
     ),

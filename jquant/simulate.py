@@ -1,0 +1,133 @@
+"""A run on paper: what quantizing a model, and writing with the result, should take on so many GPUs.
+
+Bytes and operations are the plan's; a phase takes its operations over a measured rate. With N devices, each a share of
+the calibration windows, blocks one at a time on each:
+
+    read, hash and write     source bytes / host rate                                     (one host, whatever N)
+    blocks and Hessians      (forward / r_f + statistics / r_h) / N / efficiency(N)
+    solves                   solves / r_s                                                 (each device solves all)
+    a token                  bytes read / T / r_b + 2 layers t_c [T > 1]                  (T: devices of one model)
+
+T is at most what one host has and the key-value heads divide by; further devices are further copies of the model. The
+rates are those of `RATES`, each with the log that it is from; what differs from them is not known to this page.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final, NamedTuple
+
+from jquant.errors import RecipeError
+from jquant.models import BLOCK_LINEARS
+from jquant.plan import Plan
+
+
+class Rate(NamedTuple):
+    """Hold a measured figure: its value, its unit, and the log in benchmarks/results or the run that it is from."""
+
+    value: float
+    unit: str
+    source: str
+
+
+_SOLVE: Final = "2026-11-22-h100-quantize-time.jsonl (parts of one block)"
+_MESH: Final = "2026-11-22-h200-mesh.jsonl"
+_RUNTIME: Final = "2026-11-22-h100-runtime.jsonl (run 2, w4)"
+_MEMORY: Final = "2026-11-22-cpu-quantize-memory.jsonl (second run, 2 shared cores)"
+
+RATES: Final[Mapping[str, Rate]] = {
+    "forward": Rate(2.22e14, "FLOP/s", _SOLVE),  # 2.64e14 of a block in 1.19 s
+    "statistics": Rate(5.75e14, "FLOP/s", _SOLVE),  # 1.34e14 in 0.234 s, counted as 2 b n^2
+    "solves": Rate(2.65e13, "FLOP/s", _SOLVE),  # 1.32e13 in 0.496 s, factors counted
+    "efficiency of 2": Rate(0.973, "", _MESH),  # 1.947 times on two devices
+    "compilation": Rate(92.0, "s", _SOLVE),
+    "host": Rate(5.8e7, "B/s", _MEMORY),  # 16.06 GB read twice, hashed, and 5.73 GB written, in 277 s
+    "decode": Rate(1.47e12, "B/s", _RUNTIME),  # 4.97 GB in 3.38 ms
+    "collective": Rate(2.9e-5, "s", _MESH),  # of two a layer: 3.75 ms on two devices, 3.81 on one
+}
+DEVICE_NBYTES: Final = 80 * 10**9  # of an H100
+_HOST_DEVICES: Final = 8
+_SQUARES: Final = 3  # arrays [n, n] of float32 alive at once in a solve on an H100: 2.2 GB at n = 14336
+
+
+@dataclass(frozen=True)
+class Simulation:
+    """What a run should take on so many devices.
+
+    Attributes:
+      devices: how many.
+      device_nbytes: the most on each while blocks are quantized one at a time.
+      host_seconds: reading, hashing and writing.
+      calibration_seconds: blocks over all text, and Hessians.
+      solve_seconds: solves.
+      compile_seconds: programs, once.
+      copies: how many whole models the devices hold when they write text.
+      serving_nbytes: weights and the cache of one row on each device then.
+      tokens_per_second: of one row; 0 where the model does not fit.
+    """
+
+    devices: int
+    device_nbytes: int
+    host_seconds: float
+    calibration_seconds: float
+    solve_seconds: float
+    compile_seconds: float
+    copies: int
+    serving_nbytes: int
+    tokens_per_second: float
+
+    def seconds(self) -> float:
+        """Returns what quantizing takes in all."""
+        return self.host_seconds + self.calibration_seconds + self.solve_seconds + self.compile_seconds
+
+
+def simulate(figures: Plan, *, devices: int, table_nbytes: int, kv_heads: int, context: int = 2048) -> Simulation:
+    """Simulates a run of a plan.
+
+    Args:
+      figures: the plan.
+      devices: GPUs, at least 1.
+      table_nbytes: of the embedding table, of which a token reads one row.
+      kv_heads: heads of keys and values, which divide among the devices of one model.
+      context: tokens in the cache of the row that is written.
+
+    Raises:
+      RecipeError: there is no device.
+
+    Example:
+      >>> from jquant.models import SHAPES, abstract_llama
+      >>> from jquant.plan import plan
+      >>> from jquant.recipe import load_recipe
+      >>> config = SHAPES["llama-3.1-8b"]
+      >>> figures = plan(abstract_llama(config, "bfloat16"), load_recipe("gptq-w4g128"))
+      >>> found = simulate(figures, devices=1, table_nbytes=2 * config.vocab_size * 4096, kv_heads=8)
+      >>> round(found.calibration_seconds + found.solve_seconds), round(found.tokens_per_second)
+      (61, 296)
+    """
+    if devices < 1:
+        raise RecipeError(f"{devices} devices: give 1 at least")
+    rates = {name: rate.value for name, rate in RATES.items()}
+    needs, work = figures.needs, figures.work
+    efficiency = rates["efficiency of 2"] ** math.log2(devices)
+    inputs = max((shape[0] for shape in figures.solve_shapes), default=0)
+    solving = 4 * _SQUARES * inputs**2 if work.solves else needs.working
+    activations = needs.sets * needs.activations // devices
+    tensor = math.gcd(min(devices, _HOST_DEVICES), kv_heads)
+    cache_nbytes = round(figures.cache.nbytes_per_token * context)
+    read = figures.nbytes - table_nbytes + cache_nbytes
+    serving = (figures.nbytes + cache_nbytes) // tensor
+    layers = len(figures.linears) // len(BLOCK_LINEARS)
+    token = read / tensor / rates["decode"] + (2 * layers * rates["collective"] if tensor > 1 else 0.0)
+    return Simulation(
+        devices=devices,
+        device_nbytes=max(needs.block + needs.solved + activations + solving, needs.node),
+        host_seconds=figures.source_nbytes / rates["host"],
+        calibration_seconds=(work.forward / rates["forward"] + work.statistics / rates["statistics"])
+        / devices
+        / efficiency,
+        solve_seconds=work.solves / rates["solves"],
+        compile_seconds=rates["compilation"] if work.solves else 0.0,
+        copies=devices // tensor,
+        serving_nbytes=serving,
+        tokens_per_second=1.0 / token if serving <= DEVICE_NBYTES else 0.0,
+    )

@@ -83,7 +83,11 @@ def predict(figures: Plan, way: Way, *, has_device: bool) -> Memory:
     else:
         held = needs.block + needs.solved
         reading = needs.node + transient + min(figures.nbytes, PART_NBYTES)  # what was written lingers
-    solving = held + needs.working + (kept if way.activations == "device" else piece)
+    solving = (
+        held
+        + (needs.device_working if has_device else needs.working)
+        + (kept if way.activations == "device" else piece)
+    )
     writing = (_WRITING if way.model == "blocks" else 1) * max(min(figures.nbytes, PART_NBYTES), needs.result_node)
     in_memory = needs.activations if way.activations == "host" else 0
     if has_device:

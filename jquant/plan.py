@@ -20,6 +20,7 @@ from jquant.blocks import SITES, Distill, QuantizeWeights, piece_size
 from jquant.calibration import AlphaSearch
 from jquant.costs import (
     Work,
+    device_working_nbytes,
     forward_operations,
     gradient_nbytes,
     hessian_operations,
@@ -78,6 +79,7 @@ class Needs(NamedTuple):
       sets: how many such sets there are at once.
       piece: the inputs that are on the device at once where they are kept elsewhere.
       working: what a solve, or a block over one window, takes beside all these.
+      device_working: the same on a GPU, whose solves hold less.
       movable: whether the inputs can be kept off the device.
     """
 
@@ -90,6 +92,7 @@ class Needs(NamedTuple):
     sets: int
     piece: int
     working: int
+    device_working: int
     movable: bool
 
 
@@ -185,15 +188,17 @@ def plan(model: Llama, recipe: Recipe) -> Plan:
     learning = [part for one in recipe.passes for part in _block_passes(one) if isinstance(part, Distill)]
     sets = 2 + 2 * any(part.needs_inputs() for part in learning)
     activations = sets * samples * length * model.config.hidden_size * jnp.dtype(model.embed_tokens.dtype).itemsize
-    working = working_nbytes(model.config, length, heavy)
+    others = 0
     if learning:
-        working = max(working, training_nbytes(get(model, "layers.0"), model.config, length))
+        others = max(others, training_nbytes(get(model, "layers.0"), model.config, length))
     if any(isinstance(one, CalibrateFloat8Kv | CalibrateRazorKv) for one in recipe.passes):
-        working = max(working, observing_nbytes(get(model, "layers.0"), model.config, length))
+        others = max(others, observing_nbytes(get(model, "layers.0"), model.config, length))
     if any(isinstance(one, LearnRotation) for one in recipe.passes):  # on a rotated copy of the model
-        working = max(working, tree_nbytes(model) + learning_nbytes(model.config, length))
+        others = max(others, tree_nbytes(model) + learning_nbytes(model.config, length))
     if any(isinstance(one, CalibrateKvQuant) for one in recipe.passes):
-        working = max(working, gradient_nbytes(model.config, length))
+        others = max(others, gradient_nbytes(model.config, length))
+    working = max(working_nbytes(model.config, length, heavy), others)
+    on_device = max(device_working_nbytes(model.config, length, heavy), others)
     return Plan(
         linears=tuple(
             LinearPlan(path, kernel.shape, methods.get(path, UNTOUCHED), tree_nbytes(kernel))
@@ -207,11 +212,11 @@ def plan(model: Llama, recipe: Recipe) -> Plan:
         work=work,
         solve_shapes=tuple(dict.fromkeys(_shape(model, solve) for solve in solves)),
         cache=measure_cache(result),
-        needs=_needs(model, result, recipe, sets, max(working, _rounding(model, solves))),
+        needs=_needs(model, result, recipe, sets, (working, on_device), _rounding(model, solves)),
     )
 
 
-def _needs(model: Llama, result: Llama, recipe: Recipe, sets: int, working: int) -> Needs:
+def _needs(model: Llama, result: Llama, recipe: Recipe, sets: int, working: tuple[int, int], rounding: int) -> Needs:
     calibration = recipe.calibration
     carried = calibration is not None and any(one.needs_tokens() for one in recipe.passes)
     shape = (
@@ -229,7 +234,8 @@ def _needs(model: Llama, result: Llama, recipe: Recipe, sets: int, working: int)
         activations=math.prod(shape) * dtype.itemsize,
         sets=sets,
         piece=piece_size(shape, dtype) * math.prod(shape[1:]) * dtype.itemsize if carried else 0,
-        working=working,
+        working=max(working[0], rounding),
+        device_working=max(working[1], rounding),
         movable=carried and all(one.streams() for one in measuring) and not any(one.needs_teacher() for one in parts),
     )
 

@@ -31,7 +31,7 @@ class Rate(NamedTuple):
 
 
 _SOLVE: Final = "2026-11-22-h100-quantize-time.jsonl (parts of one block)"
-_MESH: Final = "2026-11-22-h200-mesh.jsonl"
+_MESH: Final = "benchmarks/two_devices.py, two H200, 2026-11-22"
 _RUNTIME: Final = "2026-11-22-h100-runtime.jsonl (run 2, w4)"
 _MEMORY: Final = "2026-11-22-cpu-quantize-memory.jsonl (second run, 2 shared cores)"
 
@@ -47,7 +47,6 @@ RATES: Final[Mapping[str, Rate]] = {
 }
 DEVICE_NBYTES: Final = 80 * 10**9  # of an H100
 _HOST_DEVICES: Final = 8
-_SQUARES: Final = 3  # arrays [n, n] of float32 alive at once in a solve on an H100: 2.2 GB at n = 14336
 
 
 @dataclass(frozen=True)
@@ -81,6 +80,22 @@ class Simulation:
         return self.host_seconds + self.calibration_seconds + self.solve_seconds + self.compile_seconds
 
 
+def token_seconds(nbytes: int, *, tensor: int = 1, layers: int = 0) -> float:
+    """Returns the seconds of a decode step.
+
+    Args:
+      nbytes: weights and caches that it reads.
+      tensor: devices that share the model.
+      layers: of the model, each with two sums over the devices.
+
+    Example:
+      >>> round(1 / token_seconds(4_970_000_000))  # Llama-3.1-8B at 4 bits, 2048 tokens in the cache
+      296
+    """
+    wait = 2 * layers * RATES["collective"].value if tensor > 1 else 0.0
+    return nbytes / tensor / RATES["decode"].value + wait
+
+
 def simulate(figures: Plan, *, devices: int, table_nbytes: int, kv_heads: int, context: int = 2048) -> Simulation:
     """Simulates a run of a plan.
 
@@ -102,25 +117,23 @@ def simulate(figures: Plan, *, devices: int, table_nbytes: int, kv_heads: int, c
       >>> figures = plan(abstract_llama(config, "bfloat16"), load_recipe("gptq-w4g128"))
       >>> found = simulate(figures, devices=1, table_nbytes=2 * config.vocab_size * 4096, kv_heads=8)
       >>> round(found.calibration_seconds + found.solve_seconds), round(found.tokens_per_second)
-      (61, 296)
+      (61, 297)
     """
     if devices < 1:
         raise RecipeError(f"{devices} devices: give 1 at least")
     rates = {name: rate.value for name, rate in RATES.items()}
     needs, work = figures.needs, figures.work
     efficiency = rates["efficiency of 2"] ** math.log2(devices)
-    inputs = max((shape[0] for shape in figures.solve_shapes), default=0)
-    solving = 4 * _SQUARES * inputs**2 if work.solves else needs.working
     activations = needs.sets * needs.activations // devices
     tensor = math.gcd(min(devices, _HOST_DEVICES), kv_heads)
     cache_nbytes = round(figures.cache.nbytes_per_token * context)
     read = figures.nbytes - table_nbytes + cache_nbytes
     serving = (figures.nbytes + cache_nbytes) // tensor
     layers = len(figures.linears) // len(BLOCK_LINEARS)
-    token = read / tensor / rates["decode"] + (2 * layers * rates["collective"] if tensor > 1 else 0.0)
+    token = token_seconds(read, tensor=tensor, layers=layers)
     return Simulation(
         devices=devices,
-        device_nbytes=max(needs.block + needs.solved + activations + solving, needs.node),
+        device_nbytes=max(needs.block + needs.solved + activations + needs.device_working, needs.node),
         host_seconds=figures.source_nbytes / rates["host"],
         calibration_seconds=(work.forward / rates["forward"] + work.statistics / rates["statistics"])
         / devices

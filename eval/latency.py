@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from jquant.errors import DataError
 from jquant.formats import tree_nbytes
-from jquant.models import Llama, empty_cache, random_like
+from jquant.models import Llama, empty_cache, place_cache, random_like
 from jquant.runtime import Writing, advance, begin, token_stride
 from jquant.types import Key
 
@@ -184,7 +184,8 @@ def _time_decode(model: Llama, workload: Workload, key: Key) -> tuple[Phase, int
     rows, context = workload.batch, workload.decode_context()
     capacity = _whole(context + workload.steps() * (workload.repeats + 1))
     cache = random_like(jax.eval_shape(lambda: empty_cache(model, rows, capacity)), key)
-    cache = cache.replace(positions=jnp.full(rows, context, jnp.int32))
+    layers = place_cache(model, cache.layers)
+    cache = cache.replace(layers=layers, positions=jnp.full(rows, context, jnp.int32))
     nbytes = tree_nbytes(cache.layers)
     chosen = jax.random.randint(key, (rows,), 0, model.config.vocab_size, jnp.int32)
     writing = Writing(tokens=chosen, stopped=jnp.zeros(rows, jnp.bool_), step=jnp.int32(0), cache=cache)

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Integer
 
 from jquant.errors import CalibrationError, DataError
-from jquant.models import Llama, Stacked, hidden_states, next_token_losses
+from jquant.models import Llama, Sharded, Stacked, hidden_states, next_token_losses
 
 type OnWindow = Callable[[int, int, float], None]  # (windows done, windows in all, perplexity so far)
 
@@ -112,5 +112,6 @@ def _require_finite(losses: list[float]) -> None:
 
 def kv_prompt(model: Llama) -> str:
     """Return what the queries of a prompt see, as `Perplexity.kv_prompt` has it."""
-    blocks = (model.layers.block,) if isinstance(model.layers, Stacked) else model.layers
+    layers = model.layers.layers if isinstance(model.layers, Sharded) else model.layers
+    blocks = (layers.block,) if isinstance(layers, Stacked) else layers
     return "+".join(sorted({block.self_attn.kv_codec.prompt for block in blocks}))

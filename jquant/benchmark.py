@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
+from jax.sharding import Mesh
 
 from eval import Latency, Workload, measure_latency
 from jquant.errors import CheckpointError, RecipeError
@@ -54,6 +55,7 @@ def bench(
     target: TargetName = "auto",
     dtype: RandomDtype = "bfloat16",
     seed: int = 0,
+    mesh: Mesh | None = None,
     on_progress: OnProgress = ignore,
 ) -> Iterator[Benchmark]:
     """Times a model as it is, then by each recipe.
@@ -66,6 +68,7 @@ def bench(
       target: see `jquant.targets.choose_target`.
       dtype: of random models.
       seed: of random numbers.
+      mesh: devices over which the model is spread; None for one.
       on_progress: called before each model and each workload.
 
     Yields:
@@ -88,7 +91,11 @@ def bench(
         is_own = config is None and tree is abstract
         facts = inspect_model(tree)
         key = jax.random.key(seed)
-        model = open_for_use(source, target=target) if is_own else make_ready(random_like(tree, key), target)
+        model = (
+            open_for_use(source, target=target, mesh=mesh)
+            if is_own
+            else make_ready(random_like(tree, key), target, mesh)
+        )
         latencies = []
         for workload in workloads:
             on_progress(Progress(f"{name}: {workload.describe()}"))

@@ -96,9 +96,9 @@ def _save(
     try:
         total = _begin_digest(structure)
         for number, part in enumerate(parts):
-            leaves = {_join(node, name): leaf for node in part for name, leaf in _named_leaves(read(node))}
+            leaves = {_join(node, name): _own(leaf) for node in part for name, leaf in _named_leaves(read(node))}
             _update(total, leaves.items())
-            with ocp.StandardCheckpointer() as checkpointer:
+            with ocp.StandardCheckpointer(multiprocessing_options=_alone()) as checkpointer:
                 checkpointer.save((partial / ARRAYS / _part_folder(parts, number)).absolute(), leaves)
             del leaves
             gc.collect()  # Orbax keeps what it has written in cycles, which would pile up part by part
@@ -271,7 +271,7 @@ def _check_files(path: Path) -> None:
 
 def _restore(path: Path, abstract: Any, below: str) -> Any:
     """Reads the arrays of a node, given without them, at a path below the tree; "" is the whole."""
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     names = {
         _join(below, name): jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device)
         for name, leaf in _named_leaves(abstract)
@@ -291,7 +291,8 @@ def _restore(path: Path, abstract: Any, below: str) -> Any:
 def _restore_part(path: Path, folder: Path, names: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
     arguments = ocp.checkpoint_utils.construct_restore_args(names)
     try:
-        with ocp.PyTreeCheckpointer() as checkpointer:
+        handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=_alone())
+        with ocp.Checkpointer(handler, multiprocessing_options=_alone()) as checkpointer:
             wanted = ocp.args.PyTreeRestore(names, restore_args=arguments, partial_restore=True)
             arrays = checkpointer.restore(folder.absolute(), wanted)
     except (OSError, ValueError, KeyError) as error:
@@ -300,6 +301,19 @@ def _restore_part(path: Path, folder: Path, names: dict[str, jax.ShapeDtypeStruc
     if absent:
         raise CheckpointError(_damaged(path, f"{folder.relative_to(path)} has no {', '.join(absent[:3])}"))
     return dict(arrays)
+
+
+def _alone() -> ocp.options.MultiprocessingOptions:
+    """Returns that this process reads and writes without the others, if there are any."""
+    if jax.process_count() == 1:
+        return ocp.options.MultiprocessingOptions()
+    own = jax.process_index()
+    return ocp.options.MultiprocessingOptions(own, {own}, f"process{own}")
+
+
+def _own(leaf: Any) -> Any:
+    """Returns an array as Orbax writes it: one of several processes may not give it arrays of its own devices."""
+    return leaf if jax.process_count() == 1 else np.asarray(leaf)
 
 
 def _named_leaves(tree: Any) -> Iterator[tuple[str, Any]]:

@@ -9,6 +9,8 @@ import tempfile
 from pathlib import Path
 from typing import Any, Final
 
+from jax.sharding import Mesh
+
 from convert import abstract_model, lazy_model, load_tokenizer, locate, save_tokenizer
 from convert import load_model as load_foreign
 from convert.huggingface import StoredDtype
@@ -16,6 +18,7 @@ from jquant.checkpoint import ARRAYS, STRUCTURE, abstract_tree, is_checkpoint, l
 from jquant.checkpoint import open_lazily as open_checkpoint
 from jquant.errors import CheckpointError, FormatError
 from jquant.models import LazyModel, Llama, stack_layers
+from jquant.sharding import choose_cuts, shard
 from jquant.targets import TargetName, choose_target, prepare
 
 RECIPE: Final = "recipe.yaml"
@@ -72,17 +75,21 @@ def open_abstract(source: str | Path, *, dtype: StoredDtype = "auto") -> Llama:
     return tree
 
 
-def open_for_use(source: str | Path, *, target: TargetName = "reference") -> Llama:
+def open_for_use(source: str | Path, *, target: TargetName = "reference", mesh: Mesh | None = None) -> Llama:
     """Loads a model as `open_model` does and makes it ready to run: see `make_ready`.
 
     Raises:
       RecipeError: the target is not there; said before the model is read.
+      FormatError: the model cannot be spread over the mesh; said before it is read.
     """
-    choose_target(target, open_abstract(source).embed_tokens.dtype)
-    return make_ready(open_model(source), target)
+    abstract = open_abstract(source)
+    choose_target(target, abstract.embed_tokens.dtype)
+    if mesh is not None:
+        choose_cuts(abstract, *mesh.devices.shape)
+    return make_ready(open_model(source), target, mesh)
 
 
-def make_ready(model: Llama, target: TargetName) -> Llama:
+def make_ready(model: Llama, target: TargetName, mesh: Mesh | None = None) -> Llama:
     """Returns the model prepared for a target; where XLA alone multiplies, stacked if layers are alike.
 
     Weights for kernels stay apart: a scan would copy each layer's out of the stack before a kernel could read them. All
@@ -91,10 +98,14 @@ def make_ready(model: Llama, target: TargetName) -> Llama:
     Args:
       model: portable.
       target: see `choose_target`.
+      mesh: devices over which the model is spread, see `jquant.sharding`; None for one.
 
     Raises:
       RecipeError: the target is not there.
+      FormatError: the model cannot be spread over the mesh.
     """
+    if mesh is not None:
+        return shard(model, mesh, lambda own: make_ready(own, target))
     prepared = prepare(model, choose_target(target, model.embed_tokens.dtype))
     return stack_if_alike(model) if prepared is model else prepared
 

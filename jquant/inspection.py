@@ -11,6 +11,7 @@ import jax
 from jquant.formats import QuantizedTensor, tree_nbytes
 from jquant.kv import KvCodec
 from jquant.models import Linear, Llama, Stacked, blocks, linears
+from jquant.sharding import choose_cuts
 from jquant.targets import Target, choose_attention, choose_product
 
 CACHE_LENGTH: Final = 4096  # tokens at which caches are measured; KIVI's exact window weighs little there
@@ -29,6 +30,7 @@ class LinearFacts:
       relative_error: |w - q| / |w|, Frobenius, from the report of its run; None where there is none.
       input: what happens to its input before the product, in words; empty for nothing.
       product: what multiplies it on the target that was asked for, in words; empty where none was.
+      cut: what each device of the mesh that was asked for has of it, in words; empty where none was.
     """
 
     path: str
@@ -38,6 +40,7 @@ class LinearFacts:
     relative_error: float | None = None
     input: str = ""
     product: str = ""
+    cut: str = ""
 
 
 @dataclass(frozen=True)
@@ -84,13 +87,20 @@ class Facts:
         return sum(bits) / sum(weights)
 
 
-def inspect_model(model: Llama, report: Mapping[str, Any] | None = None, *, target: Target | None = None) -> Facts:
+def inspect_model(
+    model: Llama,
+    report: Mapping[str, Any] | None = None,
+    *,
+    target: Target | None = None,
+    axes: tuple[int, int] | None = None,
+) -> Facts:
     """Lists what a model holds.
 
     Args:
       model: the model, or an abstract one; its layers are a tuple.
       report: the report.json of the run that made it.
       target: where it shall run; None to leave out what would multiply it there.
+      axes: devices along data and tensor over which it shall be spread; None to leave out what each would have.
 
     Returns:
       The facts.
@@ -103,6 +113,8 @@ def inspect_model(model: Llama, report: Mapping[str, Any] | None = None, *, targ
     """
     solved = (report or {}).get("blocks", ())
     errors = {row["path"]: row["relative_error"] for block in solved for row in block["linears"]}
+    chosen = () if axes is None else choose_cuts(model, *axes)
+    cuts = {path: cut.describe() for path, cut in chosen}
     rows = tuple(
         LinearFacts(
             path=path,
@@ -112,6 +124,7 @@ def inspect_model(model: Llama, report: Mapping[str, Any] | None = None, *, targ
             relative_error=errors.get(path),
             input=describe_input(layer),
             product="" if target is None else choose_product(layer, target).describe(),
+            cut=cuts.get(path, ""),
         )
         for path, layer in linears(model)
     )
@@ -167,7 +180,7 @@ def count_structures(model: Llama) -> int:
     return len(
         {
             (jax.tree.structure(block), tuple((leaf.shape, str(leaf.dtype)) for leaf in jax.tree.leaves(block)))
-            for block in model.layers
+            for block in blocks(model)
         }
     )
 

@@ -24,6 +24,7 @@ from jquant.formats import (
     RazoredActivation,
     RazoredTensor,
     RotatedTensor,
+    ShardedTensor,
     SplitActivation,
     SpqrTensor,
     UniformActivation,
@@ -58,7 +59,7 @@ def matmul(x: Activation, weight: Any) -> Float[Array, "*batch out"]:
 
     Args:
       x: activations [..., in], as numbers or as a `QuantizedActivation`.
-      weight: an array [in, out] or a `QuantizedTensor` of that shape.
+      weight: an array [in, out] or a `QuantizedTensor` of that shape; under `jax.shard_map` a device's part of one.
 
     Returns:
       The product [..., out], in the dtype of `x`.
@@ -70,6 +71,8 @@ def matmul(x: Activation, weight: Any) -> Float[Array, "*batch out"]:
       >>> matmul(jnp.ones((1, 2)), jnp.array([[1.0], [2.0]])).tolist()
       [[3.0]]
     """
+    if isinstance(weight, ShardedTensor):
+        return weight.collect(matmul(x, weight.inner))
     operand = type(x) if isinstance(x, QuantizedActivation) else jax.Array
     kind = type(weight) if isinstance(weight, QuantizedTensor) else jax.Array
     layout = weight.layout if isinstance(weight, QuantizedTensor) else Layout.PORTABLE

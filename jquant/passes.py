@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
-from jquant.blocks import SITES, ActivationPlace, ActivationRule, BlockPass, InputQuantizers
+from jquant.blocks import SITES, ActivationPlace, ActivationRule, BlockPass, Devices, InputQuantizers
 from jquant.calibration import (
     AlphaSearch,
     BlockStore,
@@ -45,6 +45,8 @@ class Context:
       store: where finished blocks are kept, or None to keep them in memory alone.
       statistics: folder for statistics of the source's own activations, which other runs share; None to keep none.
       activations: where the inputs of blocks are kept between blocks; no choice changes a bit of the result.
+      devices: over which calibration windows are spread, of all processes; no choice changes a bit of the result.
+        Empty for the first one of this process.
       on_block: called after each block, for progress.
     """
 
@@ -53,6 +55,7 @@ class Context:
     store: BlockStore | None = None
     statistics: Path | None = None
     activations: ActivationPlace = "device"
+    devices: Devices = ()
     on_block: Callable[[BlockReport], None] = lambda report: None
 
 
@@ -118,6 +121,7 @@ class Sequential(ModelPass):
             store=context.store,
             statistics=self._shared(in_memory(model), context),
             activations=context.activations,
+            devices=context.devices,
             on_block=context.on_block,
         )
 
@@ -127,7 +131,7 @@ class Sequential(ModelPass):
 
     def stream(self, model: LazyModel, context: Context) -> tuple[LazyModel, Report]:
         """Runs `calibration.stream_blocks`."""
-        keeping = Keeping(context.store, self._shared(model, context), context.activations)
+        keeping = Keeping(context.store, self._shared(model, context), context.activations, context.devices)
         return stream_blocks(
             model, context.tokens, self.passes, key=context.key, keeping=keeping, on_block=context.on_block
         )
@@ -184,9 +188,15 @@ class QuantizeActivations(ModelPass):
 
     def __call__(self, model: Llama, context: Context) -> tuple[Llama, Report]:
         """Runs `calibration.quantize_blocks`; there is nothing to report."""
-        store, place = context.store if self.needs_tokens() else None, context.activations
-        passes = (self.as_block_pass(),)
-        model, _ = quantize_blocks(model, context.tokens, passes, key=context.key, store=store, activations=place)
+        model, _ = quantize_blocks(
+            model,
+            context.tokens,
+            (self.as_block_pass(),),
+            key=context.key,
+            store=context.store if self.needs_tokens() else None,
+            activations=context.activations,
+            devices=context.devices,
+        )
         return model, Report()
 
     def streams(self) -> bool:
@@ -197,7 +207,7 @@ class QuantizeActivations(ModelPass):
         """Runs `calibration.stream_blocks`, or places what needs no calibration as blocks are read."""
         if not self.needs_tokens():
             return rewrite(model, self._place), Report()
-        keeping = Keeping(context.store, activations=context.activations)
+        keeping = Keeping(context.store, None, context.activations, context.devices)
         model, _ = stream_blocks(model, context.tokens, (self.as_block_pass(),), key=context.key, keeping=keeping)
         return model, Report()
 

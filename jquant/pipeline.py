@@ -17,16 +17,17 @@ from typing import Any, Final, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jaxtyping import Int32
 
 from convert import Consumer, ExportFormat, Verified, export_model, locate, open_source
 from convert.huggingface import StoredDtype
-from jquant.blocks import ActivationPlace
+from jquant.blocks import ActivationPlace, Devices
 from jquant.budget import ModelPlace, available, choose, describe_memory
 from jquant.calibration import BlockStore, WeightFaults
 from jquant.checkpoint import digest, digest_lazily, is_checkpoint, save_lazily
 from jquant.data import TextTokenizer, load_text, load_windows, token_windows
-from jquant.errors import CalibrationError, CheckpointError, DataError, JquantError
+from jquant.errors import CalibrationError, CheckpointError, DataError, JquantError, RecipeError
 from jquant.folders import (
     RECIPE,
     REPORT,
@@ -135,6 +136,7 @@ def quantize(
     statistics: Path | None = None,
     memory: ModelPlace | Literal["auto"] = "auto",
     activations: ActivationPlace | Literal["auto"] = "auto",
+    devices: Devices = (),
     on_progress: OnProgress = ignore,
 ) -> Report:
     """Quantizes a checkpoint by a recipe and saves the result with recipe, report and tokenizer.
@@ -152,6 +154,8 @@ def quantize(
       memory: "whole" to load the model, "blocks" to read one block at a time from disk; "auto" chooses as
         `jquant.budget` says.
       activations: where calibration activations are kept: "device", "host" or "disk"; "auto" chooses likewise.
+      devices: over which calibration windows are spread, of all processes; the result has the same bits on any. Empty
+        for one. In several processes every one of them has the whole model.
       on_progress: called at each stage and after each block.
 
     Returns:
@@ -166,18 +170,23 @@ def quantize(
     abstract = open_abstract(source, dtype=dtype)
     _check_length(recipe, abstract)
     figures = plan(abstract, recipe)
-    way = choose(figures, recipe, memory, activations, available())
-    _check_store(store_path, resume=resume)
+    first, several = jax.process_index() == 0, jax.process_count() > 1
+    if several and memory == "blocks":
+        raise RecipeError("several processes have the whole model each: leave memory=blocks out, or take one process")
+    way = choose(figures, recipe, "whole" if several else memory, activations, available())
     needed = figures.nbytes + figures.store_nbytes + (figures.needs.activations if way.activations == "disk" else 0)
-    prepare_output(out, nbytes=needed - _size_of(store_path))
+    if first:
+        _check_store(store_path, resume=resume)
+        prepare_output(out, nbytes=needed - _size_of(store_path))
     on_progress(Progress("reading tokenizer, calibration text and model"))
     tokenizer, files = open_tokenizer(source)
     tokens, provenance = calibration_tokens(recipe, tokenizer, abstract.config, folder=folder)
     model = open_model(source, dtype=dtype) if way.model == "whole" else open_lazily(source, dtype=dtype)
     fingerprint = _fingerprint(model, recipe, tokens)
-    store = BlockStore.open(store_path, fingerprint)
-    with store.lock, _kept(store):
-        _remove_stale(out)
+    store = _open_store(store_path, fingerprint)
+    with store.lock or contextlib.nullcontext(), _kept(store):
+        if first:
+            _remove_stale(out)
         total = abstract.config.num_hidden_layers
         if store.finished():
             on_progress(Progress(f"resuming: {store.finished()} of {total} blocks are finished"))
@@ -187,6 +196,7 @@ def quantize(
             store=store,
             statistics=statistics,
             activations=way.activations,
+            devices=devices,
             on_block=_count_blocks(total, on_progress),
         )
         result, report = _run(recipe, model, context)
@@ -198,8 +208,9 @@ def quantize(
 
         on_progress(Progress("saving"))
         files |= {RECIPE: to_yaml(recipe).encode()}
-        save_lazily(result, out, files={**files, REPORT: lambda: finish().to_json().encode()})
-    shutil.rmtree(store_path, ignore_errors=True)
+        if first:
+            save_lazily(result, out, files={**files, REPORT: lambda: finish().to_json().encode()})
+    _remove_store(store_path)
     return finish()
 
 
@@ -271,11 +282,27 @@ def _kept(store: BlockStore) -> Iterator[None]:
         yield
     except JquantError as error:
         finished = store.finished()
+        if store.lock is None:
+            raise
         if not finished:
             shutil.rmtree(store.path, ignore_errors=True)
             raise
         kept = f"{finished} finished blocks are kept in {store.path}; run the same command again to go on"
         raise type(error)(f"{error}\n{kept}") from error
+
+
+def _open_store(path: Path, fingerprint: dict[str, str]) -> BlockStore:
+    """Returns the store that the first process opens, as this process sees it."""
+    own = BlockStore.open(path, fingerprint) if jax.process_index() == 0 else None
+    return own if own is not None and jax.process_count() == 1 else BlockStore.share(path, own)
+
+
+def _remove_store(path: Path) -> None:
+    """Removes the store of a run whose result is saved, which every process waits for."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("the result is saved")
+    if jax.process_index() == 0:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _remove_stale(out: Path) -> None:

@@ -20,7 +20,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from jaxtyping import Array, Float, Int, Int32
+from jax.experimental import multihost_utils
+from jaxtyping import Array, Float, Int, Int32, Shaped
 
 from jquant import models
 from jquant.errors import DataError, RecipeError
@@ -208,14 +209,14 @@ def generate(
     batch, key = _pad(model, prompts, max_tokens, prefill_chunk), _require_key(sampler, key)
     stops = jnp.asarray(np.asarray(stop_tokens, dtype=np.int32))
     writing = _begin(model, batch, stops, key, prefill_chunk, sampler)
-    first, before = np.asarray(writing.tokens).tolist(), np.asarray(writing.stopped).tolist()
+    first, before = _on_host(writing.tokens).tolist(), _on_host(writing.stopped).tolist()
     stride = token_stride()
     rest, counts, writing = advance(
         model, writing, jnp.int32(max_tokens), stops, key, room=_room(max_tokens), stride=stride, sampler=sampler
     )
-    rows = zip(first, before, np.asarray(rest).tolist(), np.asarray(counts).tolist(), strict=True)
+    rows = zip(first, before, _on_host(rest).tolist(), _on_host(counts).tolist(), strict=True)
     written = [() if stopped else (one, *more[:count])[:max_tokens] for one, stopped, more, count in rows]
-    ended = np.asarray(writing.stopped).tolist()  # by a stop token beyond the last one, too: those rows are full
+    ended = _on_host(writing.stopped).tolist()  # by a stop token beyond the last one, too: those rows are full
     return Generation(
         tuple(written), tuple(stop and len(row) < max_tokens for stop, row in zip(ended, written, strict=True))
     )
@@ -288,6 +289,13 @@ def _bursts(
         done = int(writing.step)
         count = min(2 * count, burst) if time.monotonic() - started < _BURST_SECONDS else max(1, count // 2)
         yield from tokens
+
+
+def _on_host(array: Shaped[Array, "*shape"]) -> Shaped[np.ndarray, "*shape"]:
+    """Returns numbers of which other processes' devices may have a part; every process asks for them."""
+    if array.is_fully_addressable or array.is_fully_replicated:
+        return np.asarray(array)
+    return np.asarray(multihost_utils.process_allgather(array, tiled=True))
 
 
 def _room(tokens: int) -> int:

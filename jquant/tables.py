@@ -156,14 +156,15 @@ def benchmark_table(rows: Sequence[Benchmark], workload: int, device: str) -> Ta
 
 
 def facts_table(facts: Facts, name: str) -> Table:
-    """Returns one row for each linear of a model; what multiplies it too, where a target was asked for."""
-    targeted = any(row.product for row in facts.linears)
-    product = ("product",) if targeted else ()
-    table = _table(name, "linear", "in x out", "input", "format", "bits", "relative error", *product)
+    """Returns one row for each linear of a model; what multiplies it, and what devices have of it, where asked for."""
+    asked = [title for title in ("product", "cut") if any(getattr(row, title) for row in facts.linears)]
+    titles = ["each device has" if title == "cut" else title for title in asked]
+    table = _table(name, "linear", "in x out", "input", "format", "bits", "relative error", *titles)
     for row in facts.linears:
         error = "-" if row.relative_error is None else f"{row.relative_error:.4f}"
         shape, bits = f"{row.shape[0]} x {row.shape[1]}", f"{row.bits_per_weight:.4f}"
-        table.add_row(row.path, shape, row.input or "-", row.format, bits, error, *((row.product,) if targeted else ()))
+        more = (getattr(row, title) for title in asked)
+        table.add_row(row.path, shape, row.input or "-", row.format, bits, error, *more)
     structures = f"{facts.structures} distinct block structure{'s' if facts.structures > 1 else ''}"
     sizes = f"{facts.bits_per_weight():.4f} bits per weight, {format_bytes(facts.nbytes)} in all, {structures}"
     rotations = Counter(facts.query_key_rotations)

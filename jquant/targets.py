@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 
 from jquant.activations import OutlierQuantizer, TensorQuantizer, TokenQuantizer
-from jquant.errors import RecipeError
+from jquant.errors import FormatError, RecipeError
 from jquant.formats import (
     SYMMETRIES,
     BinaryTensor,
@@ -41,6 +41,7 @@ from jquant.formats import (
     PreparedSpqrTensor,
     QuantizedTensor,
     RotatedTensor,
+    ShardedTensor,
     SpqrTensor,
     UniformTensor,
     binary_fault,
@@ -66,6 +67,7 @@ from jquant.models import (
     Block,
     Linear,
     Llama,
+    Sharded,
     Stacked,
     get,
     join_shared,
@@ -106,7 +108,7 @@ _BINARY: Final = (BinaryTensor, PreparedBinaryTensor)
 _SPQR: Final = (SpqrTensor, PreparedSpqrTensor)
 _PREPARED: Final = (PreparedFloatTensor, PreparedIntegerTensor, PreparedBinaryTensor, PreparedSpqrTensor)
 _INTEGERS: Final = ("W4A8", "W8A8")
-_WRAPPERS: Final = (PermutedTensor, RotatedTensor)  # their rules multiply by the inner tensor
+_WRAPPERS: Final = (PermutedTensor, RotatedTensor, ShardedTensor)  # their rules multiply by the inner tensor
 
 
 @dataclass(frozen=True)
@@ -236,6 +238,8 @@ def prepare(model: Llama, target: Target) -> Llama:
     if isinstance(model.layers, Stacked):
         block = pack(_map_block(model.layers.block, partial(rewrite, stacked=True), _LAYOUTS[target]))
         layers: tuple[Block, ...] | Stacked = dataclasses.replace(model.layers, block=block)
+    elif isinstance(model.layers, Sharded):
+        raise FormatError("the layers are spread over the devices of a mesh: prepare each device's own, in `shard`")
     else:
         layers = tuple(
             pack(_map_block(block, partial(rewrite, stacked=False), _LAYOUTS[target])) for block in model.layers
@@ -278,9 +282,16 @@ def describe_products(model: Llama) -> str:
     >>> describe_products(abstract_llama(tiny_config()))
     'XLA'
     """
-    depth = model.layers.depth if isinstance(model.layers, Stacked) else 1
-    kernels = tuple(_kernels(model.layers))
-    layouts = [_innermost(kernel).layout for kernel in kernels if isinstance(kernel, QuantizedTensor)]
+    layers = model.layers
+    if isinstance(layers, Sharded):
+        own = describe_products(dataclasses.replace(model, layers=layers.layers))
+        extent = " x ".join(f"{axis} {count}" for axis, count in layers.mesh.shape.items())
+        whole = f", whole on each: {'; '.join(layers.notes)}" if layers.notes else ""
+        return f"{own}, on {extent} devices{whole}"
+    depth = layers.depth if isinstance(layers, Stacked) else 1
+    kernels = tuple(_kernels(layers))
+    inner = [_innermost(kernel) for kernel in kernels]
+    layouts = [kernel.layout for kernel in inner if isinstance(kernel, QuantizedTensor)]
     prepared = [layout for layout in layouts if layout is not Layout.PORTABLE]
     if not prepared:
         return "XLA"

@@ -9,6 +9,10 @@ from jquant.blocks.base import Teacher as Teacher
 from jquant.blocks.base import summarize as summarize
 from jquant.blocks.distill import Distill as Distill
 from jquant.blocks.distill import Training as Training
+from jquant.blocks.lanes import LANES as LANES
+from jquant.blocks.lanes import Devices as Devices
+from jquant.blocks.lanes import Lanes as Lanes
+from jquant.blocks.lanes import lane_runs as lane_runs
 from jquant.blocks.offloaded import ActivationPlace as ActivationPlace
 from jquant.blocks.offloaded import Offloaded as Offloaded
 from jquant.blocks.offloaded import piece_size as piece_size
@@ -17,3 +21,4 @@ from jquant.blocks.weights import SITES as SITES
 from jquant.blocks.weights import QuantizeWeights as QuantizeWeights
 from jquant.blocks.weights import Rule as Rule
 from jquant.blocks.weights import collect as collect
+from jquant.blocks.weights import collect_all as collect_all

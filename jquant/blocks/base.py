@@ -53,14 +53,15 @@ class BlockData:
     """What a pass may know of a block's surroundings.
 
     Attributes:
-      inputs: [samples, tokens, hidden], what the blocks before it produce; None if no pass asked for inputs.
+      inputs: [samples, tokens, hidden] or `Lanes` of them, what the blocks before it produce; None if no pass asked for
+        inputs.
       config: the model's sizes.
       index: the block's place, from 0.
       teacher: the source's own activations around the block; None if no pass asked for a teacher.
       statistics: where statistics of those activations are kept; None to keep none.
     """
 
-    inputs: Leaf | None
+    inputs: Any | None
     config: LlamaConfig = struct.field(pytree_node=False)
     index: int = struct.field(pytree_node=False)
     teacher: Teacher | None = None

@@ -31,6 +31,7 @@ from jaxtyping import Array, Bool, Float
 
 from jquant.activations import ActivationMethod, ActivationQuantizer
 from jquant.blocks.base import BlockData, BlockPass, StatisticStore
+from jquant.blocks.lanes import Lanes
 from jquant.blocks.weights import QuantizeWeights, Rule
 from jquant.errors import CalibrationError, RecipeError
 from jquant.formats import QuantizedTensor
@@ -127,6 +128,7 @@ class Distill(BlockPass):
             return self.packing()(block, data, key)
         assert data.teacher is not None
         inputs = data.inputs if self.inputs == "student" else data.teacher.inputs
+        inputs = inputs.whole() if isinstance(inputs, Lanes) else inputs
         samples = data.teacher.outputs.shape[0]
         if samples < self.training.batch_size:
             raise CalibrationError(

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Literal, final
 
@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jquant.blocks.base import BlockData, BlockPass, StatisticStore, split_diagnostics
+from jquant.blocks.lanes import Lanes
 from jquant.blocks.offloaded import Offloaded
 from jquant.blocks.rules import check_pattern, first_match, refuse_unused
 from jquant.errors import CalibrationError, FormatError, RecipeError
@@ -168,7 +169,14 @@ def _of_inputs(block: Block, data: BlockData, statistic: Statistic) -> dict[str,
 def collect_all(
     block: Block, inputs: Any, sites: tuple[str, ...], statistic: Statistic, config: LlamaConfig
 ) -> dict[str, Any]:
-    """Returns what `collect` does, of inputs that may be `Offloaded`: the same sums in the same order."""
+    """Returns what `collect` does, of inputs that may be `Offloaded`: the same sums in the same order.
+
+    Inputs in `Lanes` are summed lane by lane, each by its device, then all in order.
+    """
+    if isinstance(inputs, Lanes):
+        return inputs.merge(
+            lambda own, part: collect_all(own, part, sites, statistic, config), block, _combine_sites(statistic)
+        )
     if not isinstance(inputs, Offloaded):
         found: dict[str, Any] = collect(block, inputs, sites, statistic, config)
         return found
@@ -176,6 +184,12 @@ def collect_all(
     for piece in inputs.pieces():
         sums = collect(block, piece, sites, statistic, config, sums)
     return sums
+
+
+@functools.cache
+def _combine_sites(statistic: Statistic) -> Callable[[Any, Any], Any]:
+    """Returns what combines a statistic of each site; one function for each, as it is compiled."""
+    return lambda total, more: {site: statistic.combine(total[site], more[site]) for site in total}
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3, 4))

@@ -13,6 +13,7 @@ from jquant.calibration.learn_rotation import RotationTraining as RotationTraini
 from jquant.calibration.learn_rotation import learn_rotation as learn_rotation
 from jquant.calibration.sequential import Keeping as Keeping
 from jquant.calibration.sequential import WeightFaults as WeightFaults
+from jquant.calibration.sequential import advance_all as advance_all
 from jquant.calibration.sequential import check_weights as check_weights
 from jquant.calibration.sequential import dense_kernels as dense_kernels
 from jquant.calibration.sequential import quantize_blocks as quantize_blocks

@@ -17,7 +17,17 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from jquant.blocks import ActivationPlace, BlockData, BlockPass, Offloaded, StatisticStore, Teacher, summarize
+from jquant.blocks import (
+    ActivationPlace,
+    BlockData,
+    BlockPass,
+    Devices,
+    Lanes,
+    Offloaded,
+    StatisticStore,
+    Teacher,
+    summarize,
+)
 from jquant.calibration.store import BlockStore
 from jquant.errors import CalibrationError, RecipeError
 from jquant.formats import QuantizedTensor, compact_outliers
@@ -51,11 +61,13 @@ class Keeping:
       statistics: keeps what is collected on the source's own activations, for other runs; None to keep nothing.
       activations: where inputs of blocks are kept between blocks: on the "device", in "host" memory, or on "disk", in
         a temporary file beside the store.
+      devices: over which windows are spread, of all processes; empty for the first one of this process.
     """
 
     store: BlockStore | None = None
     statistics: StatisticStore | None = None
     activations: ActivationPlace = "device"
+    devices: Devices = ()
 
 
 def quantize_blocks(
@@ -67,6 +79,7 @@ def quantize_blocks(
     store: BlockStore | None = None,
     statistics: StatisticStore | None = None,
     activations: ActivationPlace = "device",
+    devices: Devices = (),
     on_block: Callable[[BlockReport], None] = lambda report: None,
 ) -> tuple[Llama, Report]:
     """Rewrites the blocks in order.
@@ -76,9 +89,10 @@ def quantize_blocks(
       tokens: calibration windows; None if no pass needs inputs or a teacher.
       passes: what is done to each block, in order.
       key: random key of the run.
-      store: see `Keeping`, as the next two.
+      store: see `Keeping`, as the next three.
       statistics: what other runs collected.
       activations: where inputs of blocks are kept.
+      devices: over which windows are spread.
       on_block: called with each block's report, also for blocks from the store.
 
     Returns:
@@ -90,7 +104,7 @@ def quantize_blocks(
     """
     blocks(model)
     layers, reports = [], []
-    keeping = Keeping(store, statistics, activations)
+    keeping = Keeping(store, statistics, activations, devices)
     for layer, report in solve_blocks(in_memory(model), tokens, passes, key=key, keeping=keeping):
         layers.append(layer)
         reports.append(report)
@@ -155,8 +169,9 @@ def solve_blocks(
     last = len(blocks(model.abstract)) - 1
     with contextlib.ExitStack() as open_files:
         inputs = _first_inputs(model, tokens, keeping) if carried and tokens is not None else None
-        if isinstance(inputs, Offloaded):
-            open_files.enter_context(contextlib.closing(inputs.file))
+        for part in () if inputs is None else inputs.parts:
+            if isinstance(part, Offloaded):
+                open_files.enter_context(contextlib.closing(part.file))
         source_inputs = _embed(model, tokens) if taught and tokens is not None else None
         for index in range(last + 1):
             started, layer = time.monotonic(), model.read(f"layers.{index}")
@@ -182,20 +197,27 @@ def _embed(model: LazyModel, tokens: Int[Array, "samples length"]) -> Float[Arra
     return embed(dataclasses.replace(model.abstract, embed_tokens=model.read("embed_tokens")), tokens)
 
 
-def _first_inputs(model: LazyModel, tokens: Int[Array, "samples length"], keeping: Keeping) -> Any:
-    if keeping.activations == "device":
-        return _embed(model, tokens)
-    shape = (tokens.shape[0], tokens.shape[1], model.abstract.config.hidden_size)
+def _first_inputs(model: LazyModel, tokens: Int[Array, "samples length"], keeping: Keeping) -> Lanes:
     folder = None if keeping.store is None else keeping.store.path
-    kept = Offloaded.empty(shape, model.abstract.embed_tokens.dtype, keeping.activations, folder)
     table = dataclasses.replace(model.abstract, embed_tokens=model.read("embed_tokens"))
-    for index in range(tokens.shape[0] // kept.piece):
-        kept.put(index, embed(table, tokens[index * kept.piece : (index + 1) * kept.piece]))
-    return kept
+
+    def lane(run: slice) -> Any:
+        own = tokens[run]
+        if keeping.activations == "device":
+            return embed(table, own)
+        shape = (own.shape[0], own.shape[1], table.config.hidden_size)
+        kept = Offloaded.empty(shape, table.embed_tokens.dtype, keeping.activations, folder)
+        for index in range(own.shape[0] // kept.piece):
+            kept.put(index, embed(table, own[index * kept.piece : (index + 1) * kept.piece]))
+        return kept
+
+    return Lanes.make(tokens.shape[0], keeping.devices, lane)
 
 
 def advance_all(layer: Block, inputs: Any, config: LlamaConfig) -> Any:
-    """Returns what a block makes of inputs that may be `Offloaded`, which are then written over."""
+    """Returns what a block makes of inputs that may be in `Lanes`, or `Offloaded`, which are then written over."""
+    if isinstance(inputs, Lanes):
+        return inputs.map(lambda own, part: advance_all(own, part, config), layer)
     if not isinstance(inputs, Offloaded):
         return advance(layer, inputs, config)
     for index, piece in enumerate(inputs.pieces()):

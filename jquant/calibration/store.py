@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Final
 
+from jax.experimental import multihost_utils
+
 from jquant.checkpoint import abstract_tree, is_checkpoint, load_tree, save_tree
 from jquant.errors import CheckpointError
 from jquant.models import Block
@@ -24,13 +26,16 @@ class BlockStore:
 
     Attributes:
       path: the folder.
-      lock: an open file whose lock this process holds; a second process on the store is refused.
+      lock: an open file whose lock this process holds; a second run on the store is refused. None in the processes of
+        a run that leave writing to its first.
       step: the model pass that the blocks come from, counted from 0; each has its own.
+      known: names of the only folders that are read; None for all. Several processes agree on them when they begin.
     """
 
     path: Path
-    lock: IO[str]
+    lock: IO[str] | None
     step: int = 0
+    known: frozenset[str] | None = None
 
     @classmethod
     def open(cls, path: Path | str, fingerprint: Mapping[str, str]) -> "BlockStore":
@@ -70,6 +75,19 @@ class BlockStore:
             stack.pop_all()
         return cls(path=path, lock=lock)
 
+    @classmethod
+    def share(cls, path: Path | str, own: "BlockStore | None") -> "BlockStore":
+        """Returns a run's store as each of its processes sees it; all call this once, before any block is put.
+
+        Args:
+          path: the folder, which all processes see.
+          own: the store that the first process opened; None in the others.
+        """
+        multihost_utils.sync_global_devices("the store is open")
+        names = frozenset(folder.name for folder in Path(path).iterdir() if is_checkpoint(folder))
+        multihost_utils.sync_global_devices("all know what is in the store")
+        return dataclasses.replace(own or cls(path=Path(path), lock=None), known=names)
+
     def get(self, index: int) -> tuple[Block, BlockReport] | None:
         """Returns a finished block and its report, or None if it is not in the store.
 
@@ -77,7 +95,7 @@ class BlockStore:
           CheckpointError: the block is damaged; delete its folder to solve it again.
         """
         folder = self._folder(index)
-        if not is_checkpoint(folder):
+        if not self._has(folder):
             return None
         try:
             report = block_report_from_dict(json.loads((folder / REPORT).read_text()))
@@ -111,6 +129,8 @@ class BlockStore:
         Raises:
           CheckpointError: it cannot be written; the blocks stored before stay.
         """
+        if self.lock is None:
+            return
         save_tree(block, self._folder(index), files={REPORT: json.dumps(dataclasses.asdict(report)).encode()})
 
     def get_whole(self) -> tuple[Any, Report] | None:
@@ -120,7 +140,7 @@ class BlockStore:
           CheckpointError: it is damaged; delete its folder to compute it again.
         """
         folder = self._whole()
-        if not is_checkpoint(folder):
+        if not self._has(folder):
             return None
         try:
             details = json.loads((folder / REPORT).read_text())
@@ -138,11 +158,16 @@ class BlockStore:
         Raises:
           CheckpointError: it cannot be written.
         """
+        if self.lock is None:
+            return
         save_tree(tree, self._whole(), files={REPORT: json.dumps(dict(report.details)).encode()})
 
     def finished(self) -> int:
         """Returns how many blocks are in the store."""
         return sum(is_checkpoint(folder) for folder in self.path.glob("block-*"))
+
+    def _has(self, folder: Path) -> bool:
+        return is_checkpoint(folder) and (self.known is None or folder.name in self.known)
 
     def _folder(self, index: int) -> Path:
         return self.path / (f"block-{index:03d}" if self.step == 0 else f"block-{index:03d}-pass-{self.step}")

@@ -4,13 +4,14 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import jax
 from cyclopts import Parameter
 
 from eval import Workload
 from jquant.benchmark import RandomDtype, bench
+from jquant.commands.devices import ONE_DEVICE, Devices
 from jquant.commands.display import show_progress, stdout
 from jquant.folders import make_writable, write_text
 from jquant.tables import benchmark_table
@@ -31,6 +32,7 @@ def run(
     target: TargetName = "auto",
     seed: int = 0,
     json_: Annotated[Path | None, Parameter(name="--json")] = None,
+    devices: Devices = ONE_DEVICE,
 ) -> None:
     """Time a model and what recipes would make of it: prompts, tokens, memory, side by side.
 
@@ -48,14 +50,17 @@ def run(
       target: whose kernels multiply; auto is the GPU's own for models in bfloat16 on an H100 or H200.
       seed: of random weights and tokens.
       json_: a file to write every run to, after each row.
+      devices: which devices of this process.
     """
+    mesh = devices.start()
     workloads = [Workload(rows, prompt, context, tokens, repeats) for rows in batch]
     if json_ is not None:
         make_writable(json_.parent)
     about = {"device": jax.devices()[0].device_kind, "jax": jax.__version__, "model": model, "target": target}
     rows = []
     with show_progress() as on_progress:
-        for row in bench(model, recipe, workloads, target=target, dtype=dtype, seed=seed, on_progress=on_progress):
+        options: dict[str, Any] = {"target": target, "dtype": dtype, "seed": seed, "mesh": mesh}
+        for row in bench(model, recipe, workloads, **options, on_progress=on_progress):
             rows.append(row)
             if json_ is not None:
                 write_text(json_, json.dumps(about | {"rows": [dataclasses.asdict(one) for one in rows]}, indent=1))

@@ -10,6 +10,7 @@ from cyclopts import Parameter
 
 from eval import TaskOptions, check_tasks
 from eval.batches import BATCH_TOKENS
+from jquant.commands.devices import ONE_DEVICE, Devices, is_first
 from jquant.commands.display import show_progress, split_names, stdout
 from jquant.data import PYTHON_DOCS
 from jquant.errors import RecipeError
@@ -38,6 +39,7 @@ def run(
     target: TargetName = "auto",
     json_: Annotated[Path | None, Parameter(name="--json")] = None,
     report: Path | None = None,
+    devices: Devices = ONE_DEVICE,
 ) -> None:
     """Measure a model: its perplexity, exp of the mean over windows of each window's mean loss, and tasks of lm-eval.
 
@@ -57,7 +59,9 @@ def run(
       target: whose kernels multiply; auto is the GPU's own for models in bfloat16 on an H100 or H200.
       json_: a file to write the result to, all figures of tasks included.
       report: an HTML file to write: the figures, the loss of each window, where the data came from.
+      devices: which devices.
     """
+    mesh = devices.start()
     names = split_names(tasks)
     if not names and (limit, shots, chat_template, cache) != (None, None, False, None):
         raise RecipeError("--limit, --shots, --chat-template and --cache belong to tasks: name some with --tasks")
@@ -70,7 +74,9 @@ def run(
             make_writable(folder)
     facts = inspect_model(open_abstract(model))
     result: dict[str, Any] = {"model": model, "bits_per_weight": facts.bits_per_weight()}
-    ready = open_for_use(model, target=target) if text is not None and names else None
+    if mesh is not None and cache is not None:
+        raise RecipeError("--cache belongs to one device: answers are kept by a digest of the whole model")
+    ready = open_for_use(model, target=target, mesh=mesh) if mesh is not None or (text and names) else None
     with show_progress() as on_progress:
         shared: dict[str, Any] = {"model": ready, "target": target, "on_progress": on_progress}
         if text is not None:
@@ -79,6 +85,8 @@ def run(
         if names:
             done = measure_tasks(model, names, options, cache=cache, **shared)
             result["tasks"] = dataclasses.asdict(done)
+    if not is_first():
+        return
     if text is not None:
         stdout().print(measurement_table({model: (measured, facts)}))
     if names:

@@ -7,6 +7,7 @@ import jax
 from cyclopts import Parameter
 
 from convert import load_tokenizer
+from jquant.commands.devices import ONE_DEVICE, Devices, is_first, rows_to_fill
 from jquant.commands.display import note, stdout
 from jquant.folders import open_for_use
 from jquant.runtime import generate
@@ -26,6 +27,7 @@ def run(
     seed: int = 0,
     prefill_chunk: int | None = None,
     target: TargetName = "auto",
+    devices: Devices = ONE_DEVICE,
 ) -> None:
     """Continue prompts; several go through the model together.
 
@@ -39,19 +41,23 @@ def run(
       seed: of the draws.
       prefill_chunk: tokens of the prompts that go through the model at once, to bound memory; all if not given.
       target: whose kernels multiply; auto is the GPU's own for models in bfloat16 on an H100 or H200.
+      devices: which devices.
     """
+    mesh = devices.start()
     sampler = Sampler(temperature, top_k, top_p)
     tokenizer = load_tokenizer(model)
-    tree = open_for_use(model, target=target)
-    note(f"products by {describe_products(tree)}")
+    tree = open_for_use(model, target=target, mesh=mesh)
+    if is_first():
+        note(f"products by {describe_products(tree)}")
+    prompts = [tokenizer.encode(text) for text in prompt]
     written = generate(
         tree,
-        [tokenizer.encode(text) for text in prompt],
+        prompts + prompts[:1] * rows_to_fill(mesh, len(prompts)),
         max_tokens=max_tokens,
         sampler=sampler,
         stop_tokens=[] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id],
         prefill_chunk=prefill_chunk,
         key=jax.random.key(seed),
     )
-    for text, tokens in zip(prompt, written.tokens, strict=True):
+    for text, tokens in zip(prompt, written.tokens, strict=False) if is_first() else ():
         stdout().print(text + str(tokenizer.decode(tokens)), markup=False, highlight=False, soft_wrap=True)

@@ -9,6 +9,7 @@ from cyclopts import Parameter
 from convert.huggingface import StoredDtype
 from jquant.blocks import ActivationPlace
 from jquant.budget import ModelPlace
+from jquant.commands.devices import ONE_DEVICE, Devices, is_first
 from jquant.commands.display import show_progress, stdout
 from jquant.folders import make_writable, write_text
 from jquant.pages import quantization_page
@@ -30,6 +31,7 @@ def run(
     memory: ModelPlace | Literal["auto"] = "auto",
     activations: ActivationPlace | Literal["auto"] = "auto",
     report: Path | None = None,
+    devices: Devices = ONE_DEVICE,
 ) -> None:
     """Quantize a model by a recipe; the result has recipe, report and tokenizer with it.
 
@@ -48,7 +50,9 @@ def run(
         predicted to take more than 80 % of what is free. The result is the same.
       activations: where calibration activations are kept: on the device, in host memory, or on disk; auto likewise.
       report: an HTML file to write: the result by layer, the recipe, where the data came from.
+      devices: which devices; calibration windows are spread over all of them. The result has the same bits on 1 to 8.
     """
+    mesh = devices.start()
     chosen = load_recipe(recipe, set_)
     if report is not None:
         make_writable(report.parent)
@@ -62,8 +66,11 @@ def run(
             resume=resume,
             memory=memory,
             activations=activations,
+            devices=() if mesh is None else tuple(mesh.devices.ravel()),
             on_progress=on_progress,
         )
+    if not is_first():
+        return
     for table in (report_table(found), *finding_tables(found)):
         stdout().print(table)
     if report is not None:

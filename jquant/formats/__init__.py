@@ -50,6 +50,13 @@ from jquant.formats.rotations import OnlineRotation as OnlineRotation
 from jquant.formats.rotations import OrthogonalMatrix as OrthogonalMatrix
 from jquant.formats.rotations import online_rotation as online_rotation
 from jquant.formats.rotations import repeat_rotation as repeat_rotation
+from jquant.formats.sharded import DATA as DATA
+from jquant.formats.sharded import TENSOR as TENSOR
+from jquant.formats.sharded import ShardedTensor as ShardedTensor
+from jquant.formats.sharded import cut_inputs as cut_inputs
+from jquant.formats.sharded import cut_outputs as cut_outputs
+from jquant.formats.sharded import input_cut_fault as input_cut_fault
+from jquant.formats.sharded import output_cut_fault as output_cut_fault
 from jquant.formats.spqr import Outliers as Outliers
 from jquant.formats.spqr import QuantizedStatistic as QuantizedStatistic
 from jquant.formats.spqr import SpqrFormat as SpqrFormat

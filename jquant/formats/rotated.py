@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, UInt32
 
 from jquant.errors import FormatError
 from jquant.formats.base import QuantizedTensor
+from jquant.formats.sharded import ShardedTensor
 from jquant.numerics import Rotation, Transform, random_rotation, rotate, rotate_back
 from jquant.types import DType, Leaf, compute_dtype
 
@@ -35,7 +36,7 @@ class RotatedTensor(QuantizedTensor):
 
     mixes_outputs: ClassVar[bool] = True
 
-    inner: QuantizedTensor
+    inner: QuantizedTensor | ShardedTensor
     scales: Leaf
     seed: Leaf
     transform: Transform = struct.field(pytree_node=False)
@@ -45,6 +46,7 @@ class RotatedTensor(QuantizedTensor):
         """Returns the weight in the model's basis, computed in float32 and rounded once to `dtype`."""
         compute = compute_dtype(dtype)
         inputs, outputs = draw_rotations(self.seed[0, 0], self.shape, self.transform, compute)
+        assert isinstance(self.inner, QuantizedTensor), "a part of a weight is multiplied, never brought back"
         weight = rotate_back(outputs, self.inner.dequantize(compute))
         weight = rotate_back(inputs, weight.T).T
         return (self.scales.astype(compute) * weight).astype(dtype)

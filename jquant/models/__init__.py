@@ -30,6 +30,8 @@ from jquant.models.llama import prefill as prefill
 from jquant.models.llama import prompt_block as prompt_block
 from jquant.models.llama import step_block as step_block
 from jquant.models.loss import next_token_losses as next_token_losses
+from jquant.models.mesh import model_specs as model_specs
+from jquant.models.mesh import place_cache as place_cache
 from jquant.models.random import Family as Family
 from jquant.models.random import random_like as random_like
 from jquant.models.random import random_model as random_model
@@ -41,6 +43,7 @@ from jquant.models.tree import Block as Block
 from jquant.models.tree import Linear as Linear
 from jquant.models.tree import Llama as Llama
 from jquant.models.tree import Mlp as Mlp
+from jquant.models.tree import Sharded as Sharded
 from jquant.models.tree import Stacked as Stacked
 from jquant.models.tree import abstract_llama as abstract_llama
 from jquant.models.tree import build as build

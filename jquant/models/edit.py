@@ -6,7 +6,7 @@ from typing import Any, Final
 
 from jquant.errors import FormatError
 from jquant.kv import KvCodec
-from jquant.models.tree import Block, Linear, Llama, Stacked
+from jquant.models.tree import Block, Linear, Llama, Sharded, Stacked
 
 BLOCK_LINEARS: Final = (
     "self_attn.q_proj",
@@ -74,8 +74,10 @@ def blocks(model: Llama) -> tuple[Block, ...]:
     """Returns the blocks of a model whose layers are not stacked.
 
     Raises:
-      FormatError: they are.
+      FormatError: they are, or spread over devices.
     """
+    if isinstance(model.layers, Sharded):
+        raise FormatError("the layers are spread over the devices of a mesh; edit the model before `shard`")
     if isinstance(model.layers, Stacked):
         raise FormatError("the layers are stacked; edit the model before stack_layers")
     return model.layers

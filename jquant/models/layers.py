@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jquant.formats import JoinedPart, PreparedRotation
+from jquant.formats import JoinedPart, PreparedRotation, ShardedTensor
 from jquant.matmul import matmul
 from jquant.models.config import RopeConfig
 from jquant.models.tree import Linear
@@ -20,7 +20,7 @@ QUERY_CHUNK: Final = 128  # 2-core CPU, 2048 tokens, 9 heads of 64: 0.04 s, 0.07
 
 def linear(
     layer: Linear, x: Float[Array, "*batch in"], valid: Bool[Array, "*batch"] | None = None
-) -> tuple[Float[Array, "*batch out"], Float[Array, "*batch in"]]:
+) -> tuple[Float[Array, "*batch out"], Float[Array, "*batch tap"]]:
     """Returns (x @ kernel + bias, tap), the tap being the rotated x that the kernel multiplies, not yet quantized.
 
     Args:
@@ -28,6 +28,8 @@ def linear(
       x: its input.
       valid: which tokens are real, for input quantizers whose statistics cross tokens; None if all are.
     """
+    if isinstance(layer.kernel, ShardedTensor):
+        x = layer.kernel.gather_inputs(x)
     if isinstance(layer.input_rotation, PreparedRotation) and x.size:
         method: Any = layer.input_quantizer
         method = method.method  # of a token's own grid, or nothing would have been prepared

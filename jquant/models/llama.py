@@ -9,6 +9,7 @@ from flax import struct
 from jaxtyping import Array, Float, Int
 
 from jquant.errors import DataError, FormatError
+from jquant.formats import DATA
 from jquant.kv import (
     LayerCache,
     PromptView,
@@ -22,7 +23,8 @@ from jquant.matmul import matmul
 from jquant.models.block import Taps, make_rope, run_block
 from jquant.models.config import LlamaConfig
 from jquant.models.layers import attention, causal_attention, causal_mask, linear, rms_norm
-from jquant.models.tree import Block, Llama, Stacked
+from jquant.models.mesh import gather_logits, look_up, on_mesh, replicate
+from jquant.models.tree import Block, Llama, Sharded, Stacked
 from jquant.types import Leaf, compute_dtype
 
 type Apply = Callable[[Block, jax.Array, Any], tuple[jax.Array, Any]]
@@ -46,7 +48,7 @@ class Cache:
 
 def embed(model: Llama, tokens: Int[Array, "batch tokens"]) -> Float[Array, "batch tokens hidden"]:
     """Looks the tokens up in the embedding table."""
-    return model.embed_tokens[tokens]
+    return look_up(model.embed_tokens, tokens, model.config.vocab_size)
 
 
 def head(model: Llama, x: Float[Array, "*batch hidden"]) -> Float[Array, "*batch vocab"]:
@@ -56,7 +58,7 @@ def head(model: Llama, x: Float[Array, "*batch hidden"]) -> Float[Array, "*batch
         logits = matmul(normed, model.embed_tokens.T)
     else:
         logits, _ = linear(model.lm_head, normed)
-    return logits.astype(compute_dtype(logits.dtype))
+    return gather_logits(logits.astype(compute_dtype(logits.dtype)), model.config.vocab_size)
 
 
 def forward(model: Llama, tokens: Int[Array, "batch tokens"]) -> Float[Array, "batch tokens vocab"]:
@@ -76,6 +78,11 @@ def hidden_states(
     """
     if lengths is None:
         lengths = jnp.full(tokens.shape[0], tokens.shape[1], jnp.int32)
+    if isinstance(model.layers, Sharded):
+        more = -tokens.shape[0] % model.layers.mesh.shape[DATA]
+        rows = jnp.pad(tokens, ((0, more), (0, 0))), jnp.pad(lengths, (0, more), constant_values=1)
+        states = on_mesh(model, lambda own, rows, _: (hidden_states(own, *rows), None), rows)[0]
+        return replicate(states, model.layers)[: tokens.shape[0]]
 
     def apply(
         layer: Block, x: Float[Array, "batch tokens hidden"], _: None
@@ -120,6 +127,8 @@ def prefill(
             f"prompts of {need} tokens, padding counted, for a cache of {capacity}: give capacity="
             f"{need} at least, and one more for each token to come"
         )
+    if isinstance(model.layers, Sharded):
+        return _prefill_on_mesh(model, tokens, lengths, capacity, chunk)
     if chunk is not None:
         return _prefill_chunks(model, jnp.pad(tokens, ((0, 0), (0, padding))), lengths, capacity, chunk)
 
@@ -132,6 +141,20 @@ def prefill(
     x, layers = _through_layers(model, embed(model, tokens), None, apply)
     last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)[:, 0]
     return head(model, last), Cache(layers=layers, positions=lengths.astype(jnp.int32), capacity=capacity)
+
+
+def _prefill_on_mesh(
+    model: Llama, tokens: Int[Array, "batch tokens"], lengths: Int[Array, "batch"], capacity: int, chunk: int | None
+) -> tuple[Float[Array, "batch vocab"], Cache]:
+    sharded = model.layers
+    assert isinstance(sharded, Sharded)
+
+    def own(smaller: Llama, rows: tuple[Array, Array], _: None) -> tuple[Any, Any]:
+        logits, cache = prefill(smaller, rows[0], rows[1], capacity, chunk)
+        return logits, cache.layers
+
+    logits, layers = on_mesh(model, own, (tokens, lengths))
+    return replicate(logits, sharded), Cache(layers, lengths.astype(jnp.int32), capacity)
 
 
 def _prefill_chunks(
@@ -170,6 +193,10 @@ def empty_cache(model: Llama, rows: int, capacity: int) -> Cache:
       capacity: tokens that each of them can hold.
     """
     config, dtype = model.config, model.embed_tokens.dtype
+    positions = jnp.zeros(rows, jnp.int32)
+    if isinstance(model.layers, Sharded):
+        layers = on_mesh(model, lambda own, at, _: (at, empty_cache(own, len(at), capacity).layers), positions)[1]
+        return Cache(layers=layers, positions=positions, capacity=capacity)
 
     def make(layer: Block) -> LayerCache:
         one = layer.self_attn.kv_codec.init(capacity, config.num_key_value_heads, config.head_dim, dtype)
@@ -180,7 +207,7 @@ def empty_cache(model: Llama, rows: int, capacity: int) -> Cache:
         if isinstance(model.layers, Stacked)
         else tuple(make(layer) for layer in model.layers)
     )
-    return Cache(layers=layers, positions=jnp.zeros(rows, jnp.int32), capacity=capacity)
+    return Cache(layers=layers, positions=positions, capacity=capacity)
 
 
 def decode(model: Llama, tokens: Int[Array, "batch"], cache: Cache) -> tuple[Float[Array, "batch vocab"], Cache]:
@@ -188,6 +215,16 @@ def decode(model: Llama, tokens: Int[Array, "batch"], cache: Cache) -> tuple[Flo
 
     A row whose cache is full has logits of NaN: its token could not be kept.
     """
+    if isinstance(model.layers, Sharded):
+
+        def own(smaller: Llama, rows: Any, layers: Any) -> tuple[Any, Any]:
+            tokens, positions = rows
+            logits, after = decode(smaller, tokens, Cache(layers, positions, cache.capacity))
+            return logits, after.layers
+
+        logits, layers = on_mesh(model, own, (tokens, cache.positions), cache.layers)
+        positions = replicate(cache.positions + 1, model.layers)
+        return replicate(logits, model.layers), Cache(layers, positions, cache.capacity)
 
     def apply(
         layer: Block, x: Float[Array, "batch 1 hidden"], layer_cache: LayerCache
@@ -347,6 +384,7 @@ def _through_layers(
 
         return jax.lax.scan(step, (x, caches), (jnp.arange(model.layers.depth), model.layers.block))[0]
     outputs = []
+    assert not isinstance(model.layers, Sharded), "each device goes through its own layers: `on_mesh`"
     for index, layer in enumerate(model.layers):
         x, output = apply(layer, x, None if caches is None else caches[index])
         outputs.append(output)

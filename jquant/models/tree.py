@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax.sharding import Mesh
 
 from jquant.activations import ActivationQuantizer
 from jquant.errors import FormatError
@@ -83,19 +84,39 @@ class Stacked:
 
 
 @struct.dataclass
+class Sharded:
+    """Layers that the devices of a mesh hold together; made by `jquant.sharding.shard`, never on disk.
+
+    Attributes:
+      layers: blocks of one device's heads and features, a tuple or `Stacked`; each leaf has a leading axis of devices,
+        spread over the mesh's axis `tensor`.
+      mesh: the devices; its axis `data` has the rows of a batch.
+      config: the sizes that one device sees.
+      vocabulary: whether each device has rows of the embedding and columns of the head of its own.
+      notes: what every device has whole, and why.
+    """
+
+    layers: "tuple[Block, ...] | Stacked"
+    mesh: Mesh = struct.field(pytree_node=False)
+    config: LlamaConfig = struct.field(pytree_node=False)
+    vocabulary: bool = struct.field(pytree_node=False)
+    notes: tuple[str, ...] = struct.field(pytree_node=False, default=())
+
+
+@struct.dataclass
 class Llama:
     """A decoder of the Llama family.
 
     Attributes:
       embed_tokens: [vocab, hidden].
-      layers: a tuple of blocks (canonical), or `Stacked` for serving.
+      layers: a tuple of blocks (canonical), `Stacked` for serving, or `Sharded` over several devices.
       norm: scale of the final norm, [hidden].
       lm_head: the output projection; None where it is tied to `embed_tokens`.
       config: sizes and switches, static.
     """
 
     embed_tokens: Leaf
-    layers: tuple[Block, ...] | Stacked
+    layers: tuple[Block, ...] | Stacked | Sharded
     norm: Leaf
     lm_head: Linear | None
     config: LlamaConfig = struct.field(pytree_node=False)
@@ -142,6 +163,8 @@ def stack_layers(model: Llama) -> Llama:
     """
     if isinstance(model.layers, Stacked):
         return model
+    if isinstance(model.layers, Sharded):
+        raise FormatError("the layers are spread over the devices of a mesh: stack each device's own, in `shard`")
     first, *others = layers = align_outliers(model.layers)
     for index, layer in enumerate(others, start=1):
         difference = _first_difference(first, layer)

@@ -18,11 +18,13 @@ class Statistic(NamedTuple):
       name: the statistic's name in reports.
       init: number of input features -> the empty sum.
       update: (sum, inputs [tokens, in]) -> sum.
+      combine: (sum, sum) -> sum, of the inputs of both.
     """
 
     name: str
     init: Callable[[int], Any]
     update: Callable[[Any, jax.Array], Any]
+    combine: Callable[[Any, Any], Any]
 
 
 @struct.dataclass
@@ -74,6 +76,10 @@ def gram(x: Float[Array, "tokens in"]) -> Float[Array, "in in"]:
     return products
 
 
+def _add_moments(moment: SecondMoment, more: SecondMoment) -> SecondMoment:
+    return SecondMoment(total=moment.total + more.total, tokens=moment.tokens + more.tokens)
+
+
 def _init_largest(features: int) -> Float[Array, "in"]:
     return jnp.zeros(features, jnp.float32)
 
@@ -85,5 +91,7 @@ def _update_largest(largest: Float[Array, "in"], x: Float[Array, "tokens in"]) -
     return jnp.where(jnp.all(jnp.isfinite(wide), axis=0), seen, jnp.inf)
 
 
-HESSIAN: Final = Statistic("hessian", _init_moment, _update_moment)
-ABSMAX: Final = Statistic("absmax", _init_largest, _update_largest)  # [in], the largest magnitude of each feature
+HESSIAN: Final = Statistic("hessian", _init_moment, _update_moment, _add_moments)
+ABSMAX: Final = Statistic(
+    "absmax", _init_largest, _update_largest, jnp.maximum
+)  # [in], each feature's largest magnitude

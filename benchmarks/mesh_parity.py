@@ -1,0 +1,179 @@
+r"""The same model on one device and on many: codes to the bit, logits to rounding.
+
+For each recipe: the sha256 of the result on 1, 2, 4 and 8 devices; of a run that is stopped after its first block on 8
+devices and goes on with 2; of two processes that share the windows; and how far the logits over meshes are from those
+of one device.
+
+    python benchmarks/mesh_parity.py [--model tiny | FILE.gguf] [--recipes rtn gptq quip spqr quarot kivi] [--layers 4]
+        [--samples 16] [--length 64] [--seconds 600]
+
+JSON lines; the exit code is 1 if a sha256 differs, or logits by more than 2e-5 of the largest.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from convert import load_model
+from jquant.calibration import BlockStore
+from jquant.checkpoint import digest
+from jquant.models import Llama, LlamaConfig, blocks, forward, random_model
+from jquant.passes import Context, run_passes
+from jquant.recipe import Recipe, load_recipe
+from jquant.report import BlockReport
+from jquant.sharding import join_processes, make_mesh, shard
+
+RECIPES: Final[Mapping[str, str]] = {
+    "rtn": "rtn-w4g64",
+    "gptq": "gptq-w4g64",
+    "quip": "quip-w4",
+    "spqr": "spqr-w3",
+    "quarot": "quarot-w4a4kv4",
+    "kivi": "kivi-2",
+}
+TINY: Final = LlamaConfig(64, 128, 256, 2, 8, 4, 16, 256, tie_word_embeddings=True)
+SMALL: Final[Mapping[str, tuple[str, ...]]] = {  # what the tiny model's sizes ask for
+    "rtn": ("passes[0].sequential.passes[0].quantize_weights.rules[0].quantizer.rtn.format.group_size=32",),
+    "gptq": ("passes[0].sequential.passes[0].quantize_weights.rules[0].quantizer.gptq.format.group_size=32",),
+    "kivi": ("passes[0].set_kv_codec.codec.kivi.group_size=16", "passes[0].set_kv_codec.codec.kivi.residual_length=16"),
+}
+COUNTS: Final = (1, 2, 4, 8)
+MESHES: Final = ((2, 4), (4, 2), (1, 8), (8, 1))
+LIMIT: Final = 2e-5  # of the largest logit, float32
+
+
+class _StopError(Exception):
+    """What stops a run after its first block."""
+
+
+def main() -> None:
+    """Runs the recipes that there is time for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="tiny")
+    parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=list(RECIPES))
+    parser.add_argument("--counts", nargs="+", type=int, default=list(COUNTS))
+    parser.add_argument("--layers", type=int)
+    parser.add_argument("--samples", type=int, default=16)
+    parser.add_argument("--length", type=int, default=64)
+    parser.add_argument("--seconds", type=float, default=3600.0)
+    parser.add_argument("--process", type=int, help="of a child: which of two processes it is")
+    parser.add_argument("--port", type=int, default=29917)
+    arguments = parser.parse_args()
+    if arguments.process is not None:
+        join_processes(f"localhost:{arguments.port}", 2, arguments.process)
+    source, started, failed = _open(arguments), time.monotonic(), False
+    for name in arguments.recipes:
+        if time.monotonic() - started > arguments.seconds:
+            _say(recipe=name, left_out="no time left")
+            continue
+        if arguments.process is not None:
+            _say(recipe=name, process=arguments.process, sha256=_run(source, name, arguments, tuple(jax.devices())))
+        else:
+            failed |= not _compare(source, name, arguments)
+    sys.exit(failed)
+
+
+def _compare(source: Llama, name: str, arguments: argparse.Namespace) -> bool:
+    begun = time.monotonic()
+    found = {}
+    model = source
+    for count in arguments.counts:
+        model, found[f"{count} devices"] = _quantize(source, name, arguments, tuple(jax.devices()[:count]))
+    if _recipe(name, arguments).calibration is not None:
+        found["stopped on 8, went on with 2"] = _resume(source, name, arguments)
+        found["two processes"] = _two_processes(name, arguments)
+    _say(recipe=name, model=arguments.model, layers=len(blocks(source)), sha256=found, seconds=time.monotonic() - begun)
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, source.config.vocab_size, (8, 48)), jnp.int32)
+    expected = np.asarray(jax.jit(forward)(model, tokens))
+    largest = float(np.abs(expected).max())
+    apart = {}
+    for shape in MESHES:
+        spread = shard(model, make_mesh(*shape))
+        logits = np.asarray(jax.jit(forward)(spread, tokens))
+        apart["x".join(map(str, shape))] = float(np.abs(logits - expected).max())
+    notes = getattr(spread.layers, "notes", ())
+    _say(recipe=name, largest_logit=largest, apart=apart, whole=notes, seconds=time.monotonic() - begun)
+    return len(set(found.values())) == 1 and max(apart.values()) <= LIMIT * max(1.0, largest)
+
+
+def _quantize(
+    source: Llama, name: str, arguments: argparse.Namespace, devices: tuple[Any, ...], **options: Any
+) -> tuple[Llama, str]:
+    rng = np.random.default_rng(1)
+    tokens = jnp.asarray(rng.integers(0, source.config.vocab_size, (arguments.samples, arguments.length)), jnp.int32)
+    context = Context(jax.random.key(0), tokens, devices=devices, **options)
+    model, _ = run_passes(_recipe(name, arguments).passes, source, context)
+    return model, digest(model)
+
+
+def _run(source: Llama, name: str, arguments: argparse.Namespace, devices: tuple[Any, ...]) -> str:
+    return _quantize(source, name, arguments, devices)[1]
+
+
+def _resume(source: Llama, name: str, arguments: argparse.Namespace) -> str:
+    def stop(report: BlockReport) -> None:
+        raise _StopError
+
+    with tempfile.TemporaryDirectory() as folder:
+        store = BlockStore.open(f"{folder}/store", {})
+        with contextlib.suppress(_StopError):
+            _quantize(source, name, arguments, tuple(jax.devices()), store=store, on_block=stop)
+        assert store.finished() == 1
+        return _quantize(source, name, arguments, tuple(jax.devices()[:2]), store=store)[1]
+
+
+def _two_processes(name: str, arguments: argparse.Namespace) -> str:
+    options: Sequence[str] = [
+        *("--model", arguments.model, "--recipes", name, "--port", str(arguments.port)),
+        *("--samples", str(arguments.samples), "--length", str(arguments.length)),
+        *(() if arguments.layers is None else ("--layers", str(arguments.layers))),
+    ]
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    children = [
+        subprocess.Popen(
+            [sys.executable, __file__, *options, "--process", str(process)],
+            env=environment,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for process in range(2)
+    ]
+    answers = {json.loads(child.communicate()[0].splitlines()[-1])["sha256"] for child in children}
+    return answers.pop() if len(answers) == 1 else f"processes differ: {sorted(answers)}"
+
+
+def _recipe(name: str, arguments: argparse.Namespace) -> Recipe:
+    return load_recipe(RECIPES[name], SMALL.get(name, ()) if arguments.model == "tiny" else ())
+
+
+def _open(arguments: argparse.Namespace) -> Llama:
+    if arguments.model == "tiny":
+        return random_model(TINY, jax.random.key(0))
+    model = load_model(Path(arguments.model), dtype="float32")
+    count = arguments.layers or model.config.num_hidden_layers
+    config = dataclasses.replace(model.config, num_hidden_layers=count)
+    return dataclasses.replace(model, layers=blocks(model)[:count], config=config)
+
+
+def _say(**figures: Any) -> None:
+    print(json.dumps(figures), flush=True)
+
+
+if __name__ == "__main__":
+    main()

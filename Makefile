@@ -4,7 +4,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-slow lint format docs reference clean
+.PHONY: help env demo test test-slow test-gpu lint format docs reference clean
 
 packages := jquant pallas_kernels convert eval
 python := .venv/bin/python
@@ -31,6 +31,12 @@ test: $(ready) ## the tests, without those marked slow
 
 test-slow: $(ready) ## the slow tests: a real model, torch beside us, whole comparisons
 	@$(python) -m pytest --numprocesses 2 --dist worksteal -m slow
+
+gpu_tests := tests/kernels tests/formats/test_prepared.py tests/models/test_layers.py tests/test_targets.py
+
+test-gpu: $(ready) ## the tests that need an H100 or H200: ten processes share it, XLA tries no variants of its products
+	@JAX_PLATFORMS=cuda,cpu XLA_PYTHON_CLIENT_PREALLOCATE=false XLA_FLAGS=--xla_gpu_autotune_level=0 \
+	  $(python) -m pytest --numprocesses 10 --dist worksteal -m gpu $(gpu_tests)
 
 lint: $(ready) ## ruff, formatting and types
 	@$(python) -m ruff check .

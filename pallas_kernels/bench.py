@@ -5,6 +5,7 @@
     python -m pallas_kernels.bench --kinds binary4 binary3 --shapes 8192x32768 --tokens 1
     python -m pallas_kernels.bench --kinds attention --check 20     decode attention over packed caches
     python -m pallas_kernels.bench --check 20                       random legal shapes, errors alone
+    python -m pallas_kernels.bench --grid --seconds 300             every kernel and shape
 
 Needs jax, numpy and jaxtyping alone. Times are kernel times by CUPTI, the sum over a call's kernels, the median over
 calls whose weights rotate beyond the second cache. "of peak": bytes of codes over the copy of 512 MiB that this run
@@ -15,6 +16,7 @@ product in float32, in the Frobenius norm, ours and that of XLA's bfloat16 on th
 import argparse
 import dataclasses
 import datetime
+import functools
 import json
 import math
 import sys
@@ -25,11 +27,11 @@ from pathlib import Path
 from typing import Any, Final
 
 import jax
-import jax.numpy as jnp
 
-from pallas_kernels import attention_bench, compat, configs, narrow_case, shapes
-from pallas_kernels.cases import FEW_TOKENS, KINDS, Case, Product, random_legal_cases, relative_error
+from pallas_kernels import attention_bench, configs, grid, narrow_case, shapes
+from pallas_kernels.cases import KINDS, Case, Product, random_legal_cases, relative_error
 from pallas_kernels.decode import DecodeConfig
+from pallas_kernels.measure import Peaks, copies, kernel_microseconds
 from pallas_kernels.narrow_case import NarrowCase, narrow_cases
 from pallas_kernels.outlier_case import FEATURES, SHAPE, OutlierCase
 from pallas_kernels.prefill import PrefillConfig
@@ -40,16 +42,13 @@ type Target = tuple[
     configs.Kind | configs.NarrowKind, tuple[int, int], tuple[int, ...], float | None, float | None, float | None
 ]
 
-BEYOND_CACHE: Final = 120e6  # bytes of weights that one round reads; an H100's second cache holds 50 MB
-MOST_COPIES: Final = 16
 BYTES_OF_BF16: Final = 2.0
-ROUNDS: Final = 5
-ATTEMPTS: Final = 3  # to count kernels while no other thread launches one
 BF16_ROUNDING: Final = 2.0**-8  # relative: the most that operands and output, rounded to bfloat16, are off together
 GROUP: Final = 128
 ATTENTION: Final = "attention"  # likewise, over packed caches
 OUTLIERS: Final = "outliers"  # likewise: int8 products with features kept as numbers
 ROTATION: Final = "rotation"  # a kind of its own: activations rotated and quantized, no product
+HEAD: Final = f"{'kernel':34s}      us  of peak  x bf16  x best XLA  error    bf16's   target"
 FAILURES: Final = (ValueError, RuntimeError)  # of compiling and running; a kernel that fails is a row that says so
 SERVED: Final = ((1, 8), (9, 16), (17, 64), (65, 512), (513, 4096), (4097, 1 << 30))  # tokens, by a row of the table
 TARGETS: Final[
@@ -89,6 +88,7 @@ def main() -> None:
     parser.add_argument("--tokens", nargs="+", type=int)
     parser.add_argument("--tune", type=int, default=0, help="configurations to try where the table has no row")
     parser.add_argument("--check", type=int, default=0, help="random legal shapes whose errors to compute first")
+    parser.add_argument("--grid", action="store_true", help="all kinds, shapes and tokens, or those named, by weights")
     parser.add_argument("--seconds", type=float, default=600.0, help="begin nothing new after so long")
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results"), help="folder for the JSON lines")
     parser.add_argument("--table", type=Path, help="a copy of the package's table to write, what was measured in it")
@@ -116,10 +116,22 @@ def main() -> None:
 def _run(arguments: argparse.Namespace, end: float, write: Callable[[dict[str, Any]], None]) -> list[configs.Row]:
     """Writes and prints all rows; returns those of the table for what was timed."""
     bench, chosen = Bench(), []
+    if arguments.grid:
+        found: dict[Any, configs.Row] = {}
+        print(HEAD)
+        tried = functools.partial(_tried, count=arguments.tune)
+        for case, row in grid.rows(list(_weights(arguments)), tried, _beside, bench.peaks, end):
+            row |= _verdict(case, row) if "chosen" in row else {}
+            write(row)
+            print(_line(case, row), flush=True)
+            if "chosen" in row and isinstance(case, Case):
+                served = _served(case, row)
+                found.setdefault((case.kind, case.outputs, case.inputs, served.least), served)
+        return list(found.values())
     jobs: list[tuple[Work, list[configs.Config]]]
     jobs = [(case, [case.config()]) for case in random_legal_cases(0, arguments.check)]
     jobs += [(case, _tried(case, arguments.tune)) for case in _chosen(arguments)]
-    print(f"{'kernel':34s}      us  of peak  x bf16  x best XLA  error    bf16's   target")
+    print(HEAD)
     with ThreadPoolExecutor(6) as pool:
         compiled = [(case, [(config, pool.submit(_compile, case, config)) for config in tried]) for case, tried in jobs]
         for index, (case, variants) in enumerate(compiled):
@@ -149,7 +161,7 @@ def _run(arguments: argparse.Namespace, end: float, write: Callable[[dict[str, A
                 write(row := bench.rotation(turn))
                 print(_rotation_line(turn, row), flush=True)
     if ATTENTION in (arguments.kinds or ()) or not asked:
-        for row in attention_bench.rows(kernel_microseconds, bench.copy_rate, arguments.check, end):
+        for row in attention_bench.rows(kernel_microseconds, bench.peaks.copy_rate, arguments.check, end):
             write(row)
             print(attention_bench.line(row), flush=True)
     return chosen
@@ -179,6 +191,31 @@ def _chosen(arguments: argparse.Namespace) -> Iterator[Work]:
         yield from narrow_cases(tuple(arguments.kinds), every, arguments.tokens or [1])
 
 
+def _weights(arguments: argparse.Namespace) -> Iterator[tuple[Work, tuple[int, ...]]]:
+    """Yields the products of `--grid`, a case of most tokens for each weight, and the numbers of tokens."""
+    named = (*shapes.JOINED[:2], *shapes.LLAMA_8B, *shapes.LLAMA_70B, *shapes.JOINED[2:])
+    sizes = [tuple(map(int, text.split("x"))) for text in arguments.shapes or ()]
+    sizes = sizes or [(linear.outputs, linear.inputs) for linear in named]
+    tokens = tuple(sorted(arguments.tokens or shapes.TOKENS))
+    for outputs, inputs in sizes:
+        for kind in (kind for kind in KINDS if kind in (arguments.kinds or KINDS)):
+            yield _case(kind, tokens[-1], outputs, inputs), tokens
+    few = [tuple(size) for size in sizes]
+    if not arguments.shapes:
+        few = [*((linear.outputs, linear.inputs) for linear in reversed(shapes.LUT_GEMM)), SHAPE[1:]]
+    kinds = arguments.kinds or (*narrow_case.KINDS, "w4a16")
+    yield from ((case, (1,)) for case in narrow_cases(tuple(kinds), few, [1]))
+    if "w4a16" in kinds and not arguments.shapes:
+        yield from ((_case("w4a16", 1, outputs, inputs), (1,)) for outputs, inputs in few)
+
+
+def _beside(case: Work) -> tuple[str, ...]:
+    """Returns XLA's formulations that `--grid` times: of int4 only where the issue compares with the best."""
+    asked = ((kind, shape) for kind, shape, tokens, *least in TARGETS if case.tokens in tokens and least[2])
+    every = (case.kind, (case.outputs, case.inputs)) in asked
+    return tuple(name for name in case.xla() if every or name in ("bfloat16", "int8 with scales"))
+
+
 def _case(kind: configs.Kind, tokens: int, outputs: int, inputs: int) -> Case:
     return Case(kind, tokens, outputs, inputs, inputs // GROUP if kind == "w4a16" else 1)
 
@@ -198,34 +235,19 @@ def _compile(case: Any, config: configs.Config) -> Product:
     return jax.jit(case.kernel(config)).lower(given.x, given.steps, given.shift, weight).compile()
 
 
-def kernel_microseconds(call: Product, sets: list[tuple[Any, ...]]) -> tuple[float, int]:
-    """Returns the median microseconds of all GPU kernels of a call, and how many kernels there are."""
-    calls = ROUNDS * len(sets)
-    jax.block_until_ready([call(*arguments) for arguments in sets])
-    for _ in range(ATTEMPTS):
-        with compat.kernel_times() as times:
-            for _ in range(ROUNDS):
-                jax.block_until_ready([call(*arguments) for arguments in sets])
-        each = len(times) // calls
-        if each and len(times) % calls == 0:
-            totals = sorted(sum(times[index * each : (index + 1) * each]) for index in range(calls))
-            return totals[calls // 2], each
-    return math.nan, 0
-
-
 class Bench:
     """What one run measures once: XLA's products and the machine's peaks."""
 
     def __init__(self) -> None:
         self._baselines: dict[Any, tuple[Product, float]] = {}
-        self._peaks: dict[str, float] = {}
+        self.peaks = Peaks(functools.partial(print, flush=True))
 
     def rows(self, case: Any, variants: list[tuple[configs.Config, Future[Any]]], *, timed: bool) -> Iterator[Any]:
         """Yields a row for each configuration of a product, the fastest last where several are tried."""
         given = [case.operands(seed) for seed in range(2)]
         expected = [case.meaning(each) for each in given]
         sets = [(each.x, each.steps, each.shift, case.prepare(each)) for each in given]
-        for seed in range(2, _copies(case.bytes_of_codes) if timed else 2):
+        for seed in range(2, copies(case.bytes_of_codes) if timed else 2):
             other = case.operands(seed)
             sets.append((other.x, other.steps, other.shift, case.prepare(other)))
         xla, bf16_error = self._xla(case, given, expected) if timed else ({}, math.nan)
@@ -247,7 +269,7 @@ class Bench:
                 continue
             if timed:
                 row["microseconds"], row["kernels"] = kernel_microseconds(call, sets)
-                row |= self._compared(case, row["microseconds"], xla)
+                row |= self.peaks.compared(case, row["microseconds"], xla)
             found.append(row)
         counted = [row for row in found if not math.isnan(row.get("microseconds", 0.0))]
         last = min(counted, key=lambda row: row.get("microseconds", 0.0), default=None)
@@ -255,22 +277,18 @@ class Bench:
         if last is not None:
             yield last | {"chosen": True} | _verdict(case, last)
 
-    def copy_rate(self) -> float:
-        """Returns the bandwidth of a copy in GB/s."""
-        return self._peak("copy, GB/s")
-
     def rotation(self, case: RotationCase) -> dict[str, Any]:
         """Returns the row of a rotation."""
         row: dict[str, Any] = {"kind": ROTATION, **dataclasses.asdict(case)}
         try:
-            sets = [case.operands(seed) for seed in range(_copies(BYTES_OF_BF16 * case.tokens * case.order))]
+            sets = [case.operands(seed) for seed in range(copies(BYTES_OF_BF16 * case.tokens * case.order))]
             call = jax.jit(case.kernel()).lower(*sets[0]).compile()
             found = case.differences(call, sets[0])
             row |= found._asdict() | {"target": "right" if found.right() else "WRONG"}
             row["microseconds"], row["kernels"] = kernel_microseconds(call, sets)
             row["xla"] = kernel_microseconds(jax.jit(case.xla()).lower(*sets[0]).compile(), sets)[0]
             row["rate"] = case.bytes_moved / row["microseconds"] / 1e3
-            row["of_peak"] = row["rate"] / self._peak("copy, GB/s")
+            row["of_peak"] = row["rate"] / self.peaks.copy_rate()
         except FAILURES as error:
             row["failure"] = f"{type(error).__name__}: {error}"[:300]
         return row
@@ -279,7 +297,7 @@ class Bench:
         """Returns the row of a product with outliers, microseconds and errors by the way in which they are added."""
         row: dict[str, Any] = {"kind": OUTLIERS, **dataclasses.asdict(case)}
         try:
-            sets = [(case.operands(seed),) for seed in range(_copies(float(case.outputs * case.inputs)))]
+            sets = [(case.operands(seed),) for seed in range(copies(float(case.outputs * case.inputs)))]
             expected = case.meaning(*sets[0])
             for name, way in case.ways().items():
                 call = jax.jit(way).lower(*sets[0]).compile()
@@ -300,54 +318,13 @@ class Bench:
                 if key not in self._baselines:
                     call = jax.jit(function).lower(*sets[0]).compile()
                     width = {"bfloat16": 2.0, "int8 with scales": 1.0}.get(name, 0.5)
-                    copies = _copies(width * case.outputs * case.inputs)
-                    sets += [arguments(case.operands(seed)) for seed in range(1, copies)]
+                    count = copies(width * case.outputs * case.inputs)
+                    sets += [arguments(case.operands(seed)) for seed in range(1, count)]
                     self._baselines[key] = call, kernel_microseconds(call, sets)[0]
                 if name == "bfloat16":
                     bf16_error = relative_error(self._baselines[key][0](*sets[0]), expected[0])
             times[name] = self._baselines[key][1]
         return times, bf16_error
-
-    def _compared(self, case: Work, microseconds: float, xla: dict[str, float]) -> dict[str, float]:
-        if case.tokens <= FEW_TOKENS:
-            rate, peak = case.bytes_of_codes / microseconds / 1e3, self._peak("copy, GB/s")
-        else:
-            kind = "bfloat16, T/s" if case.kind == "w4a16" else "int8, T/s"
-            rate, peak = case.operations / microseconds / 1e6, self._peak(kind)
-        return {
-            "rate": rate,
-            "peak": peak,
-            "of_peak": rate / peak,
-            "over_bf16": xla["bfloat16"] / microseconds,
-            "over_best_xla": min(xla.values()) / microseconds,
-        }
-
-    def _peak(self, name: str) -> float:
-        if name not in self._peaks:
-            size = 1 << 13
-            if name.startswith("copy"):
-                values = jnp.zeros(1 << 28, jnp.bfloat16)
-                call: Any = jax.jit(lambda x: x + jnp.bfloat16(1))
-                arguments: tuple[jax.Array, ...] = (values,)
-                work = 2e-3 * values.nbytes
-            else:
-                dtype = jnp.bfloat16 if name.startswith("b") else jnp.int8
-                result = jnp.bfloat16 if name.startswith("b") else jnp.int32
-                values = jax.random.randint(jax.random.key(0), (size, size), -100, 100, jnp.int8).astype(dtype)
-
-                def product(a: jax.Array, b: jax.Array) -> jax.Array:
-                    return jax.lax.dot_general(a, b, (((1,), (1,)), ((), ())), preferred_element_type=result)
-
-                call, arguments, work = jax.jit(product), (values, values), 2e-6 * size**3
-            jax.block_until_ready(call(*arguments))
-            self._peaks[name] = work / kernel_microseconds(call, [arguments])[0]
-            print(f"peak: {name[:-5]:28s} {self._peaks[name]:8.0f} {name[-4:]}", flush=True)
-        return self._peaks[name]
-
-
-def _copies(weight: float) -> int:
-    """Returns how many weights of so many bytes a round reads."""
-    return max(2, min(MOST_COPIES, math.ceil(BEYOND_CACHE / weight)))
 
 
 def _verdict(case: Work, row: dict[str, Any]) -> dict[str, Any]:
@@ -368,7 +345,7 @@ def _line(case: Work, row: dict[str, Any]) -> str:
     zeros = " zeros" if case.zeros else ""
     text = f"{case.kind} {case.tokens:5d} x {case.outputs}x{case.inputs} g{case.inputs // case.groups}{zeros}".ljust(34)
     if "failure" in row:
-        return f"{text} FAILED with {row['config']}: {row['failure'][:200]}"
+        return f"{text} FAILED with {row.get('config')}: {row['failure'][:200]}"
     if "rate" in row:
         text += f"{row['microseconds']:8.1f} {row['of_peak']:7.0%} {row['over_bf16']:8.2f} {row['over_best_xla']:10.2f}"
     text += f"   {row['errors'][0]:.2e} {row['bf16_error']:.2e} {row.get('target', '')}"

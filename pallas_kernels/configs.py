@@ -43,6 +43,7 @@ MOST_PARTS: Final = 16
 MOST_STAGES: Final = 8
 MOST_CLUSTER: Final = 8  # blocks of a portable cluster
 PREFILL_FROM: Final = 32  # tokens from which tuning tries the kernels of prefill.py too
+TOGETHER: Final[Any] = {"together": 2, "barriers": "by step"}  # the fastest of some shapes, by some 3 %
 NARROW_DEPTHS: Final = (512, 256, 128, 64)  # inputs of a copy: measured, the deepest is the fastest
 NARROW_TOKENS: Final = 4  # for which copies of 512 inputs leave enough registers
 FEW_NUMBERS: Final = 64 * 64  # of a token, padded; measured, see the head of hadamard.py
@@ -289,7 +290,8 @@ def candidates(kind: Kind, tokens: int, outputs: int, inputs: int, groups: int) 
     found: list[Config] = [choose(kind, tokens, outputs, inputs, groups)]
     if kind != "w8a8" and tokens <= MOST_TOKENS:
         for rows in _rows(tokens):
-            found += _decode(kind, tokens, outputs, inputs, groups, rows)[: 8 // len(_rows(tokens)) ** 2]
+            plain = _decode(kind, tokens, outputs, inputs, groups, rows)[: 8 // len(_rows(tokens)) ** 2]
+            found += [each for one in plain for each in (dataclasses.replace(one, **TOGETHER), one)]
     if kind == "w8a8" or tokens >= PREFILL_FROM:
         found += _prefill(kind, tokens, outputs, inputs)[:6]
     return list(dict.fromkeys(config for config in found if config.fault(outputs, inputs, groups) is None))
@@ -363,7 +365,7 @@ def _prefill(kind: Kind, tokens: int, outputs: int, inputs: int) -> list[Config]
                 continue
             rounds = compat.whole_tiles(compat.whole_tiles(tokens, columns) * (outputs // side), MULTIPROCESSORS)
             cost = rounds * columns * warpgroups / efficiency * (1.0 if cluster == 2 else 1.02)
-            for depth in (64,) if kind == "w4a16" else (128, 64):
+            for depth in (128, 64) if kind != "w4a16" or columns <= 128 else (64,):
                 spill = min(columns, 256 if kind == "w4a16" else 64)
                 room = ONE_BLOCK - 2 * side * spill
                 most = min(MOST_STAGES, math.floor(room / (depth * (columns * of_x + side * of_codes))))

@@ -19,8 +19,7 @@ class Linear:
     inputs: int
 
 
-# Hidden size, intermediate size and key-value width from the models' published config.json; q, k, v and gate, up are
-# one product each where a runtime joins them, two and three where it does not: the joined widths add nothing new.
+# Hidden size, intermediate size and key-value width from the models' published config.json.
 LLAMA_8B: Final = (
     Linear("llama-3.1-8b q, o", 4096, 4096),
     Linear("llama-3.1-8b k, v", 1024, 4096),
@@ -32,6 +31,12 @@ LLAMA_70B: Final = (
     Linear("llama-3.1-70b k, v", 1024, 8192),
     Linear("llama-3.1-70b gate, up", 28672, 8192),
     Linear("llama-3.1-70b down", 8192, 28672),
+)
+JOINED: Final = (  # what a runtime multiplies where it joins linears of one input
+    Linear("llama-3.1-8b qkv", 6144, 4096),
+    Linear("llama-3.1-8b gate and up", 28672, 4096),
+    Linear("llama-3.1-70b qkv", 10240, 8192),
+    Linear("llama-3.1-70b gate and up", 57344, 8192),
 )
 LUT_GEMM: Final = tuple(  # arXiv:2206.09557: h outputs of 4 h inputs, one token: its table of kernel times
     Linear(f"lut-gemm {outputs} x {inputs}", outputs, inputs)

@@ -38,4 +38,5 @@ def test_integers_equal_float64() -> None:
 def test_shapes_have_the_published_sizes() -> None:
     assert {(linear.outputs, linear.inputs) for linear in shapes.LLAMA_70B} >= {(28672, 8192), (8192, 28672)}
     assert [4 * linear.outputs for linear in shapes.LUT_GEMM] == [linear.inputs for linear in shapes.LUT_GEMM]
-    assert len({linear.name for linear in (*shapes.LLAMA_8B, *shapes.LLAMA_70B, *shapes.LUT_GEMM, *shapes.SMALL)}) == 19
+    every = (*shapes.LLAMA_8B, *shapes.LLAMA_70B, *shapes.JOINED, *shapes.LUT_GEMM, *shapes.SMALL)
+    assert len({linear.name for linear in every}) == 23

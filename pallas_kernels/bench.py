@@ -20,6 +20,7 @@ import functools
 import json
 import math
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -36,47 +37,20 @@ from pallas_kernels.narrow_case import NarrowCase, narrow_cases
 from pallas_kernels.outlier_case import FEATURES, SHAPE, OutlierCase
 from pallas_kernels.prefill import PrefillConfig
 from pallas_kernels.rotation_case import ORDERS, TOKENS, RotationCase
+from pallas_kernels.targets import TARGETS, verdict
 
 type Work = Case | NarrowCase
-type Target = tuple[
-    configs.Kind | configs.NarrowKind, tuple[int, int], tuple[int, ...], float | None, float | None, float | None
-]
 
 BYTES_OF_BF16: Final = 2.0
 BF16_ROUNDING: Final = 2.0**-8  # relative: the most that operands and output, rounded to bfloat16, are off together
 GROUP: Final = 128
+MODELS: Final = (*shapes.LLAMA_8B, *shapes.LLAMA_70B)
 ATTENTION: Final = "attention"  # likewise, over packed caches
 OUTLIERS: Final = "outliers"  # likewise: int8 products with features kept as numbers
 ROTATION: Final = "rotation"  # a kind of its own: activations rotated and quantized, no product
 HEAD: Final = f"{'kernel':34s}      us  of peak  x bf16  x best XLA  error    bf16's   target"
 FAILURES: Final = (ValueError, RuntimeError)  # of compiling and running; a kernel that fails is a row that says so
 SERVED: Final = ((1, 8), (9, 16), (17, 64), (65, 512), (513, 4096), (4097, 1 << 30))  # tokens, by a row of the table
-TARGETS: Final[
-    tuple[Target, ...]
-] = (  # kind, shape, tokens; share of the peak, times XLA's bfloat16, times XLA's best: issue 6
-    ("w4a16", (8192, 8192), (1, 16), 0.75, 3.0, None),
-    ("w8a8", (8192, 8192), (2048,), None, 1.85, 1.3),
-    ("w4a8", (8192, 8192), (2048,), None, 1.85, 1.3),
-    ("w4a16", (4096, 4096), (1, 16), 0.55, None, 1.0),
-    ("w4a16", (8192, 8192), (64,), None, 2.0, None),
-    ("w4a16", (8192, 8192), (256,), None, 1.05, None),
-    ("w4a8", (8192, 8192), (1, 16, 64), None, 2.5, None),
-    ("w4a16", (8192, 8192), (2048,), None, 1.0, None),
-    ("w4a16", (28672, 8192), (1, 16), 0.75, 3.0, None),
-    ("binary4", (7168, 28672), (1,), None, 2.6, None),
-    ("binary4", (8192, 32768), (1,), None, 2.6, None),
-    ("binary4", (12288, 49152), (1,), None, 2.6, None),
-    ("binary3", (7168, 28672), (1,), None, 3.2, None),
-    ("binary3", (8192, 32768), (1,), None, 3.2, None),
-    ("binary3", (12288, 49152), (1,), None, 3.2, None),
-    ("spqr3", (8192, 8192), (1,), None, 2.2, None),
-    ("w4a16", (8192, 28672), (1, 16), 0.75, 3.0, None),
-    ("w4a16", (14336, 4096), (1, 16), 0.75, 3.0, None),
-    ("w4a16", (4096, 14336), (1, 16), 0.75, 3.0, None),
-    ("w8a8", (4096, 4096), (2048,), None, 1.85, 1.3),
-    ("w4a8", (4096, 4096), (2048,), None, 1.85, 1.3),
-    ("w4a16", (4096, 4096), (2048,), None, 1.0, None),
-)
 
 
 def main() -> None:
@@ -89,6 +63,7 @@ def main() -> None:
     parser.add_argument("--tune", type=int, default=0, help="configurations to try where the table has no row")
     parser.add_argument("--check", type=int, default=0, help="random legal shapes whose errors to compute first")
     parser.add_argument("--grid", action="store_true", help="all kinds, shapes and tokens, or those named, by weights")
+    parser.add_argument("--turns", type=Path, help="file whose lock lets one process at a time measure")
     parser.add_argument("--seconds", type=float, default=600.0, help="begin nothing new after so long")
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results"), help="folder for the JSON lines")
     parser.add_argument("--table", type=Path, help="a copy of the package's table to write, what was measured in it")
@@ -117,17 +92,7 @@ def _run(arguments: argparse.Namespace, end: float, write: Callable[[dict[str, A
     """Writes and prints all rows; returns those of the table for what was timed."""
     bench, chosen = Bench(), []
     if arguments.grid:
-        found: dict[Any, configs.Row] = {}
-        print(HEAD)
-        tried = functools.partial(_tried, count=arguments.tune)
-        for case, row in grid.rows(list(_weights(arguments)), tried, _beside, bench.peaks, end):
-            row |= _verdict(case, row) if "chosen" in row else {}
-            write(row)
-            print(_line(case, row), flush=True)
-            if "chosen" in row and isinstance(case, Case):
-                served = _served(case, row)
-                found.setdefault((case.kind, case.outputs, case.inputs, served.least), served)
-        return list(found.values())
+        return _grid(arguments, end, write) if len(_sizes(arguments)) > 1 else _shape(arguments, end, write)
     jobs: list[tuple[Work, list[configs.Config]]]
     jobs = [(case, [case.config()]) for case in random_legal_cases(0, arguments.check)]
     jobs += [(case, _tried(case, arguments.tune)) for case in _chosen(arguments)]
@@ -191,22 +156,61 @@ def _chosen(arguments: argparse.Namespace) -> Iterator[Work]:
         yield from narrow_cases(tuple(arguments.kinds), every, arguments.tokens or [1])
 
 
+def _grid(arguments: argparse.Namespace, end: float, write: Callable[[dict[str, Any]], None]) -> list[configs.Row]:
+    """Writes and prints the rows of all shapes, each made by a process; returns those of the table."""
+    print(HEAD, flush=True)
+    found: dict[Any, configs.Row] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        commands = []
+        for outputs, inputs in _sizes(arguments):
+            given = ["--shapes", f"{outputs}x{inputs}", "--tune", arguments.tune, "--turns", f"{folder}/turns"]
+            given += ["--kinds", *(arguments.kinds or (*KINDS, *narrow_case.KINDS))]
+            given += ["--tokens", *_tokens(arguments, outputs, inputs)]
+            given += ["--results", folder, "--seconds", end - time.monotonic()]
+            commands.append([sys.executable, "-m", "pallas_kernels.bench", "--grid", *map(str, given)])
+        for line in grid.lines_of(commands, end):
+            if not line.startswith("{"):
+                continue
+            write(row := json.loads(line))
+            of_kind = Case if row["kind"] in KINDS else NarrowCase
+            case = of_kind(**{field.name: row[field.name] for field in dataclasses.fields(of_kind)})
+            print(_line(case, row), flush=True)
+            if "chosen" in row and isinstance(case, Case):
+                served = _served(case, row)
+                found.setdefault((case.kind, case.outputs, case.inputs, served.least), served)
+    return list(found.values())
+
+
+def _shape(arguments: argparse.Namespace, end: float, write: Callable[[dict[str, Any]], None]) -> list[configs.Row]:
+    """Writes and prints the rows of one shape, as JSON; returns none for the table: its parent makes it."""
+    peaks, tried = Peaks(functools.partial(print, flush=True)), functools.partial(_tried, count=arguments.tune)
+    for case, row in grid.rows(list(_weights(arguments)), tried, _beside, peaks, end, arguments.turns):
+        row |= verdict(case, row) if "chosen" in row else {}
+        write(row)
+        print(json.dumps(row), flush=True)
+    return []
+
+
+def _sizes(arguments: argparse.Namespace) -> list[tuple[int, int]]:
+    """Returns (outputs, inputs) of `--grid`: what a runtime multiplies first."""
+    if arguments.shapes:
+        return [(int(outputs), int(inputs)) for outputs, inputs in (text.split("x") for text in arguments.shapes)]
+    named = (*shapes.JOINED[:2], *shapes.LLAMA_8B, *shapes.LLAMA_70B, *shapes.JOINED[2:], *reversed(shapes.LUT_GEMM))
+    return list(dict.fromkeys((linear.outputs, linear.inputs) for linear in named))
+
+
+def _tokens(arguments: argparse.Namespace, outputs: int, inputs: int) -> tuple[int, ...]:
+    alone = all((linear.outputs, linear.inputs) != (outputs, inputs) for linear in (*shapes.JOINED, *MODELS))
+    return tuple(sorted(arguments.tokens or (shapes.TOKENS[:1] if alone else shapes.TOKENS)))
+
+
 def _weights(arguments: argparse.Namespace) -> Iterator[tuple[Work, tuple[int, ...]]]:
-    """Yields the products of `--grid`, a case of most tokens for each weight, and the numbers of tokens."""
-    named = (*shapes.JOINED[:2], *shapes.LLAMA_8B, *shapes.LLAMA_70B, *shapes.JOINED[2:])
-    sizes = [tuple(map(int, text.split("x"))) for text in arguments.shapes or ()]
-    sizes = sizes or [(linear.outputs, linear.inputs) for linear in named]
-    tokens = tuple(sorted(arguments.tokens or shapes.TOKENS))
-    for outputs, inputs in sizes:
-        for kind in (kind for kind in KINDS if kind in (arguments.kinds or KINDS)):
-            yield _case(kind, tokens[-1], outputs, inputs), tokens
-    few = [tuple(size) for size in sizes]
-    if not arguments.shapes:
-        few = [*((linear.outputs, linear.inputs) for linear in reversed(shapes.LUT_GEMM)), SHAPE[1:]]
-    kinds = arguments.kinds or (*narrow_case.KINDS, "w4a16")
-    yield from ((case, (1,)) for case in narrow_cases(tuple(kinds), few, [1]))
-    if "w4a16" in kinds and not arguments.shapes:
-        yield from ((_case("w4a16", 1, outputs, inputs), (1,)) for outputs, inputs in few)
+    """Yields a case of most tokens for each weight of a shape, and the numbers of tokens."""
+    ((outputs, inputs),), kinds = _sizes(arguments), arguments.kinds or (*KINDS, *narrow_case.KINDS)
+    tokens = _tokens(arguments, outputs, inputs)
+    for kind in (kind for kind in KINDS if kind in kinds):
+        yield _case(kind, tokens[-1], outputs, inputs), tokens
+    yield from ((case, (1,)) for case in narrow_cases(tuple(kinds), [(outputs, inputs)], [1]))
 
 
 def _beside(case: Work) -> tuple[str, ...]:
@@ -275,7 +279,7 @@ class Bench:
         last = min(counted, key=lambda row: row.get("microseconds", 0.0), default=None)
         yield from (row for row in found if row is not last)
         if last is not None:
-            yield last | {"chosen": True} | _verdict(case, last)
+            yield last | {"chosen": True} | verdict(case, last)
 
     def rotation(self, case: RotationCase) -> dict[str, Any]:
         """Returns the row of a rotation."""
@@ -325,20 +329,6 @@ class Bench:
                     bf16_error = relative_error(self._baselines[key][0](*sets[0]), expected[0])
             times[name] = self._baselines[key][1]
         return times, bf16_error
-
-
-def _verdict(case: Work, row: dict[str, Any]) -> dict[str, Any]:
-    """Returns which of the issue's targets a right row meets or misses; without times, that it is right."""
-    if "rate" not in row:
-        return {"target": "right"}
-    for kind, shape, tokens, *least in TARGETS:
-        if (kind, shape) == (case.kind, (case.outputs, case.inputs)) and case.tokens in tokens:
-            names = ("of_peak", "over_bf16", "over_best_xla")
-            missed = [
-                f"{name} {row[name]:.2f} < {low}" for name, low in zip(names, least) if low and not row[name] >= low
-            ]
-            return {"target": "missed: " + ", ".join(missed) if missed else "met"}
-    return {}
 
 
 def _line(case: Work, row: dict[str, Any]) -> str:

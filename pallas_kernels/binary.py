@@ -8,7 +8,7 @@ int8, a group's part is
     sum_p 2 alpha_p * step * sum_k c_p * (256 high + low)  +  (offset - sum_p alpha_p) * sum_k x
 
 whose inner sums are products of integers, exact. The step is a power of two, 2^-14 to 2^-13 of the group's largest
-number: numbers down to 2^-6 of that are exact, smaller ones rounded to a step. XLA makes the pieces before the kernel.
+number: numbers down to 2^-6 of that are exact, smaller ones rounded to a step. `pieces` makes them before the kernel.
 A masked sign is an int8 operand with no further work (`fields`): it costs a quarter of an instruction, where expansion
 to bfloat16 would cost two, or a table lookup in shared memory.
 
@@ -43,7 +43,6 @@ felt, of the tensor cores one for each plane, 64 outputs and 32 inputs, every 23
 from dataclasses import dataclass
 from typing import Any, Final
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
@@ -52,14 +51,11 @@ from jaxtyping import Array, BFloat16, Float16, Int
 from pallas_kernels import compat, inline, meet
 from pallas_kernels.decode import DecodeConfig
 from pallas_kernels.fields import BLOCK, BLOCKS
+from pallas_kernels.pieces import COLUMNS, PIECES, binary_pieces
 
 MOST_TOKENS: Final = 8
 LEAST_GROUP: Final = 64  # inputs: int8 operands in registers want rows of 64 bytes in shared memory
 UNITS: Final = {2: 128, 3: 256, 4: 64}  # inputs whose words are 32 bytes or a multiple of it
-PIECES: Final = 2  # int8 numbers that an activation becomes
-GRID: Final = 2**13  # steps of the power of two below a group's largest number: the high piece is at most 64
-EXPONENT: Final = 0x7F800000  # of a float32
-COLUMNS_OF_GRID: Final = 16  # float32: a copy moves at least 128 bytes, two rows of these
 
 
 def fault_of_binary(config: DecodeConfig, bits: int, outputs: int, inputs: int, groups: int) -> str | None:
@@ -107,7 +103,7 @@ def binary_decode(
     if fault:
         raise ValueError(f"binary codes [{n}, {k}] with {config}: {fault}")
     columns = compat.columns_of(PIECES * m, integer=True)
-    pieces, grids = _pieces(x, k // groups, bits)
+    pieces, grids = binary_pieces(x, k // groups, bits, simulate)
     if simulated or PIECES * m > compat.LEAST_COLUMNS:  # fewer columns lie outside, and copies fill them
         pieces = jnp.pad(pieces, ((0, columns - PIECES * m), (0, 0)))
     kernel = _Kernel(
@@ -123,28 +119,6 @@ def binary_decode(
     )
     given = [pieces, signs, alphas, grids, *([] if offsets is None else [offsets])]
     return meet.launch(kernel, given, m, n, kernel.scratch, simulate)
-
-
-def _pieces(x: jax.Array, group: int, bits: int) -> tuple[jax.Array, jax.Array]:
-    """Returns the pieces [2 tokens, in], high and low by turns, and [groups, 2, 16]: each column's step and its sum."""
-    tokens, inputs = x.shape
-    apart = x.astype(jnp.float32).reshape(tokens, inputs // group, group)
-    nothing = jnp.float32(0)
-    largest, sums = lax.reduce((jnp.abs(apart), apart), (nothing, nothing), _largest_and_sum, (2,))  # one XLA kernel
-    power = lax.bitcast_convert_type(lax.bitcast_convert_type(largest, jnp.int32) & EXPONENT, jnp.float32)
-    step = jnp.where(power == 0, 1.0, power) / GRID
-    whole = jnp.round(apart / step[:, :, None]).astype(jnp.int32)  # below 2 GRID
-    high = (whole + 128) >> 8
-    both = jnp.stack([high, whole - 256 * high], axis=1).astype(jnp.int8).reshape(PIECES * tokens, inputs)
-    column = jnp.arange(COLUMNS_OF_GRID)
-    token, of_high = jnp.minimum(column // PIECES, tokens - 1), (column % PIECES == 0)[None]
-    factor = 2.0 ** (2 - bits)  # of alphas as they are kept, and of signs 2^p: 2 alpha 2^-p
-    steps = step.T[:, token] * jnp.where(of_high, 256 * factor, factor)
-    return both, jnp.stack([steps, jnp.where(of_high, sums.T[:, token], 0.0)], axis=1)
-
-
-def _largest_and_sum(one: Any, other: Any) -> Any:
-    return jnp.maximum(one[0], other[0]), one[1] + other[1]
 
 
 @dataclass(frozen=True)
@@ -193,7 +167,7 @@ class _Kernel:
             ),
             "signs_smem": shared((*slots, rows, self.stored(c.depth)), jnp.int4, transforms=words),
             "alphas_smem": shared((*slots, groups, self.bits, rows), jnp.float16),
-            "grids_smem": shared((*slots, groups, 2, COLUMNS_OF_GRID), jnp.float32),
+            "grids_smem": shared((*slots, groups, 2, COLUMNS), jnp.float32),
             "full": compat.Barrier(num_arrivals=4 + self.offsets, num_barriers=c.warpgroups * self.stages),
             "turned_smem": shared((self.columns, rows), jnp.float32),
             "out_smem": shared((self.tokens, rows), result),
@@ -289,8 +263,14 @@ class _Kernel:
                         compat.finish(0)
                 return [accumulator[...] for accumulator in accumulators]
 
-            planes = [compat.Accumulator((rows, self.columns), jnp.int32) for _ in range(bits)]
-            found = compat.in_scope(products, *planes)
+            if c.instruction == "warp":
+                columns = inline.load_columns(b, simulated=self.simulated)
+                starts = [plane * span + start % span for plane in range(bits)]
+                operands = [signs[:, at : at + group] for at in starts]
+                found = [inline.product(each, columns, simulated=self.simulated) for each in operands]
+            else:
+                planes = [compat.Accumulator((rows, self.columns), jnp.int32) for _ in range(bits)]
+                found = compat.in_scope(products, *planes)
             terms = [
                 values.astype(jnp.float32) * compat.along_rows(alpha, values.shape)
                 for values, alpha in zip(found, alphas, strict=True)

@@ -48,6 +48,8 @@ C: Final = plgpu.Layout.WGMMA
 C_TRANSPOSED: Final = plgpu.Layout.WGMMA_TRANSPOSED
 PACKED: Final = plgpu.Layout.WGMMA_UPCAST_4X
 INT8_OPERAND: Final = plgpu.Layout.WGMMA_8BIT
+COLUMN_BF16: Final = plgpu.Layout.MMA_RHS(jnp.bfloat16)  # operand B of a warp's instruction
+COLUMN_INT8: Final = plgpu.Layout.MMA_RHS(jnp.int8)
 ROWS: Final = C.reduce(1)
 COLUMNS: Final = C.reduce(0)
 ROWS_OF_ACCUMULATOR: Final = 64  # what one warpgroup's instruction makes
@@ -129,6 +131,11 @@ def load(ref: Any, layout: Any, *, checked: bool = True) -> Any:
 def cast(values: Any, layout: Any) -> Any:
     """Moves values between threads into another layout of registers."""
     return plgpu.layout_cast(values, layout)
+
+
+def iota(shape: tuple[int, int], axis: int, layout: Any) -> Any:
+    """Returns each number's place along an axis, int32."""
+    return plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=layout)
 
 
 def along_rows(values: Any, shape: tuple[int, int]) -> Any:

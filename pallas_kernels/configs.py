@@ -160,8 +160,9 @@ def choose_narrow(kind: NarrowKind, tokens: int, outputs: int, inputs: int, grou
       ValueError: no kernel multiplies this shape.
 
     Example:
-      >>> choose_narrow("binary3", 1, 7168, 28672, 224)
-      DecodeConfig(depth=512, stages=2, warpgroups=4, splits=1, rows=64, cluster=False, together=1, barriers='by copy')
+      >>> config = choose_narrow("binary3", 1, 7168, 28672, 224)
+      >>> config.depth, config.stages, config.warpgroups, config.splits
+      (512, 2, 4, 1)
     """
     found = _narrow(kind, tokens, outputs, inputs, groups)
     if found is not None:

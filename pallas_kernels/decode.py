@@ -60,6 +60,7 @@ class DecodeConfig:
       together: groups whose products are under way at once, so that one is unpacked while another is multiplied.
       barriers: one before the copies of each step, or Pallas' own, one of all threads for each copy: which is faster
         differs by shape, by some 3 %.
+      instruction: what multiplies: wgmma, of a warpgroup, or mma.sync, of each warp.
     """
 
     depth: int = 256
@@ -70,6 +71,7 @@ class DecodeConfig:
     cluster: bool = False
     together: int = 1
     barriers: Literal["by step", "by copy"] = "by copy"
+    instruction: Literal["warpgroup", "warp"] = "warpgroup"
 
     def fault(self, outputs: int, inputs: int, groups: int) -> str | None:
         """Returns why a weight cannot be multiplied with this configuration; None where it can."""
@@ -305,6 +307,14 @@ class _Kernel:
         bounce = memory["bounce"].at[warpgroup] if self.simulated else None
         count, result = c.depth // chunk, jnp.int32 if self.tokens else jnp.float32
         operands = self._operands(warpgroup, slot, memory)
+        if c.instruction == "warp":
+            for group in range(count):
+                columns = memory["x_smem"].at[warpgroup, slot, :, pl.ds(group * chunk, chunk)].T
+                b = inline.load_columns(columns, simulated=self.simulated)
+                part = inline.product(next(operands), b, simulated=self.simulated)
+                scales = compat.load(memory["scales_smem"].at[warpgroup, slot, group], compat.ROWS)
+                sum_ = sum_ + part.astype(jnp.float32) * compat.along_rows(scales.astype(jnp.float32), part.shape)
+            return sum_
         for first in range(0, count, c.together):
             members = range(first, min(first + c.together, count))
             ready = operands  # each is unpacked when the product before it is under way, but for halves of a piece

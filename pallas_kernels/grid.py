@@ -1,18 +1,26 @@
 """Every product of a weight, for all numbers of tokens at once: what makes a table of all shapes in minutes.
 
-    compile, in threads     kernels, operands, meanings of all weights, in the order in which they will be timed
-    alone, weight by weight XLA's products, which measure on the GPU how to multiply; then checks and times
+    a process for each shape     compiles its kernels, some processes at once: lowering keeps Python busy
+    its turn on the GPU          XLA's products, which XLA chooses by measuring; then checks and times
 
-A weight's operands are made once, for the most tokens; fewer tokens are the first rows. Errors are of 256 rows spread
-over the tokens, of two sets of operands, against `reference`.
+A process that dies of a kernel takes the rows of its shape alone with it. A weight's operands are made once, for the
+most tokens; fewer tokens are the first rows. Errors are of 256 rows spread over the tokens, of two sets of operands,
+against `reference`.
 """
 
+import concurrent.futures
+import contextlib
 import dataclasses
+import fcntl
 import functools
 import math
+import queue
+import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, Final
 
 import jax
@@ -27,7 +35,9 @@ from pallas_kernels.measure import Peaks, copies, kernel_microseconds
 type Tried = Callable[[Any], Sequence[Config]]
 type Formulations = Callable[[Any], Sequence[str]]
 
-THREADS: Final = 14
+PROCESSES: Final = 8
+THREADS: Final = 3  # of a process
+GRACE: Final = 15.0  # seconds after the end, when a process is killed
 CHECKED: Final = 256  # rows of a product whose errors are computed
 LEADING: Final = {"int8 with scales": 2}  # arguments of a formulation whose rows are tokens; 1 where not named
 WIDTHS: Final = {"bfloat16": 2.0, "int8 with scales": 1.0}  # bytes of a weight's number in a formulation; else a half
@@ -40,6 +50,7 @@ def rows(
     formulations: Formulations,
     peaks: Peaks,
     end: float,
+    turns: Path | None = None,
 ) -> Iterator[tuple[Any, dict[str, Any]]]:
     """Yields cases with their rows, the chosen configuration's last.
 
@@ -49,15 +60,61 @@ def rows(
       formulations: the names of XLA's formulations to time beside a case.
       peaks: the machine's.
       end: when to begin nothing new, by `time.monotonic`.
+      turns: the file whose lock lets one process at a time measure.
     """
     times: dict[Any, float] = {}
     with ThreadPoolExecutor(THREADS) as pool:
-        weights = [_Weight(case, tokens, tried, pool) for case, tokens in products]
-        for weight in weights:
+        for case, tokens in products:
+            weight = _Weight(case, tokens, tried, pool)
+            weight.wait()
             if time.monotonic() > end:
                 break
-            yield from weight.rows(formulations, times, peaks)
-        pool.shutdown(wait=False, cancel_futures=True)
+            with turn(turns):
+                yield from weight.rows(formulations, times, peaks)
+
+
+@contextlib.contextmanager
+def turn(path: Path | None) -> Iterator[None]:
+    """Holds the lock of a file, if there is one, while the GPU is measured."""
+    if path is None:
+        yield
+        return
+    with path.open("w", encoding="utf-8") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def lines_of(commands: Sequence[Sequence[str]], end: float) -> Iterator[str]:
+    """Yields the lines that processes print, as they come; some run at once, in order, until `end`.
+
+    Args:
+      commands: their arguments.
+      end: by `time.monotonic`.
+    """
+    waiting, lines, running = list(commands), queue.SimpleQueue[str | None](), 0
+
+    def read(process: subprocess.Popen[str]) -> None:
+        late = threading.Timer(max(1.0, end + GRACE - time.monotonic()), process.kill)
+        late.start()
+        assert process.stdout is not None
+        for line in process.stdout:
+            lines.put(line)
+        process.wait()
+        late.cancel()
+        lines.put(None)
+
+    while waiting or running:
+        while waiting and running < PROCESSES and time.monotonic() < end:
+            process = subprocess.Popen(waiting.pop(0), stdout=subprocess.PIPE, text=True)
+            threading.Thread(target=read, args=(process,), daemon=True).start()
+            running += 1
+        if not running:
+            return
+        line = lines.get()
+        if line is None:
+            running -= 1
+        else:
+            yield line
 
 
 class _Weight:
@@ -69,6 +126,13 @@ class _Weight:
         self.rows_of = {each.tokens: _sampled(each.tokens) for each in self.cases}
         self.make = pool.submit(self._compiled_operands)
         self.programs = {each: self._programs(each, tried(each)) for each in self.cases}
+
+    def wait(self) -> None:
+        """Returns when everything is compiled, or has failed."""
+        futures = [self.make]
+        for cut, judge, kernels in self.programs.values():
+            futures += [cut, judge, *(kernel for _, kernel in kernels)]
+        concurrent.futures.wait(futures)
 
     def rows(
         self, formulations: Formulations, times: dict[Any, float], peaks: Peaks

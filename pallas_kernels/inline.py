@@ -4,6 +4,7 @@ Each function turns what a thread loaded into what its tensor core operand needs
 map in jnp for the interpreter. Layouts of registers are those of `compat`.
 """
 
+import itertools
 from collections.abc import Sequence
 from typing import Any, Final
 
@@ -14,7 +15,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, math, memref, vector
 
-from pallas_kernels.compat import INT8_OPERAND, PACKED, ROWS, C, along_rows, load
+from pallas_kernels.compat import COLUMN_BF16, COLUMN_INT8, INT8_OPERAND, PACKED, ROWS, C, along_rows, load
 from pallas_kernels.fields import BLOCK, BLOCKS, FIELDS, THREES, WORDS, load_signs, load_threes, places_of_signs
 from pallas_kernels.order import stored_bf16, stored_int8
 
@@ -105,6 +106,57 @@ def unpack_bf16(codes: Any, shape: tuple[int, int], centers: Any, scales: Any, *
         arg_types=(PACKED, *(ROWS for _ in given)), return_type=plgpu.ShapeDtypeStruct(shape, jnp.bfloat16, C)
     )
     return inline(convert)(load(codes, PACKED), *given)
+
+
+def product(a: Any, b: Any, *, simulated: bool) -> Any:
+    """Returns a b by the instructions of each warp, whose cost grows with b's columns; of a warpgroup's, 8 cost as 64.
+
+    Args:
+      a: bfloat16 [rows, depth] in layout `C`, or int8 in `INT8_OPERAND`.
+      b: [depth, columns], as `load_columns` returns it.
+      simulated: run the map in jnp.
+
+    Returns:
+      float32 or int32 [rows, columns] in layout `C`.
+    """
+    (rows, depth), columns, integer = a.shape, b.shape[1], a.dtype == jnp.int8
+    result = jnp.int32 if integer else jnp.float32
+    if simulated:
+        return jnp.dot(a, b, preferred_element_type=result)
+    of_step, types = (32, "s32.s8.s8.s32") if integer else (16, "f32.bf16.bf16.f32")
+    names = [f"${i}" for i in range(14)]
+    groups = (", ".join(names[i:j]) for i, j in ((0, 4), (4, 8), (8, 10), (10, 14)))
+    ptx = "mma.sync.aligned.m16n8k{}.row.col.{} {{{}}}, {{{}}}, {{{}}}, {{{}}};".format(of_step, types, *groups)
+
+    def convert(_: Any, a: Any, b: Any) -> Any:
+        layout, word = C.to_mgpu(), ir.IntegerType.get_signless(32)
+        element = word if integer else ir.F32Type.get()
+        out = np.empty(layout.registers_shape((rows, columns)), dtype=object)
+        of_a, of_b = dict(_words(a.registers)), b.registers.reshape(depth // of_step, columns // 8, 2)
+        zero = _constant(0) if integer else arith.uitofp(element, _constant(0))
+        for row, column in itertools.product(range(rows // 64), range(columns // 8)):
+            values = [zero] * 4
+            for step in range(depth // of_step):
+                places = [_place(a.registers.shape, row, 2 * step + i, half) for i in range(2) for half in range(2)]
+                right = [mgpu.utils.bitcast(of_b[step, column, i], word) for i in range(2)]
+                given = (*(of_a[place] for place in places), *right, *values)
+                values = list(mgpu.utils.inline_ptx(ptx, *given, result_types=[element] * 4, convergent=True))
+            for half in range(2):
+                pair = vector.from_elements(ir.VectorType.get((2,), element), values[2 * half : 2 * half + 2])
+                out[_place(out.shape, row, column, half)] = pair
+        return mgpu.FragmentedArray(_registers=out, _layout=layout, _is_signed=True if integer else None)
+
+    layouts = (INT8_OPERAND, COLUMN_INT8) if integer else (C, COLUMN_BF16)
+    like = plgpu.ShapeDtypeStruct((rows, columns), result, C)
+    inline: Any = plgpu.inline_mgpu(arg_types=layouts, return_type=like)
+    return inline(convert)(a, b)
+
+
+def load_columns(b: Any, *, simulated: bool) -> Any:
+    """Loads the reference to [depth, columns], a transposed view, as `product` takes it."""
+    if simulated:
+        return b[...]
+    return load(b, COLUMN_INT8 if b.dtype == jnp.int8 else COLUMN_BF16)
 
 
 def unpack_int8(codes: Any, shape: tuple[int, int], *, simulated: bool) -> Any:

@@ -57,7 +57,7 @@ class Peaks:
         Args:
           case: the product.
           microseconds: its time.
-          xla: those of XLA's formulations by name, bfloat16 among them.
+          xla: those of XLA's formulations by name, bfloat16 among them; empty for no comparison.
         """
         if case.tokens <= FEW_TOKENS:
             rate, peak = case.bytes_of_codes / microseconds / 1e3, self.copy_rate()
@@ -66,13 +66,10 @@ class Peaks:
                 case.operations / microseconds / 1e6,
                 self._peak("bfloat16, T/s" if case.kind == "w4a16" else "int8, T/s"),
             )
-        return {
-            "rate": rate,
-            "peak": peak,
-            "of_peak": rate / peak,
-            "over_bf16": xla["bfloat16"] / microseconds,
-            "over_best_xla": min(xla.values()) / microseconds,
-        }
+        found = {"rate": rate, "peak": peak, "of_peak": rate / peak}
+        if xla:
+            found |= {"over_bf16": xla["bfloat16"] / microseconds, "over_best_xla": min(xla.values()) / microseconds}
+        return found
 
     def _peak(self, name: str) -> float:
         if name not in self._peaks:

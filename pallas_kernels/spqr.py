@@ -251,7 +251,12 @@ class _Kernel:
                         compat.finish(0)
                 return [accumulator[...] for accumulator in accumulators]
 
-            parts = compat.in_scope(products, *(compat.Accumulator(shape, jnp.float32) for _ in members))
+            if c.instruction == "warp":
+                columns = [of_slot("x_smem").at[:, pl.ds(run * THREES, THREES)].T for run in members]
+                loaded = [inline.load_columns(each, simulated=self.simulated) for each in columns]
+                parts = [inline.product(next(ready), each, simulated=self.simulated) for each in loaded]
+            else:
+                parts = compat.in_scope(products, *(compat.Accumulator(shape, jnp.float32) for _ in members))
             for run, biased in zip(members, parts, strict=True):
                 of_x = compat.load(of_slot("sums_of_x_smem").at[run, pl.ds(0, self.columns)], compat.COLUMNS)
                 scales, zeros = (grid[:, run * PER_RUN : (run + 1) * PER_RUN] for grid in grids)

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels import bench, configs
+from pallas_kernels import bench, configs, targets
 from pallas_kernels.cases import Case, random_legal_cases, relative_error
 from pallas_kernels.rotation_case import RotationCase
 
@@ -28,9 +28,9 @@ def test_formulations_of_xla_mean_the_product(case: Case) -> None:
 def test_targets_are_judged() -> None:
     case = Case("w4a16", 16, 8192, 8192, 64)
     row = {"rate": 2400.0, "of_peak": 0.8, "over_bf16": 2.5, "over_best_xla": 2.0}
-    assert bench._verdict(case, row) == {"target": "missed: over_bf16 2.50 < 3.0"}
-    assert bench._verdict(case, row | {"over_bf16": 3.1}) == {"target": "met"}
-    assert bench._verdict(case, {"errors": [1e-3, 1e-3]}) == {"target": "right"}
+    assert targets.verdict(case, row) == {"target": "missed: over_bf16 2.50 < 3.0"}
+    assert targets.verdict(case, row | {"over_bf16": 3.1}) == {"target": "met"}
+    assert targets.verdict(case, {"errors": [1e-3, 1e-3]}) == {"target": "right"}
 
 
 @pytest.mark.gpu

@@ -23,8 +23,9 @@ def relative(found: jax.Array, expected: jax.Array) -> float:
     [
         (3, 64, 32, DecodeConfig(depth=64, stages=2, warpgroups=2, splits=2)),
         (9, 128, 256, DecodeConfig(depth=128, stages=2, rows=128)),
+        (9, 64, 128, DecodeConfig(depth=256, stages=1, instruction="warp")),
     ],
-    ids=["groups of 32, shared inputs", "per channel, padded tokens"],
+    ids=["groups of 32, shared inputs", "per channel, padded tokens", "products of warps"],
 )
 def test_w4a16_is_the_product(tokens: int, outputs: int, group: int, config: DecodeConfig) -> None:
     inputs = 256

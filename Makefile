@@ -4,7 +4,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-slow test-gpu lint format docs reference clean
+.PHONY: help env demo test test-slow test-gpu lint format docs reference cuda-compiler clean
 
 packages := jquant pallas_kernels convert eval
 python := .venv/bin/python
@@ -58,6 +58,14 @@ $(reference_ready): .ci/reference.txt .ci/reference-gptqmodel.txt
 	  [ -x .venv-reference/bin/python ] || "$$interpreter" -m venv .venv-reference
 	@.venv-reference/bin/python $(pip) --no-compile --requirement .ci/reference.txt
 	@.venv-reference/bin/python $(pip) --no-compile --no-deps --requirement .ci/reference-gptqmodel.txt
+	@touch $@
+
+cuda-compiler: .cache/cuda/.ready ## XLA's compiler for NVIDIA GPUs in .cache/cuda, with which tests compile kernels without a GPU
+
+.cache/cuda/.ready: $(ready)
+	@version=$$($(python) -c 'import jaxlib; print(jaxlib.__version__)'); \
+	  $(python) $(pip) --no-deps --no-compile --upgrade --target .cache/cuda \
+	    jax-cuda13-plugin==$$version jax-cuda13-pjrt==$$version
 	@touch $@
 
 clean: ## remove the environments and everything that was built or cached

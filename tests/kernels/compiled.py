@@ -1,0 +1,94 @@
+"""Compiles kernels for an H100 without one, and writes the registers and bytes spilled of each, for test_registers.py.
+
+XLA's plugin for CUDA compiles for a GPU that is described; `ptxas` reports what it did.
+"""
+
+import json
+import os
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+
+from jquant.numerics import base_matrix, base_order
+from pallas_kernels import configs
+from pallas_kernels.attention_case import AttentionCase
+from pallas_kernels.cases import Case
+from pallas_kernels.hadamard import rotate_quantize
+from pallas_kernels.kivi_case import KiviCase
+from pallas_kernels.kronecker import prepare_rotation
+from pallas_kernels.narrow_case import KINDS, narrow_cases
+
+DUMP = Path(os.environ["MOSAIC_GPU_DUMP_TO"])  # read by Mosaic GPU, which writes what `ptxas` says
+# What XLA wants to know, of NVIDIA's data sheet and `cudaGetDeviceProperties`
+H100 = """gpu_device_info {
+  threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152 shared_memory_per_core: 233472
+  threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128 block_dim_limit_x: 2147483647 block_dim_limit_y: 65535
+  block_dim_limit_z: 65535 memory_bandwidth: 3352320000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98
+  device_memory_size: 84978434048 shared_memory_per_block_optin: 232448 cuda_compute_capability { major: 9 minor: 0 }
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536
+}
+platform_name: "CUDA" dnn_version_info { major: 9 minor: 12 patch: 0 } device_description_str: "NVIDIA H100 80GB HBM3"
+"""
+
+
+def programs() -> Iterator[tuple[str, Any, tuple[Any, ...]]]:
+    """Yield name, function and arguments of the table's rows and of each other kernel."""
+    seen = set()
+    for card in configs.TABLES:
+        for row in configs.table(card):
+            groups = row.inputs // 128 if row.kind == "w4a16" else 1
+            case = Case(row.kind, min(row.most, 2048), row.outputs, row.inputs, groups)
+            if (case.kind, case.tokens, row.config) not in seen:
+                seen.add((case.kind, case.tokens, row.config))
+                yield f"{case} {row.config}", case.kernel(row.config), _arguments(case)
+    for kind in KINDS:
+        for tokens in (1, configs.most_tokens(kind)):
+            narrow = next(narrow_cases((kind,), [(8192, 8192)], [tokens]))
+            yield str(narrow), narrow.kernel(narrow.config()), _arguments(narrow)
+    for order in (14336, 576):
+        rotation = jax.eval_shape(lambda order=order: prepare_rotation(base_matrix(base_order(order)), order))
+        config = configs.choose_rotation(*(matrix.shape[0] for matrix in rotation))
+
+        def turn(x: Any, *matrices: Any, order: int = order, config: Any = config) -> Any:
+            return rotate_quantize(x, *matrices, order=order, config=config)
+
+        yield f"rotation {order}", turn, (jax.ShapeDtypeStruct((64, order), jnp.bfloat16), *rotation)
+    for attention in (AttentionCase("kv4", 16, 32, 8, 128, 8192), KiviCase(2, 16, 32, 8, 128, 8192)):
+        given = jax.eval_shape(lambda attention=attention: attention.operands(0))
+        yield str(attention), attention.kernel(attention.config()), given
+
+
+def _arguments(case: Any) -> tuple[Any, ...]:
+    given = jax.eval_shape(lambda: case.operands(0))
+    return given.x, given.steps, given.shift, jax.eval_shape(case.prepare, given)
+
+
+def main() -> None:
+    """Write a line of JSON for each program: its name, and [registers, bytes stored by spills] of its kernels."""
+    described = topologies.get_topology_desc("", platform="cuda", target_config=H100, topology="1x1x1")
+    mesh = topologies.make_mesh(described, (1,), ("x",))
+    whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    for name, function, arguments in programs():
+        given = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=whole), arguments)
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            jax.jit(function).trace(*given).lower().compile()
+        reports = [path.read_text(encoding="utf-8") for path in DUMP.glob("*.ptxas")]
+        found = []
+        for report in reports:
+            registers, spilled = (re.search(each, report) for each in (r"Used (\d+) reg", r"(\d+) bytes spill stores"))
+            assert registers, report
+            assert spilled, report
+            found.append([int(registers[1]), int(spilled[1])])
+        for path in DUMP.iterdir():
+            path.unlink()
+        sys.stdout.write(json.dumps({"name": name, "kernels": found}) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -51,7 +51,7 @@ from jaxtyping import Array, BFloat16, Float16, Int
 from pallas_kernels import compat, inline, meet
 from pallas_kernels.decode import DecodeConfig
 from pallas_kernels.fields import BLOCK, BLOCKS
-from pallas_kernels.pieces import COLUMNS, PIECES, binary_pieces
+from pallas_kernels.pieces import COLUMNS, PIECES, pieces_by_kernel, pieces_by_xla
 
 MOST_TOKENS: Final = 8
 LEAST_GROUP: Final = 64  # inputs: int8 operands in registers want rows of 64 bytes in shared memory
@@ -103,7 +103,10 @@ def binary_decode(
     if fault:
         raise ValueError(f"binary codes [{n}, {k}] with {config}: {fault}")
     columns = compat.columns_of(PIECES * m, integer=True)
-    pieces, grids = binary_pieces(x, k // groups, bits, simulate)
+    if config.pieces == "by kernel":
+        pieces, grids = pieces_by_kernel(x, k // groups, bits, simulate)
+    else:
+        pieces, grids = pieces_by_xla(x, k // groups, bits)
     if simulated or PIECES * m > compat.LEAST_COLUMNS:  # fewer columns lie outside, and copies fill them
         pieces = jnp.pad(pieces, ((0, columns - PIECES * m), (0, 0)))
     kernel = _Kernel(

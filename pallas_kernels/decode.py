@@ -60,7 +60,8 @@ class DecodeConfig:
       together: groups whose products are under way at once, so that one is unpacked while another is multiplied.
       barriers: one before the copies of each step, or Pallas' own, one of all threads for each copy: which is faster
         differs by shape, by some 3 %.
-      instruction: what multiplies: wgmma, of a warpgroup, or mma.sync, of each warp.
+      instruction: what multiplies: wgmma, of a warpgroup, or mma.sync, of each warp; the second no GPU has run yet.
+      pieces: of binary codes alone: what makes integers of the activations; the kernel no GPU has run yet.
     """
 
     depth: int = 256
@@ -72,6 +73,7 @@ class DecodeConfig:
     together: int = 1
     barriers: Literal["by step", "by copy"] = "by copy"
     instruction: Literal["warpgroup", "warp"] = "warpgroup"
+    pieces: Literal["by XLA", "by kernel"] = "by XLA"
 
     def fault(self, outputs: int, inputs: int, groups: int) -> str | None:
         """Returns why a weight cannot be multiplied with this configuration; None where it can."""

@@ -1,15 +1,16 @@
-"""Activations as integers on the grids of their groups, in one kernel: what binary.py multiplies by signs.
+"""Activations as integers on the grids of their groups: what binary.py multiplies by signs.
 
     step = 2^(floor(log2 max |x|) - 13),    round(x / step) = 256 high + low,    sum = sum_k x
 
-of each group of inputs of each token. 64 groups are the rows of a block's tile, so that a row's largest number and its
-sum are those of four threads:
+of each group of inputs of each token. XLA makes them in three kernels, some 4 us (`pieces_by_xla`). One kernel makes
+the same; it was simulated and compiled but not yet run on a GPU (`pieces_by_kernel`). There 64 groups are the rows of a
+block's tile, so that a row's largest number and its sum are those of four threads:
 
     x [groups, group] -> registers -> high and low, int8 [groups, group] of each token
                                    -> a group's row of 2 x 16 float32: each column's step, and its sum
 
 A column is a piece of a token, high and low by turns. A block has one token; where there are more, XLA adds their
-columns. XLA alone makes the same in three kernels.
+columns.
 """
 
 from dataclasses import dataclass
@@ -34,7 +35,37 @@ LEAST: Final = 16 << MANTISSA  # smaller exponents' steps would not be float32: 
 ROUNDER: Final = 1.5 * 2.0**23  # adding it leaves the nearest whole number in the last bits
 
 
-def binary_pieces(
+def pieces_by_xla(
+    x: BFloat16[Array, "tokens in"], group: int, bits: int
+) -> tuple[Int8[Array, "pieces in"], Float32[Array, "groups 2 16"]]:
+    """Returns what `pieces_by_kernel` does; columns beyond the last token's are its own again.
+
+    Args:
+      x: activations.
+      group: inputs that share a step.
+      bits: planes of signs that the pieces will be multiplied by.
+    """
+    tokens, inputs = x.shape
+    apart = x.astype(jnp.float32).reshape(tokens, inputs // group, group)
+    nothing = jnp.float32(0)
+    largest, sums = lax.reduce((jnp.abs(apart), apart), (nothing, nothing), _largest_and_sum, (2,))  # one XLA kernel
+    power = lax.bitcast_convert_type(lax.bitcast_convert_type(largest, jnp.int32) & EXPONENT, jnp.float32)
+    step = jnp.where(power == 0, 1.0, power) / 2**DIGITS
+    whole = jnp.round(apart / step[:, :, None]).astype(jnp.int32)  # below 2^(DIGITS + 1)
+    high = (whole + 128) >> 8
+    both = jnp.stack([high, whole - 256 * high], axis=1).astype(jnp.int8).reshape(PIECES * tokens, inputs)
+    column = jnp.arange(COLUMNS)
+    token, of_high = jnp.minimum(column // PIECES, tokens - 1), (column % PIECES == 0)[None]
+    factor = 2.0 ** (2 - bits)  # of alphas as they are kept, and of signs 2^p: 2 alpha 2^-p
+    steps = step.T[:, token] * jnp.where(of_high, 256 * factor, factor)
+    return both, jnp.stack([steps, jnp.where(of_high, sums.T[:, token], 0.0)], axis=1)
+
+
+def _largest_and_sum(one: Any, other: Any) -> Any:
+    return jnp.maximum(one[0], other[0]), one[1] + other[1]
+
+
+def pieces_by_kernel(
     x: BFloat16[Array, "tokens in"], group: int, bits: int, simulate: compat.Simulation | None = None
 ) -> tuple[Int8[Array, "pieces in"], Float32[Array, "groups 2 16"]]:
     """Returns the pieces, high and low by turns, and of each group every column's step and sum.

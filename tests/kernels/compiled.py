@@ -3,6 +3,7 @@
 XLA's plugin for CUDA compiles for a GPU that is described; `ptxas` reports what it did.
 """
 
+import dataclasses
 import json
 import os
 import re
@@ -19,6 +20,7 @@ from jquant.numerics import base_matrix, base_order
 from pallas_kernels import configs
 from pallas_kernels.attention_case import AttentionCase
 from pallas_kernels.cases import Case
+from pallas_kernels.decode import DecodeConfig
 from pallas_kernels.hadamard import rotate_quantize
 from pallas_kernels.kivi_case import KiviCase
 from pallas_kernels.kronecker import prepare_rotation
@@ -51,11 +53,18 @@ def programs() -> Iterator[tuple[str, Any, tuple[Any, ...]]]:
         for tokens in (1, configs.most_tokens(kind)):
             narrow = next(narrow_cases((kind,), [(8192, 8192)], [tokens]))
             yield str(narrow), narrow.kernel(narrow.config()), _arguments(narrow)
+    for case in (Case("w4a16", 16, 8192, 8192, 64, zeros=True), Case("w4a8", 8, 8192, 8192, 1)):
+        config = DecodeConfig(stages=3, warpgroups=4, instruction="warp")
+        yield f"{case} {config}", case.kernel(config), _arguments(case)
+    for kind in ("binary3", "spqr3"):
+        narrow = next(narrow_cases((kind,), [(8192, 8192)], [1]))
+        config = dataclasses.replace(narrow.config(), instruction="warp", pieces="by kernel")
+        yield f"{narrow} {config}", narrow.kernel(config), _arguments(narrow)
     for order in (14336, 576):
         rotation = jax.eval_shape(lambda order=order: prepare_rotation(base_matrix(base_order(order)), order))
-        config = configs.choose_rotation(*(matrix.shape[0] for matrix in rotation))
+        chosen = configs.choose_rotation(*(matrix.shape[0] for matrix in rotation))
 
-        def turn(x: Any, *matrices: Any, order: int = order, config: Any = config) -> Any:
+        def turn(x: Any, *matrices: Any, order: int = order, config: Any = chosen) -> Any:
             return rotate_quantize(x, *matrices, order=order, config=config)
 
         yield f"rotation {order}", turn, (jax.ShapeDtypeStruct((64, order), jnp.bfloat16), *rotation)

@@ -19,7 +19,7 @@ BF16_ROUNDING = 2.0**-8  # relative, of the output's one rounding; products are 
     ("bits", "tokens", "offsets", "config"),
     [
         (4, 5, False, DecodeConfig(depth=64, stages=2)),
-        (3, 2, True, DecodeConfig(depth=256, stages=1, warpgroups=2)),
+        (3, 2, True, DecodeConfig(depth=256, stages=1, warpgroups=2, instruction="warp", pieces="by kernel")),
     ],
     ids=["4 bits", "3 bits in two warpgroups"],
 )

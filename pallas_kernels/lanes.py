@@ -84,8 +84,20 @@ class Lanes(abc.ABC):
         """Returns 1 / a, to a unit in the last place."""
 
     @abc.abstractmethod
+    def divide(self, a: Value, b: Value) -> Value:
+        """Returns a / b, rounded to nearest."""
+
+    @abc.abstractmethod
     def halves(self, word: Value) -> tuple[Value, Value]:
         """Returns the two float16 of a word, the lower first, as float32."""
+
+    @abc.abstractmethod
+    def pack_halves(self, low: Value, high: Value) -> Value:
+        """Returns the word of two float32 rounded to float16."""
+
+    @abc.abstractmethod
+    def bits(self, a: Value) -> Value:
+        """Returns the bits of a float32 as a word."""
 
     @abc.abstractmethod
     def floats(self, word: Value) -> Value:
@@ -118,6 +130,10 @@ class Lanes(abc.ABC):
     @abc.abstractmethod
     def below(self, a: Value, b: Value) -> Value:
         """Tells whether one signed word is less than another."""
+
+    @abc.abstractmethod
+    def less(self, a: Value, b: Value) -> Value:
+        """Tells whether one float32 is less than another."""
 
     @abc.abstractmethod
     def select(self, condition: Value, yes: Value, no: Value) -> Value:
@@ -211,6 +227,19 @@ class SimulatedLanes(Lanes):
         """Returns 1 / a."""
         return np.float32(1) / a
 
+    def divide(self, a: Value, b: Value) -> Value:
+        """Returns a / b."""
+        return a / b
+
+    def pack_halves(self, low: Value, high: Value) -> Value:
+        """Returns the word of two float32 rounded to float16."""
+        words = [value.astype(np.float16).view(np.uint16).astype(np.int64) for value in (low, high)]
+        return words[0] | words[1] << 16
+
+    def bits(self, a: Value) -> Value:
+        """Returns the bits of a float32."""
+        return a.astype(np.float32).view(np.uint32).astype(np.int64)
+
     def halves(self, word: Value) -> tuple[Value, Value]:
         """Returns the two float16 of a word."""
         both = word.astype(np.uint32)[:, None].view(np.float16).astype(np.float32)
@@ -246,6 +275,10 @@ class SimulatedLanes(Lanes):
 
     def below(self, a: Value, b: Value) -> Value:
         """Tells whether one word is less than another."""
+        return a < b
+
+    def less(self, a: Value, b: Value) -> Value:
+        """Tells whether one float32 is less than another."""
         return a < b
 
     def select(self, condition: Value, yes: Value, no: Value) -> Value:
@@ -294,30 +327,29 @@ def _bfloats(word: Value) -> Any:
 type Program = Callable[[Lanes, Sequence[Any], Sequence[Registers]], Sequence[Registers]]
 
 
-def simulate(program: Program, refs: Sequence[Any], arrays: Sequence[Any], out: Sequence[Any]) -> Any:
+def simulate(program: Program, refs: Sequence[Any], arrays: Sequence[Any], out: Sequence[Any], stored: int) -> Any:
     """Runs a program on all threads of a warpgroup, from within a simulated kernel.
 
     Args:
       program: takes lanes, the contents of references and registers, and returns registers.
-      refs: references of any kind; where the program returns nothing, the first is what it stores in, and otherwise
-        what it stores is lost.
+      refs: references of any kind.
       arrays: int32 words or float32, [64, columns].
       out: shape and dtype of what the program returns, of the same kinds.
+      stored: how many of the references, the first ones, keep what the program stores in them; in others it is lost.
     """
 
     def call(*given: Any) -> tuple[Any, ...]:
         host = [np.array(each) for each in given]
         contents = [each.view(np.uint8) for each in host[: len(refs)]]
         found = program(SimulatedLanes(), contents, [_registers(each) for each in host[len(refs) :]])
-        return tuple(_array(each, like) for each, like in zip(found, out, strict=True)) or (host[0],)
+        return *(_array(each, like) for each, like in zip(found, out, strict=True)), *host[:stored]
 
     given = [ref[...] for ref in refs]
-    likes = tuple(out) or (jax.ShapeDtypeStruct(given[0].shape, given[0].dtype),)
+    likes = *out, *(jax.ShapeDtypeStruct(each.shape, each.dtype) for each in given[:stored])
     found = jax.pure_callback(call, likes, *given, *arrays)
-    if out:
-        return found
-    refs[0][...] = found[0]
-    return ()
+    for ref, contents in zip(refs, found[len(out) :]):
+        ref[...] = contents
+    return found[: len(out)]
 
 
 def _registers(array: Any) -> Registers:

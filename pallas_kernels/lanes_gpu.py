@@ -92,6 +92,18 @@ class GpuLanes(Lanes):
         """Returns 1 / a."""
         return mgpu.utils.inline_ptx("rcp.approx.ftz.f32 $0, $1;", a, result_types=self._float)
 
+    def divide(self, a: Value, b: Value) -> Value:
+        """Returns a / b."""
+        return mgpu.utils.inline_ptx("div.rn.f32 $0, $1, $2;", a, b, result_types=self._float)
+
+    def pack_halves(self, low: Value, high: Value) -> Value:
+        """Returns the word of two float32 rounded to float16."""
+        return mgpu.utils.inline_ptx("cvt.rn.f16x2.f32 $0, $1, $2;", high, low, result_types=self._word)
+
+    def bits(self, a: Value) -> Value:
+        """Returns the bits of a float32."""
+        return arith.bitcast(self._word, a)
+
     def halves(self, word: Value) -> tuple[Value, Value]:
         """Returns the two float16 of a word."""
         pair = mgpu.utils.bitcast(word, ir.VectorType.get((2,), ir.F16Type.get()))
@@ -129,6 +141,10 @@ class GpuLanes(Lanes):
     def below(self, a: Value, b: Value) -> Value:
         """Tells whether one word is less than another."""
         return arith.cmpi(arith.CmpIPredicate.slt, a, b)
+
+    def less(self, a: Value, b: Value) -> Value:
+        """Tells whether one float32 is less than another."""
+        return arith.cmpf(arith.CmpFPredicate.OLT, a, b)
 
     def select(self, condition: Value, yes: Value, no: Value) -> Value:
         """Returns one of two numbers."""
@@ -168,18 +184,27 @@ class GpuLanes(Lanes):
         mgpu.utils.commit_shared()
 
 
-def run(program: Program, refs: Sequence[Any], arrays: Sequence[Any], out: Sequence[Any], *, simulated: bool) -> Any:
+def run(
+    program: Program,
+    refs: Sequence[Any],
+    arrays: Sequence[Any],
+    out: Sequence[Any],
+    stored: int = 0,
+    *,
+    simulated: bool,
+) -> Any:
     """Runs a program on the threads of this warpgroup.
 
     Args:
       program: takes lanes, references and registers, and returns registers.
-      refs: references to contiguous memory; the first is stored in where the program returns nothing.
+      refs: references to contiguous memory.
       arrays: int32 words or float32, [64, columns], in layout `compat.C`.
       out: shape and dtype of what the program returns, of the same kinds.
+      stored: how many of the references, the first ones, are stored in; what else is, is scratch memory.
       simulated: run on all threads at once in numpy.
     """
     if simulated:
-        return simulate(program, refs, arrays, out)
+        return simulate(program, refs, arrays, out, stored)
 
     def emit(_: Any, *given: Any) -> tuple[Any, ...]:
         registers = [_registers(each) for each in given[len(refs) :]]

@@ -38,6 +38,9 @@ from jquant.kv.razor import DynamicRazorKv as DynamicRazorKv
 from jquant.kv.razor import RazorCache as RazorCache
 from jquant.kv.razor import RazorKv as RazorKv
 from jquant.kv.razor import fit_scale as fit_scale
+from jquant.kv.step import append_fault as append_fault
+from jquant.kv.step import append_packed as append_packed
+from jquant.kv.step import step_packed as step_packed
 from jquant.kv.vectors import VectorFormat as VectorFormat
 from jquant.kv.vectors import Vectors as Vectors
 from jquant.kv.vectors import code_vectors as code_vectors

@@ -322,7 +322,7 @@ def attend_packed(
         lengths,
         grid=grid,
         config=choose_attention(bits, batch, heads, cache.dim, slots),
-        simulate=_simulation(codec.layout),
+        simulate=simulation(codec.layout),
     )
     return found.astype(queries.dtype)
 
@@ -346,12 +346,13 @@ def _attend_kivi(
         jnp.minimum(positions, residual).astype(jnp.int32) + 1,
         config=choose_kivi(codec.inner.key_bits, batch, heads, cache.recent_keys.shape[-1], slots),
         window_config=choose_window(),
-        simulate=_simulation(codec.layout),
+        simulate=simulation(codec.layout),
     )
     return found.astype(queries.dtype)
 
 
-def _simulation(layout: Layout) -> Any:
+def simulation(layout: Layout) -> Any:
+    """Returns the settings of the interpreter for the layout SIMULATED; None otherwise."""
     from pallas_kernels.compat import Simulation
 
     return Simulation() if layout is Layout.SIMULATED else None

@@ -86,13 +86,20 @@ def rope_frequencies(rope: RopeConfig, dim: int) -> Float[Array, "half"]:
     return series * kept + series / rope.factor * (1.0 - kept)
 
 
+def rope_angles(
+    positions: Int[Array, "tokens"], rope: RopeConfig, dim: int, dtype: jax.typing.DTypeLike = jnp.float32
+) -> Float[Array, "tokens dim"]:
+    """Returns the cosines, then the sines, by which `apply_rope` turns each position's pairs."""
+    angles = positions[:, None].astype(dtype) * rope_frequencies(rope, dim).astype(dtype)[None]
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+
+
 def apply_rope(
     x: Float[Array, "tokens heads dim"], positions: Int[Array, "tokens"], rope: RopeConfig
 ) -> Float[Array, "tokens heads dim"]:
     """Turns the pairs (x[i], x[i + dim / 2]) by position * frequency[i]; computed in float32 or wider."""
     wide = x.astype(compute_dtype(x.dtype))
-    angles = positions[:, None].astype(wide.dtype) * rope_frequencies(rope, x.shape[-1]).astype(wide.dtype)[None]
-    cos, sin = jnp.cos(angles)[:, None], jnp.sin(angles)[:, None]  # [tokens, 1, dim / 2]
+    cos, sin = jnp.split(rope_angles(positions, rope, x.shape[-1], wide.dtype)[:, None], 2, axis=-1)
     low, high = jnp.split(wide, 2, axis=-1)
     return jnp.concatenate([low * cos - high * sin, high * cos + low * sin], axis=-1).astype(x.dtype)
 

@@ -1,7 +1,7 @@
 """The forward pass: pure functions that read the tree. None is jitted here; the runtime and the drivers do that."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Final
 
 import jax
 import jax.numpy as jnp
@@ -13,19 +13,23 @@ from jquant.formats import DATA
 from jquant.kv import (
     LayerCache,
     PromptView,
+    append_fault,
     attend_packed,
     attention_kernel,
     prompt_kernel,
+    step_packed,
     view_chunk,
     view_prompt,
 )
 from jquant.matmul import matmul
 from jquant.models.block import Taps, make_rope, run_block
 from jquant.models.config import LlamaConfig
-from jquant.models.layers import attention, causal_attention, causal_mask, linear, rms_norm
+from jquant.models.layers import attention, causal_attention, causal_mask, linear, rms_norm, rope_angles
 from jquant.models.mesh import gather_logits, look_up, on_mesh, replicate
 from jquant.models.tree import Block, Llama, Sharded, Stacked
 from jquant.types import Leaf, compute_dtype
+
+_step_packed: Final = jax.jit(step_packed)  # so that layers of one shape share one kernel, traced and lowered once
 
 type Apply = Callable[[Block, jax.Array, Any], tuple[jax.Array, Any]]
 
@@ -337,20 +341,25 @@ def step_block(
     config: LlamaConfig,
 ) -> tuple[Float[Array, "batch 1 hidden"], LayerCache]:
     """Runs one block over one token for each row: push, read and attend, settle."""
-    codec = layer.self_attn.kv_codec
+    codec, rotation = layer.self_attn.kv_codec, layer.self_attn.query_key_rotation
     rope = make_rope(layer.self_attn, config)
+    packed = attention_kernel(codec) if config.sliding_window is None else None
 
     def attend(
         queries: Float[Array, "batch tokens heads dim"],
         keys: Float[Array, "batch tokens kv_heads dim"],
         values: Float[Array, "batch tokens kv_heads dim"],
     ) -> tuple[Float[Array, "batch tokens heads dim"], LayerCache]:
+        if packed is not None and append_fault(codec, rotation, queries.dtype) is None:
+            angles = rope_angles(positions, config.rope, config.head_dim)
+            token = queries[:, 0], keys[:, 0], values[:, 0]
+            context, kept = _step_packed(packed, cache, token, angles, positions, rotation)
+            return context[:, None], kept
         pushed = jax.vmap(lambda one, key, value, at: codec.push(one, key[0], value[0], at, rope))(
             cache, keys, values, positions
         )
         rotated = jax.vmap(lambda query, at: rope(query, at[None]))(queries, positions)
-        packed = attention_kernel(codec)
-        if packed is not None and config.sliding_window is None:
+        if packed is not None:
             context = attend_packed(packed, pushed, rotated[:, 0], positions)[:, None]
             return context, jax.vmap(codec.settle)(pushed, positions)
         seen_keys, seen_values = jax.vmap(lambda one, at: codec.read(one, at, rope))(pushed, positions)

@@ -1,0 +1,255 @@
+"""What a step does before it attends, in one kernel: RoPE of queries and keys, codes of keys and values, their writing.
+
+    projected   [queries of all heads | keys | values], numbers [dim] behind one another
+    turned      (low cos - high sin, high cos + low sin)      rounded to bfloat16; values as they are
+    spread      H turned / sqrt(dim), H Sylvester's           likewise; if wanted
+    low         scale = max(max - min, 1e-5) / L,  code = clip(rne((x - min) / scale), 0, L),  L = 2^bits - 1
+    zero        scale = (high - low) / L, zero = rne(-low / scale),  code = clip(rne(x / scale) + zero, 0, L),
+                low = clip min(x, 0), high = clip max(x, 0)
+
+Scale and min are rounded to float16 before codes are made of them, as `attention` reads them: the bytes are those of
+`jquant.kv.vectors`. dim / 16 threads share the numbers of a head, each with 8 of the lower half and the 8 that RoPE
+turns with them: whole words to load, whole words of codes to store. Caches are changed where they lie: the rest of them
+is neither read nor written.
+"""
+
+import functools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Final, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, BFloat16, Float32, Int32
+
+from pallas_kernels import compat
+from pallas_kernels.attention import DIMS, PackedCache
+from pallas_kernels.lanes import THREADS, Lanes, Registers, Value
+from pallas_kernels.lanes_gpu import run
+
+NUMBERS: Final = 16  # of a head, of one thread
+HALF: Final = NUMBERS // 2
+LEAST_RANGE: Final = 1e-5  # of a low grid, see `jquant.numerics.offset`
+LEAST_SCALE: Final = 2.0**-24  # of float16, above 0
+EMPTY: Final = 2.0**-126  # times 2^bits: a range that counts as [-1, 1], see `jquant.numerics.rounding`
+ROUNDER: Final = 1.5 * 2.0**23  # float32: a small number added to it is rounded, half to even, into its last bits
+ROUNDER_BITS: Final = 0x4B400000
+UPPER: Final = 0xFFFF0000
+BYTES_OF_GRIDS: Final = 8  # float16 scale and low of a key, and of a value
+
+
+class Coding(NamedTuple):
+    """How tokens become what is kept.
+
+    Attributes:
+      grid: see the module's table; of no meaning where numbers are kept as they are.
+      clip: share of the range that a "zero" grid keeps.
+      spread: "hadamard" turns each head of queries and keys by Sylvester's matrix, after RoPE.
+    """
+
+    grid: Literal["low", "zero"] = "low"
+    clip: float = 1.0
+    spread: Literal["no", "hadamard"] = "no"
+
+
+def append_token(
+    projected: BFloat16[Array, "rows numbers"],
+    angles: Float32[Array, "rows dim"],
+    positions: Int32[Array, "rows"],
+    cache: PackedCache,
+    *,
+    coding: Coding,
+    simulate: compat.Simulation | None = None,
+) -> tuple[BFloat16[Array, "rows heads dim"], PackedCache]:
+    """Turns, codes and writes one token of each row.
+
+    Args:
+      projected: queries, keys and values before RoPE; neighbouring query heads share a KV head.
+      angles: cosines, then sines, of the pairs (i, i + dim / 2).
+      positions: where each row's token goes; one past the end is not kept.
+      cache: page b is row b.
+      coding: how a token is coded.
+      simulate: run in the interpreter on the CPU with these settings.
+
+    Returns:
+      The queries after RoPE, and the cache with the tokens in it.
+
+    Raises:
+      ValueError: there is no kernel for these shapes.
+    """
+    rows, kv_heads, slots, stored = cache.keys.shape
+    dim, numbers = angles.shape[1], projected.shape[1]
+    if dim not in DIMS or numbers % dim or numbers < 3 * kv_heads * dim:
+        raise ValueError(f"{numbers} numbers for {kv_heads} KV heads of {dim}: kernels take whole heads of {DIMS}")
+    heads = numbers // dim - 2 * kv_heads
+    program = _Append(heads, kv_heads, dim, slots, 16 if cache.grids is None else stored * 8 // dim, coding)
+    body = functools.partial(_body, program, simulated=simulate is not None)
+    call = compat.kernel(
+        body,
+        out=jax.ShapeDtypeStruct((rows, heads, dim), jnp.bfloat16),
+        scratch={},
+        grid={"row": rows} | ({} if simulate else {"part": program.parts}),
+        manual_barriers=True,
+        simulate=simulate,
+    )
+    kept = [jax.new_ref(leaf) for leaf in cache if leaf is not None]
+    queries = call(projected, angles, positions, *kept)
+    keys, values, *grids = (ref[...] for ref in kept)
+    return queries, PackedCache(keys, values, grids[0] if grids else None)
+
+
+def _body(program: "_Append", *refs: Any, simulated: bool) -> None:
+    projected, angles, positions, *caches, out = refs
+    row = lax.axis_index("row")
+    place = compat.cast(jnp.full((64, 8), positions[row], jnp.int32), compat.C)
+    given = [out.at[row], *(each.at[row] for each in caches), projected.at[row], angles.at[row]]
+    for index in range(program.parts) if simulated else [lax.axis_index("part")]:
+        part = compat.cast(jnp.full((64, 8), index, jnp.int32), compat.C)
+        run(program, given, [place, part], (), 1 + len(caches), simulated=simulated)
+
+
+@dataclass(frozen=True)
+class _Append:
+    """The program of a warpgroup that has 2048 / dim heads of one row."""
+
+    heads: int
+    kv_heads: int
+    dim: int
+    slots: int
+    bits: int
+    coding: Coding
+
+    @property
+    def threads(self) -> int:
+        """Returns how many threads share a head's numbers."""
+        return self.dim // NUMBERS
+
+    @property
+    def parts(self) -> int:
+        """Returns how many warpgroups a row takes."""
+        return -(-(self.heads + 2 * self.kv_heads) * self.threads // THREADS)
+
+    def __call__(self, lanes: Lanes, refs: Sequence[Any], registers: Sequence[Registers]) -> list[Registers]:
+        """Stores queries, keys, values and grids, from the position and the part [64, 8]."""
+        out, *caches, projected, angles = refs
+        position, part = (each[0][0][0] for each in registers)
+        shift, every = self.threads.bit_length() - 1, self.heads + 2 * self.kv_heads
+        thread = lanes.offset(0, (lanes.warp, 32), (lanes.row, 4), (lanes.quad, 1))
+        member = lanes.field(thread, 0, self.threads - 1, 0)
+        head = lanes.offset(0, (part, THREADS // self.threads), (lanes.field(thread, shift, THREADS - 1, 0), 1))
+        found = lanes.offset(0, (lanes.least(head, every - 1), 2 * self.dim), (member, 2 * HALF))
+        pairs = self._turned(lanes, projected, angles, found, member, head)
+        words = [lanes.pack(*pairs[i : i + 2]) for i in range(0, NUMBERS, 2)]
+        self._store(lanes, out, found, self.dim, words, lanes.below(head, lanes.word(self.heads)))
+        if self.bits != 16:
+            numbers = [number for word in words for number in _numbers(lanes, word)]
+            words, grid = self._coded(lanes, numbers)
+        room = lanes.below(position, lanes.word(self.slots))
+        for index, cache in enumerate(caches[:2]):
+            own = lanes.offset(-self.heads - index * self.kv_heads, (head, 1))
+            mine = self._kept(lanes, own, room)
+            token = lanes.offset(0, (own, self.slots), (position, 1))
+            place = lanes.offset(0, (token, self.dim * self.bits // 8), (member, HALF * self.bits // 8))
+            self._store(lanes, cache, place, self.dim * self.bits // 16, words, mine)
+            if self.bits != 16:
+                first = lanes.select(lanes.below(lanes.word(0), member), lanes.word(self.kv_heads), own)
+                place = lanes.offset(4 * index, (token, BYTES_OF_GRIDS))
+                lanes.store_word(caches[2], place, grid, self._kept(lanes, first, room))
+        return []
+
+    def _kept(self, lanes: Lanes, head: Value, room: Value) -> Value:
+        """Tells whether a head is one of the cache's, and there is room for its token."""
+        none = lanes.word(self.kv_heads)
+        head = lanes.select(lanes.below(head, lanes.word(0)), none, head)
+        return lanes.below(lanes.select(room, head, none), none)
+
+    def _turned(
+        self, lanes: Lanes, projected: Any, angles: Any, place: Value, member: Value, head: Value
+    ) -> list[Value]:
+        """Returns a thread's 16 numbers, those of queries and keys turned: 8 of the lower half, 8 of the upper."""
+        halves = []
+        for start in (0, self.dim):
+            words = lanes.load(projected, lanes.offset(start, (place, 1)), HALF // 2)
+            halves.append([number for word in words for number in _numbers(lanes, word)])
+        straight = lanes.below(lanes.word(self.heads + self.kv_heads - 1), head)
+        low, high = [], []
+        cosines, sines = (
+            lanes.load(angles, lanes.offset(start, (member, 4 * HALF)), HALF) for start in (0, 2 * self.dim)
+        )
+        for a, b, cosine, sine in zip(*halves, cosines, sines, strict=True):
+            cos = lanes.select(straight, lanes.number(1.0), lanes.floats(cosine))
+            sin = lanes.select(straight, lanes.number(0.0), lanes.floats(sine))
+            low.append(lanes.subtract(lanes.multiply(a, cos), lanes.multiply(b, sin)))
+            high.append(lanes.add(lanes.multiply(b, cos), lanes.multiply(a, sin)))
+        turned = low + high
+        return turned if self.coding.spread == "no" else self._spread(lanes, turned, member, straight)
+
+    def _spread(self, lanes: Lanes, numbers: list[Value], member: Value, straight: Value) -> list[Value]:
+        """Returns the numbers times Sylvester's matrix, but for values."""
+        words = [lanes.pack(*numbers[i : i + 2]) for i in range(0, NUMBERS, 2)]
+        kept = [number for word in words for number in _numbers(lanes, word)]
+        found = kept
+        for apart in (1, 2, 4, 8):
+            sums = [lanes.add(found[i & ~apart], found[i | apart]) for i in range(NUMBERS)]
+            differences = [lanes.subtract(found[i & ~apart], found[i | apart]) for i in range(NUMBERS)]
+            found = [differences[i] if i & apart else sums[i] for i in range(NUMBERS)]
+        for step in range(int(math.log2(self.threads))):
+            first = lanes.below(lanes.field(member, step, 1, 0), lanes.word(1))
+            for i, number in enumerate(found):
+                own = lanes.select(first, number, lanes.subtract(lanes.number(0.0), number))
+                found[i] = lanes.add(own, lanes.shuffle(number, 1 << step))
+        scale = lanes.number(self.dim**-0.5)
+        return [lanes.select(straight, old, lanes.multiply(new, scale)) for old, new in zip(kept, found, strict=True)]
+
+    def _coded(self, lanes: Lanes, numbers: list[Value]) -> tuple[list[Value], Value]:
+        """Returns words of codes, and the word of scale and low end."""
+        zero, most = lanes.number(0.0), float(2**self.bits - 1)
+        high, below = numbers[0], lanes.subtract(zero, numbers[0])
+        for number in numbers[1:]:
+            high, below = lanes.larger(high, number), lanes.larger(below, lanes.subtract(zero, number))
+        for step in range(int(math.log2(self.threads))):
+            high = lanes.larger(high, lanes.shuffle(high, 1 << step))
+            below = lanes.larger(below, lanes.shuffle(below, 1 << step))
+        if self.coding.grid == "low":
+            reach = lanes.larger(lanes.add(high, below), lanes.number(LEAST_RANGE))
+            grid = lanes.pack_halves(lanes.divide(reach, lanes.number(most)), lanes.subtract(zero, below))
+        else:
+            clip = lanes.number(self.coding.clip)
+            high, below = (lanes.multiply(clip, lanes.larger(end, zero)) for end in (high, below))
+            empty = lanes.less(lanes.larger(high, below), lanes.number(2**self.bits * EMPTY))
+            high, below = (lanes.select(empty, lanes.number(1.0), end) for end in (high, below))
+            exact = lanes.divide(lanes.add(high, below), lanes.number(most))
+            middle = self._whole(lanes, lanes.divide(below, exact))
+            grid = lanes.pack_halves(lanes.larger(exact, lanes.number(LEAST_SCALE)), middle)
+        scale, other = lanes.halves(grid)
+        per_word, words = 32 // self.bits, []
+        for start in range(0, NUMBERS, per_word):
+            word = lanes.word(0)
+            for i, number in enumerate(numbers[start : start + per_word]):
+                if self.coding.grid == "low":
+                    level = lanes.divide(lanes.subtract(number, other), scale)
+                else:
+                    level = lanes.add(self._whole(lanes, lanes.divide(number, scale)), other)
+                rounded = lanes.bits(lanes.add(lanes.larger(level, zero), lanes.number(ROUNDER)))
+                code = lanes.least(lanes.offset(-ROUNDER_BITS, (rounded, 1)), int(most))
+                word = lanes.xor(word, lanes.field(code, -self.bits * i, int(most) << self.bits * i, 0))
+            words.append(word)
+        return words, grid
+
+    def _whole(self, lanes: Lanes, number: Value) -> Value:
+        """Returns a number below 2^22 rounded to a whole one, half to even."""
+        rounder = lanes.number(ROUNDER)
+        return lanes.subtract(lanes.add(number, rounder), rounder)
+
+    def _store(self, lanes: Lanes, ref: Any, place: Value, apart: int, words: list[Value], condition: Value) -> None:
+        """Stores a thread's words, the upper half's so many bytes behind the lower's."""
+        for index, word in enumerate(words):
+            half, inside = divmod(index, len(words) // 2)
+            lanes.store_word(ref, lanes.offset(half * apart + 4 * inside, (place, 1)), word, condition)
+
+
+def _numbers(lanes: Lanes, word: Value) -> tuple[Value, Value]:
+    """Returns the two bfloat16 of a word as float32."""
+    return lanes.floats(lanes.field(word, -16, UPPER, 0)), lanes.floats(lanes.field(word, 0, UPPER, 0))

@@ -1,0 +1,95 @@
+"""A step's token by kernels: the bytes that `push` writes, the queries that RoPE turns."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jquant.formats import Layout, OnlineRotation, online_rotation
+from jquant.kv import (
+    ExactKv,
+    Kivi,
+    KvCodec,
+    PackedKv,
+    PerTokenKv,
+    append_fault,
+    append_packed,
+    attention_kernel,
+    pack_codec,
+)
+from jquant.models import RopeConfig, abstract_llama, decode, empty_cache, put, tiny_config
+from jquant.models.layers import apply_rope, rope_angles
+from jquant.targets import Target, prepare
+
+ROPE = RopeConfig(theta=1e4)
+CAPACITY = 130
+# codec, numbers of a head, query heads, KV heads, rotation; the last has more heads than a warpgroup takes at once
+CASES: dict[str, tuple[KvCodec, int, int, int, OnlineRotation | None]] = {
+    "4 bits": (PerTokenKv(bits=4), 64, 6, 2, None),
+    "QuaRot's": (PerTokenKv(bits=4, grid="asymmetric", clip=0.95), 128, 3, 1, online_rotation(128)),
+    "8 bits": (PerTokenKv(bits=8), 256, 8, 1, None),
+    "bfloat16": (ExactKv(), 64, 32, 4, None),
+}
+
+
+def packed_codec(codec: KvCodec) -> PackedKv:
+    packed = attention_kernel(pack_codec(codec, Layout.SIMULATED))
+    assert packed is not None
+    return packed
+
+
+@pytest.mark.parametrize(
+    "name", [name if index < 2 else pytest.param(name, marks=pytest.mark.slow) for index, name in enumerate(CASES)]
+)
+def test_the_kernel_writes_what_push_writes(name: str) -> None:
+    own, dim, heads, kv_heads, rotation = CASES[name]
+    codec, rng = packed_codec(own), np.random.default_rng(0)
+    token = tuple(jnp.asarray(rng.normal(size=(2, count, dim)), jnp.bfloat16) for count in (heads, kv_heads, kv_heads))
+    positions = jnp.array([CAPACITY - 1, 0])
+
+    def rope(each: jax.Array, at: jax.Array) -> jax.Array:
+        turned = apply_rope(each, at, ROPE)
+        return turned if rotation is None else rotation(turned)
+
+    @jax.jit
+    def prepared() -> tuple[Any, Any, jax.Array, jax.Array]:
+        empty = jax.vmap(lambda _: codec.init(CAPACITY, kv_heads, dim, jnp.bfloat16))(positions)
+        pushed = jax.vmap(lambda one, key, value, at: codec.push(one, key, value, at, rope))(
+            empty, *token[1:], positions
+        )
+        queries = jax.vmap(lambda query, at: rope(query[None], at[None])[0])(token[0], positions)
+        return empty, pushed, queries, rope_angles(positions, ROPE, dim)
+
+    empty, pushed, queries, angles = prepared()
+    found, kept = append_packed(codec, empty, token, angles, positions, rotation)
+    jax.tree.map(np.testing.assert_array_equal, kept, pushed)
+    np.testing.assert_array_equal(found, queries)
+
+
+def test_a_step_is_two_kernels_a_layer() -> None:
+    """One that writes, in place, and one that attends; lowered for a GPU."""
+    config = dataclasses.replace(tiny_config(), head_dim=64, num_hidden_layers=2)
+    model = abstract_llama(config, "bfloat16")
+    for index in range(2):
+        model = put(model, f"layers.{index}.self_attn.kv_codec", PerTokenKv(bits=4))
+    ready = prepare(model, Target.H100)
+    cache = jax.eval_shape(lambda: empty_cache(ready, 2, 128))
+    tokens = jax.ShapeDtypeStruct((2,), jnp.int32)
+    lowered = jax.jit(decode, donate_argnums=2).trace(ready, tokens, cache).lower(lowering_platforms=("cuda",))
+    text = lowered.as_text()
+    assert text.count("stablehlo.custom_call @mosaic_gpu_v2") == 2  # each written once, for both layers
+    assert text.count("#stablehlo.output_operand_alias<") == 3  # keys, values and grids
+
+
+def test_who_is_written_otherwise() -> None:
+    assert append_fault(packed_codec(PerTokenKv(bits=4)), online_rotation(64), jnp.bfloat16) is None
+    for own, rotation, message in (
+        (PerTokenKv(bits=4, grid="symmetric"), None, "symmetric grids"),
+        (Kivi(2, 2), None, "PackedKivi codes tokens together"),
+        (ExactKv(), online_rotation(96), "queries and keys rotated by hadamard 12 x 8"),
+        (ExactKv(), OnlineRotation(size=128, order=64), "queries and keys rotated by hadamard 64, 2 blocks"),
+    ):
+        assert append_fault(packed_codec(own), rotation, jnp.bfloat16) == message

@@ -8,11 +8,12 @@ Figures of a recipe:
    reference's logits, the largest difference over the largest logit, perplexities; beside it, of a few windows, what
    XLA makes of the portable tree in bfloat16. Codes of caches and of activations in few bits fall elsewhere wherever
    bfloat16 rounds across a boundary, by whatever kernel;
-2. "steps", so where a cache is coded: tokens one by one behind each prompt, greedily by the packed model, and for each
-   the reference's logits over *the same packed bytes*: what the kernels themselves are off by;
+2. "steps": tokens one by one behind each prompt, greedily by the packed model, and for each the reference's logits over
+   *the same packed bytes*: what the kernels themselves are off by;
 3. "greedy": `generate` by both. Where tokens part, the line says how far apart the two tokens' logits are in the
-   reference, in steps of bfloat16 (below one or two it is a tie in bfloat16), and whether the reference parts from the
-   packed model over its bytes too.
+   reference, in steps of bfloat16 (below one or two it is a tie in bfloat16). Of steps, too.
+
+Layers are stacked, which compiles in a fraction of the time; with --apart they lie as `jquant generate` has them.
 
     JAX_PLATFORMS=cuda,cpu python benchmarks/packed_agreement.py --model FILE.gguf --windows FILE.npy [--recipes ...]
 
@@ -38,13 +39,14 @@ from jquant import models
 from jquant.folders import stack_if_alike
 from jquant.formats import Layout
 from jquant.kv import KvCodec, attention_kernel
-from jquant.models import Llama, blocks, put
+from jquant.models import Block, Llama, Stacked, blocks
 from jquant.passes import Context, run_passes
 from jquant.recipe import load_recipe
 from jquant.runtime import generate
 from jquant.targets import Target, describe_products, prepare
 
 RECIPES: Final = ("rtn-w4g64", "rtn-w4g64+kv4", "rtn-w4g64+kivi-2", "quarot-w4a4-rtn+kv4")
+FIGURES: Final = ("greedy", "steps", "logits")
 BFLOAT16_STEP: Final = 2.0**-7  # between neighbours, relative to the power of two below
 OF_CPU: Final = 256  # tokens whose logits the CPU computes too
 
@@ -95,7 +97,7 @@ def main() -> None:
         for part in name.split("+"):
             recipe = load_recipe(part)
             model, _ = run_passes(recipe.passes, model, Context(jax.random.key(recipe.seed)))
-        packed = prepare(model, Target(arguments.target))
+        packed = prepare(model if arguments.apart else stack_if_alike(model), Target(arguments.target))
         about = {"recipe": name, "products": describe_products(packed)}
         for figures in _compare(packed, model, windows, arguments):
             print(json.dumps({**about, **figures, "t": round(time.monotonic() - started, 1)}), flush=True)
@@ -108,7 +110,9 @@ def _compare(packed: Llama, model: Llama, windows: np.ndarray, arguments: argpar
     portable = stack_if_alike(model)
     prompts = windows[: arguments.prompts, : arguments.prompt]
     if "greedy" in arguments.figures:
-        yield from _greedy(packed, model, prompts, arguments.tokens)
+        yield from _greedy(packed, portable, prompts, arguments.tokens)
+    if "steps" in arguments.figures:
+        yield from _steps(packed, model if arguments.apart else portable, prompts, arguments.tokens)
     if "logits" in arguments.figures:
         yield _on_the_cpu(portable, windows)
         yield from _logits(packed, portable, windows, arguments.batch)
@@ -172,67 +176,70 @@ def _summary(parts: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _greedy(packed: Llama, model: Llama, prompts: np.ndarray, tokens: int) -> Iterator[dict[str, Any]]:
-    """Yields what `generate` writes by both, and each step's logits over the same bytes."""
-    given = [prompt.tolist() for prompt in prompts]
+def _greedy(packed: Llama, portable: Llama, prompts: np.ndarray, tokens: int) -> Iterator[dict[str, Any]]:
+    """Yields where what `generate` writes by both parts."""
+    given, reference = [prompt.tolist() for prompt in prompts], _float32(portable)
     started = time.monotonic()
     ours = generate(packed, given, max_tokens=tokens).tokens
     yield {"figure": "generated", "tokens": len(ours) * tokens, "seconds, compilation too": time.monotonic() - started}
-    stacked = _float32(stack_if_alike(model))
     with jax.default_matmul_precision("highest"):
-        theirs = generate(stacked, given, max_tokens=tokens).tokens
-    figures, written, first = _steps(packed, model, prompts, tokens)
-    yield {**figures, "tokens as `generate` writes them": float(np.mean(np.asarray(ours) == written))}
+        theirs = generate(reference, given, max_tokens=tokens).tokens
     prefill = jax.jit(lambda model, ids, length: models.prefill(model, ids, length, ids.shape[1])[0])
     for index, (prompt, mine, other) in enumerate(zip(given, ours, theirs, strict=True)):
         at = _first_difference(mine, other)
         line: dict[str, Any] = {"figure": "greedy", "prompt": index, "same": tokens if at is None else at}
-        line["parts from the reference over the same bytes"] = first[index]
         if at is not None:
             seen = np.zeros((1, len(prompt) + tokens), np.int32)
             read = prompt + list(other[:at])
             seen[0, : len(read)] = read
             with jax.default_matmul_precision("highest"):
-                row = np.asarray(prefill(stacked, jnp.asarray(seen), jnp.asarray([len(read)], jnp.int32)))[0]
+                row = np.asarray(prefill(reference, jnp.asarray(seen), jnp.asarray([len(read)], jnp.int32)))[0]
             line["bfloat16 steps between the two"] = _steps_between(row, other[at], mine[at])
         yield line
 
 
-def _steps(
-    packed: Llama, model: Llama, prompts: np.ndarray, tokens: int
-) -> tuple[dict[str, Any], np.ndarray, list[dict[str, Any] | None]]:
-    """Returns figures of greedy steps, their tokens, and where each row's reference first chooses another one."""
-    reference = _float32(model)
-    for index, block in enumerate(blocks(packed)):
-        codec: Any = block.self_attn.kv_codec
-        if attention_kernel(codec) is not None:
-            codec = dataclasses.replace(codec, layout=Layout.PORTABLE)
-        reference = put(reference, f"layers.{index}.self_attn.kv_codec", _AsGiven(codec))
+def _steps(packed: Llama, model: Llama, prompts: np.ndarray, tokens: int) -> Iterator[dict[str, Any]]:
+    """Yields how far steps are from those of the reference over the same bytes, and where choices part."""
+    reference = _over_the_bytes_of(packed, _float32(model))
     decode, length = jax.jit(models.decode), prompts.shape[1]
     lengths = jnp.full(len(prompts), length, jnp.int32)
     read = jax.jit(lambda model, ids, lengths: models.prefill(model, ids, lengths, length + tokens))
     logits, cache = read(packed, jnp.asarray(prompts), lengths)
-    written, apart, norm = [np.asarray(logits).argmax(-1)], [], []
-    first: list[dict[str, Any] | None] = [None] * len(prompts)
-    for step in range(1, tokens):
-        chosen, positions = jnp.asarray(written[-1], jnp.int32), cache.positions
-        logits, cache = decode(packed, chosen, cache)
+    chosen, apart, norm, gaps = np.asarray(logits).argmax(-1), [], [], []
+    for _ in range(1, tokens):
+        given, positions = jnp.asarray(chosen, jnp.int32), cache.positions
+        logits, cache = decode(packed, given, cache)
         with jax.default_matmul_precision("highest"):
-            truth = np.asarray(decode(reference, chosen, dataclasses.replace(cache, positions=positions))[0])
+            truth = np.asarray(decode(reference, given, dataclasses.replace(cache, positions=positions))[0])
         found = np.asarray(logits)
-        written.append(found.argmax(-1))
+        chosen, best = found.argmax(-1), truth.argmax(-1)
         apart.append(np.square(found - truth).sum(-1))
         norm.append(np.square(truth).sum(-1))
-        for row in np.flatnonzero(written[-1] != truth.argmax(-1)):
-            if first[row] is None:
-                gap = _steps_between(truth[row], truth[row].argmax(), written[-1][row])
-                first[row] = {"at": step, "bfloat16 steps between the two": gap}
-    figures = {
+        gaps += [_steps_between(truth[row], best[row], chosen[row]) for row in np.flatnonzero(chosen != best)]
+    yield {
         "figure": "steps over the same bytes",
         "relative": math.sqrt(np.sum(apart) / np.sum(norm)),
         "relative, worst token": float(np.sqrt(np.max(np.asarray(apart) / np.asarray(norm)))),
+        "steps": (tokens - 1) * len(prompts),
+        "other choices": len(gaps),
+        "bfloat16 steps between the two, largest first": sorted(gaps, reverse=True)[:8],
     }
-    return figures, np.stack(written, axis=1), first
+
+
+def _over_the_bytes_of(packed: Llama, reference: Llama) -> Llama:
+    """Returns the reference with codecs that read the packed model's caches and write nothing."""
+
+    def with_codec(own: Block, other: Block) -> Block:
+        codec: Any = other.self_attn.kv_codec
+        if attention_kernel(codec) is not None:
+            codec = dataclasses.replace(codec, layout=Layout.PORTABLE)
+        return dataclasses.replace(own, self_attn=dataclasses.replace(own.self_attn, kv_codec=_AsGiven(codec)))
+
+    if isinstance(reference.layers, Stacked) and isinstance(packed.layers, Stacked):
+        block = with_codec(reference.layers.block, packed.layers.block)
+        return dataclasses.replace(reference, layers=dataclasses.replace(reference.layers, block=block))
+    pairs = zip(blocks(reference), blocks(packed), strict=True)
+    return dataclasses.replace(reference, layers=tuple(with_codec(*pair) for pair in pairs))
 
 
 def _steps_between(row: np.ndarray, best: int, other: int) -> float:
@@ -256,7 +263,8 @@ def _float32(model: Llama) -> Llama:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipes", nargs="*", default=RECIPES)
-    parser.add_argument("--figures", nargs="*", choices=("greedy", "logits"), default=("greedy", "logits"))
+    parser.add_argument("--figures", nargs="*", choices=FIGURES, default=FIGURES)
+    parser.add_argument("--apart", action="store_true", help="layers of the packed model as generation has them")
     parser.add_argument("--model", type=Path, help="the GGUF file; the demo's if left out")
     parser.add_argument("--windows", type=Path, required=True, help="a .npy file of token ids")
     parser.add_argument("--count", type=int, help="windows of the perplexity; all if left out")

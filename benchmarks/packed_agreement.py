@@ -46,7 +46,7 @@ from jquant.runtime import generate
 from jquant.targets import Target, describe_products, prepare
 
 RECIPES: Final = ("rtn-w4g64", "rtn-w4g64+kv4", "rtn-w4g64+kivi-2", "quarot-w4a4-rtn+kv4")
-FIGURES: Final = ("greedy", "steps", "logits")
+FIGURES: Final = ("logits", "steps", "greedy")
 BFLOAT16_STEP: Final = 2.0**-7  # between neighbours, relative to the power of two below
 OF_CPU: Final = 256  # tokens whose logits the CPU computes too
 
@@ -109,13 +109,13 @@ def main() -> None:
 def _compare(packed: Llama, model: Llama, windows: np.ndarray, arguments: argparse.Namespace) -> Iterator[Any]:
     portable = stack_if_alike(model)
     prompts = windows[: arguments.prompts, : arguments.prompt]
-    if "greedy" in arguments.figures:
-        yield from _greedy(packed, portable, prompts, arguments.tokens)
-    if "steps" in arguments.figures:
-        yield from _steps(packed, model if arguments.apart else portable, prompts, arguments.tokens)
     if "logits" in arguments.figures:
         yield _on_the_cpu(portable, windows)
         yield from _logits(packed, portable, windows, arguments.batch)
+    if "steps" in arguments.figures:
+        yield from _steps(packed, model if arguments.apart else portable, prompts, arguments.tokens)
+    if "greedy" in arguments.figures:
+        yield from _greedy(packed, portable, prompts, arguments.tokens)
 
 
 def _on_the_cpu(portable: Llama, windows: np.ndarray) -> dict[str, Any]:

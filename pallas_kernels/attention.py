@@ -21,7 +21,7 @@ kernel time by CUPTI, median, caches beyond the second cache; a copy of 512 MiB 
     16 x 4096        32.9    74 % of the copy   89.4
     16 x 8192        58.2    84 %              175.3
     64 x 4096       110.7    88 %              350.4
-    1 x 32768        22.6    54 %               50.8
+    1 x 32768        21.2    57 %               50.8
     1 x 131072       61.0    80 %              180.7
 
 docs/kernels.md has the others, KIVI's, and what limits them.

@@ -14,12 +14,17 @@ MOST_STAGES: Final = 4
 MOST_SPLITS: Final = 64
 LEAST_TILES: Final = 2  # of a warpgroup: fewer are not worth a block
 BYTES_OF_GRIDS: Final = 8  # of a token's head
+WIDEST: Final = 256  # numbers of a head: never measured with few tokens
 NARROW: Final = 64  # numbers of a head, up to which one warpgroup a block is the faster
 BLOCKS_OF_NARROW: Final = 2  # of a multiprocessor
 STAGES_OF_KIVI: Final = 2
 LEAST_GROUP: Final = 32  # tokens or channels of a grid of KIVI's
 MOST_BYTES_OF_KIVI_GRIDS: Final = 8  # of a key's grid and a value's
 COST_OF_BLOCK: Final = 3.0  # in tiles of a warpgroup: what starting and ending a block takes
+COST_OF_JOIN: Final = 2.5  # likewise, a second kernel
+FEW: Final = 2 * MULTIPROCESSORS  # tiles in all, up to which blocks of one warpgroup and two tiles are the fastest
+SPLITS_OF_FEW: Final = 16  # more take longer to join
+SHORT: Final = 4  # tiles of a warpgroup, up to which smaller ones end earlier: their last step is shorter
 
 
 @functools.cache
@@ -39,25 +44,35 @@ def choose_attention(
     Example:
       >>> choose_attention(4, 16, 8, 128, 8192)
       AttentionConfig(splits=1, tile=128, stages=3, warpgroups=4)
-      >>> choose_attention(4, 1, 8, 128, 32768).splits
-      16
+      >>> choose_attention(4, 1, 8, 128, 32768)
+      AttentionConfig(splits=16, tile=64, stages=4, warpgroups=4)
+      >>> choose_attention(4, 1, 8, 128, 2048)
+      AttentionConfig(splits=8, tile=128, stages=2, warpgroups=1)
     """
     page = page or tokens
     if dim <= NARROW and page % TILES[0] == 0:
         splits = _splits(rows * kv_heads, -(-tokens // TILES[0]), BLOCKS_OF_NARROW * MULTIPROCESSORS, 1)
         return AttentionConfig(splits, TILES[0], MOST_STAGES if bits < 16 else 2, 1)
+    few = rows * kv_heads * -(-tokens // TILES[0]) <= FEW
+    if few and dim < WIDEST:
+        tile = next((each for each in TILES[bits == 16 :] if page % each == 0 or each % page == 0), TILES[-1])
+        tiles = -(-tokens // tile)
+        return AttentionConfig(max(1, min(SPLITS_OF_FEW, tiles // LEAST_TILES)), tile, 2, 1)
     row, to_meet = dim * bits // 8, flash.bytes_to_meet(dim)
     room = ONE_BLOCK - 4 * (WARPGROUPS - 1) * math.prod(flash.shape_of_result(dim))
-    tile, stages = TILES[0], 0
-    for tile in TILES:
+
+    def fitting(tile: int) -> int:
         one = tile * (2 * row + (0 if bits == 16 else BYTES_OF_GRIDS))
         stages = min(MOST_STAGES, room // (WARPGROUPS * one))
         if stages * tile * row < to_meet:  # these need memory of their own
             stages = min(stages, (room - WARPGROUPS * to_meet) // (WARPGROUPS * one))
-        if stages >= 2 and (page % tile == 0 or tile % page == 0):
-            break
+        return stages if page % tile == 0 or tile % page == 0 else 0
+
+    tile = next((each for each in TILES if fitting(each) >= 2), TILES[-1])
     splits = _splits(rows * kv_heads, -(-tokens // tile), MULTIPROCESSORS, WARPGROUPS)
-    return AttentionConfig(splits, tile, max(1, stages), WARPGROUPS)
+    if -(-tokens // (tile * splits * WARPGROUPS)) <= SHORT and fitting(TILES[-1]) >= 2:
+        tile = TILES[-1]
+    return AttentionConfig(splits, tile, max(1, fitting(tile)), WARPGROUPS)
 
 
 @functools.cache
@@ -79,7 +94,8 @@ def choose_kivi(bits: int, rows: int, kv_heads: int, dim: int, tokens: int) -> A
     result = 4 * math.prod(flash.shape_of_result(dim))
     room = ONE_BLOCK // (STAGES_OF_KIVI * one + flash.bytes_to_meet(dim) + result)
     warpgroups = max(1, min(WARPGROUPS, room))
-    splits = _splits(rows * kv_heads, -(-tokens // TILES[0]), MULTIPROCESSORS, warpgroups)
+    # the window is joined in any case
+    splits = _splits(rows * kv_heads, -(-tokens // TILES[0]), MULTIPROCESSORS, warpgroups, joining=0.0)
     return AttentionConfig(splits, TILES[0], STAGES_OF_KIVI, warpgroups)
 
 
@@ -88,12 +104,12 @@ def choose_window() -> AttentionConfig:
     return AttentionConfig(1, TILES[1], 3, 1)
 
 
-def _splits(heads: int, tiles: int, slots: int, warpgroups: int) -> int:
-    """Returns how many blocks should share a head's tiles, where so many blocks run at once."""
+def _splits(heads: int, tiles: int, slots: int, warpgroups: int, joining: float = COST_OF_JOIN) -> int:
+    """Returns how many blocks should share a head's tiles, where so many run at once and joining costs so much."""
 
     def cost(splits: int) -> float:
         waves = -(-heads * splits // slots)
-        return waves * (-(-tiles // (splits * warpgroups)) + COST_OF_BLOCK)
+        return waves * (-(-tiles // (splits * warpgroups)) + COST_OF_BLOCK) + (joining if splits > 1 else 0.0)
 
     most = max(1, min(MOST_SPLITS, tiles // (warpgroups * LEAST_TILES)))
     return min(range(1, most + 1), key=cost)

@@ -1,4 +1,4 @@
-"""Runs that are killed, starved and misled, for tests/test_faults.py: `python -m tests.faulty_run FOLDER SCENARIO`.
+"""Runs that are killed, starved and misled, for tests/test_faults.py: `python -m tests.faulty_run FOLDER NAME CACHE`.
 
 All is imported once, and each run is a fork of this process: it has one thread and no XLA client yet, which a fork
 would break. Children share a cache of compiled programs, so that most of their time is the run's own.
@@ -93,9 +93,9 @@ def clear(folder: Path) -> None:
     (folder / "out").rename(folder / f"done-{time.monotonic_ns()}")
 
 
-def first(folder: Path) -> tuple[str, float]:
-    """Run undisturbed twice; return the digest, and the seconds of the second run, when programs are compiled."""
-    for _ in range(2):
+def first(folder: Path, times: int = 1) -> tuple[str, float]:
+    """Run undisturbed; return the digest, and the seconds of the last run, when programs are compiled."""
+    for _ in range(times):
         status, seconds = fork(lambda: run(folder), folder / "words")
         assert status == 0, (folder / "words").read_text()
         expected = whole(folder / "out")
@@ -105,7 +105,7 @@ def first(folder: Path) -> tuple[str, float]:
 
 def kills(folder: Path) -> dict[str, Any]:
     """Kill a run at random moments, going on each time; a run that ends is followed by a new one."""
-    expected, seconds = first(folder)
+    expected, seconds = first(folder, 2)
     moments = np.random.default_rng(SEED).uniform(0.1, 1.0, KILLS) * seconds
     found, killed, ended, blocks = {expected}, 0, 0, []
     for moment in moments:
@@ -126,7 +126,7 @@ def disks(folder: Path) -> dict[str, Any]:
     """Let files grow no further than some sizes, then run without a limit; and write where nothing may be written."""
     expected, _ = first(folder)
     words: dict[str, str] = {}
-    for limit in (2**14, 2**17):
+    for limit in (2**14, 2**16):
 
         def starved(limit: int = limit) -> None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
@@ -141,6 +141,7 @@ def disks(folder: Path) -> dict[str, Any]:
     locked.chmod(0o555)
 
     def refused() -> None:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
         if os.geteuid() == 0:
             os.setuid(65534)  # nobody: a folder's mode binds all but root
         quantize(folder / "source", locked / "out", recipe(), memory="blocks")
@@ -212,7 +213,7 @@ SCENARIOS: Final = {"kills": kills, "disks": disks, "clocks": clocks, "exports":
 def main() -> None:
     """Run one scenario; print what it found as JSON."""
     folder = Path(sys.argv[1])
-    jax.config.update("jax_compilation_cache_dir", str(folder / "cache"))
+    jax.config.update("jax_compilation_cache_dir", sys.argv[3])
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     assert orbax.checkpoint.__name__  # imported before any fork
     sys.stdout.write(json.dumps(SCENARIOS[sys.argv[2]](folder)))

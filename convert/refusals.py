@@ -22,6 +22,7 @@ from jquant.formats import (
     PreparedFloatTensor,
     PreparedIntegerTensor,
     PreparedSpqrTensor,
+    PreparedWideTensor,
     QuantizedTensor,
     UniformTensor,
 )
@@ -36,7 +37,13 @@ _TOKEN_GRIDS: Final[Mapping[str, str]] = {
     "vllm": "symmetric",
     "sglang": "symmetric",
 }
-_PREPARED: Final = (PreparedFloatTensor, PreparedIntegerTensor, PreparedBinaryTensor, PreparedSpqrTensor)
+_PREPARED: Final = (
+    PreparedFloatTensor,
+    PreparedIntegerTensor,
+    PreparedWideTensor,
+    PreparedBinaryTensor,
+    PreparedSpqrTensor,
+)
 _NARROWER: Final[Mapping[str, tuple[str, ...]]] = {"float32": ("bfloat16", "float16")}
 _ALONE: Final = ("o_proj", "down_proj")  # linears that vLLM does not fuse
 _GPTQ_MULTIPLE: Final = 32  # inputs and outputs fill whole words at every width

@@ -2,7 +2,7 @@
 
 from eval.chat import SYSTEM_PROMPT, ChatTokenizer, Message, ReplyTimes, decode_pieces, render, reply
 from eval.completion import Completion, Ending, complete
-from eval.latency import Latency, Phase, Workload, measure_latency
+from eval.latency import Latency, Phase, Program, Programs, Workload, compile_latency, measure_latency, start_decode
 from eval.likelihood import Likelihood, log_likelihoods
 from eval.magnitudes import Magnitudes, Tap, draw_magnitudes, magnitudes
 from eval.needle import NEEDLES, Needle, NeedleGrid, NeedleTest, OnCell, five_needles, needle_grid
@@ -37,6 +37,8 @@ __all__ = [
     "OnCell",
     "Perplexity",
     "Phase",
+    "Program",
+    "Programs",
     "ReplyTimes",
     "Tap",
     "TapStatistics",
@@ -46,6 +48,7 @@ __all__ = [
     "Workload",
     "block_distances",
     "check_tasks",
+    "compile_latency",
     "complete",
     "decode_pieces",
     "divergence",
@@ -62,6 +65,7 @@ __all__ = [
     "require_plots",
     "run_tasks",
     "share_basis",
+    "start_decode",
     "tap_statistics",
     "text_map",
 ]

@@ -8,6 +8,7 @@ the second run of decode has the tokens of the first, and so on. Figures are med
 """
 
 import statistics
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from jquant.models import Llama, empty_cache, place_cache, random_like
 from jquant.runtime import Writing, advance, begin, token_stride
 from jquant.types import Key
 
+_LOWERING: Final = threading.Lock()  # tracing is Python's own work and gains nothing from threads
 _MULTIPLE: Final = 128  # tokens of a cache, so that kernels that take many at once find whole tiles
 
 
@@ -125,12 +127,66 @@ class Latency:
         return max(phase.peak_nbytes for phase in (self.prefill, self.decode) if phase is not None)
 
 
-def measure_latency(model: Llama, workload: Workload, *, key: Key) -> Latency:
+@dataclass(frozen=True)
+class Program:
+    """Hold a compiled phase.
+
+    Attributes:
+      run: the compiled function.
+      compile_seconds: tracing, lowering and compilation.
+      peak_nbytes: what it holds at once: arguments, results and temporaries.
+    """
+
+    run: Any
+    compile_seconds: float
+    peak_nbytes: int
+
+
+@dataclass(frozen=True)
+class Programs:
+    """Hold the compiled phases of one workload; None for one that is left out."""
+
+    prefill: Program | None
+    decode: Program | None
+
+
+def compile_latency(model: Llama, workload: Workload) -> Programs:
+    """Compiles what `measure_latency` runs. Several threads may call it at once: XLA's part then runs side by side.
+
+    Args:
+      model: the model, prepared for the device that it shall run on; abstract arrays will do.
+      workload: what shall be timed.
+
+    Raises:
+      DataError: as `measure_latency`.
+
+    Example:
+      >>> from jquant.models import abstract_llama, tiny_config
+      >>> compile_latency(abstract_llama(tiny_config()), Workload(2, prompt=8, tokens=0)).decode is None
+      True
+    """
+    _check_fits(model, workload)
+    abstract, key = jax.eval_shape(lambda tree: tree, model), jax.eval_shape(lambda: jax.random.key(0))
+    rows, stops = jax.ShapeDtypeStruct((workload.batch,), jnp.int32), jax.ShapeDtypeStruct((0,), jnp.int32)
+    prefill = decode = None
+    if workload.prompt:
+        prompts = jax.ShapeDtypeStruct((workload.batch, workload.prompt), jnp.int32)
+        capacity = _whole(workload.prompt + 1)
+        prefill = _compile(lambda: begin.lower(abstract, prompts, rows, stops, key, capacity=capacity))
+    if workload.tokens:
+        writing = jax.eval_shape(lambda: _empty_writing(abstract, workload))
+        until, room, stride = jax.ShapeDtypeStruct((), jnp.int32), workload.steps(), token_stride()
+        decode = _compile(lambda: advance.lower(abstract, writing, until, stops, key, room=room, stride=stride))
+    return Programs(prefill, decode)
+
+
+def measure_latency(model: Llama, workload: Workload, *, programs: Programs | None = None, key: Key) -> Latency:
     """Times a model on random tokens; caches that decode begins with hold random numbers.
 
     Args:
       model: the model, prepared for the device that it runs on.
       workload: what to time.
+      programs: what `compile_latency` returned for a model of this structure and this workload; None to compile now.
       key: of the tokens.
 
     Raises:
@@ -143,6 +199,34 @@ def measure_latency(model: Llama, workload: Workload, *, key: Key) -> Latency:
       >>> found.prefill.tokens, found.decode.tokens, len(found.decode.seconds)
       (16, 6, 1)
     """
+    programs = compile_latency(model, workload) if programs is None else programs
+    prefill = decode = None
+    cache_nbytes = live = 0
+    if programs.prefill is not None:
+        prefill, cache_nbytes, live = _time_prefill(model, workload, programs.prefill, key)
+    if programs.decode is not None:
+        decode, cache_nbytes, live = _time_decode(model, workload, programs.decode, key)
+    source: Literal["device", "arrays"] = "arrays" if jax.devices()[0].memory_stats() is None else "device"
+    return Latency(workload, prefill, decode, tree_nbytes(model), cache_nbytes, live, source)
+
+
+def start_decode(model: Llama, workload: Workload, *, key: Key) -> Writing:
+    """Returns what the workload's decode begins with: random tokens, chosen behind caches of random numbers.
+
+    Args:
+      model: the model.
+      workload: what is timed.
+      key: of the numbers.
+    """
+    writing = jax.eval_shape(lambda: _empty_writing(model, workload))
+    rows, context = workload.batch, workload.decode_context()
+    chosen = jax.random.randint(key, (rows,), 0, model.config.vocab_size, jnp.int32)
+    layers = place_cache(model, random_like(writing.cache, key).layers)
+    cache = writing.cache.replace(layers=layers, positions=jnp.full(rows, context, jnp.int32))
+    return Writing(tokens=chosen, stopped=jnp.zeros(rows, jnp.bool_), step=jnp.int32(0), cache=cache)
+
+
+def _check_fits(model: Llama, workload: Workload) -> None:
     written = workload.steps() * (workload.repeats + 1)
     need, context = max(workload.prompt + 1, workload.decode_context() + written), model.config.max_position_embeddings
     if not workload.prompt and not workload.tokens:
@@ -152,63 +236,53 @@ def measure_latency(model: Llama, workload: Workload, *, key: Key) -> Latency:
             f"{workload.describe()}, {workload.repeats} runs and one before them, need {need} positions, but the "
             f"model's context is {context}: ask for less"
         )
-    prefill, cache_nbytes, live = None, 0, 0
-    if workload.prompt:
-        prefill, cache_nbytes, live = _time_prefill(model, workload, key)
-    decode = None
-    if workload.tokens:
-        decode, cache_nbytes, live = _time_decode(model, workload, key)
-    source: Literal["device", "arrays"] = "arrays" if jax.devices()[0].memory_stats() is None else "device"
-    return Latency(workload, prefill, decode, tree_nbytes(model), cache_nbytes, live, source)
 
 
-def _time_prefill(model: Llama, workload: Workload, key: Key) -> tuple[Phase, int, int]:
+def _time_prefill(model: Llama, workload: Workload, program: Program, key: Key) -> tuple[Phase, int, int]:
     shape = workload.batch, workload.prompt
     tokens = jax.random.randint(key, shape, 0, model.config.vocab_size, jnp.int32)
-    lengths = jnp.full(workload.batch, workload.prompt, jnp.int32)
-    stops, capacity = jnp.zeros(0, jnp.int32), _whole(workload.prompt + 1)
-    run, seconds, peak = _compile(lambda: begin.lower(model, tokens, lengths, stops, key, capacity=capacity))
+    lengths, stops = jnp.full(workload.batch, workload.prompt, jnp.int32), jnp.zeros(0, jnp.int32)
     times: list[float] = []
     writing: Any = None
     for _ in range(workload.repeats + 1):
         del writing  # so that two caches are never alive
         started = time.monotonic()
-        writing = run(model, tokens, lengths, stops, key)
+        writing = program.run(model, tokens, lengths, stops, key)
         jax.device_get(writing.tokens)
         times.append(time.monotonic() - started)
     nbytes = tree_nbytes(writing.cache.layers)
-    return Phase(tuple(times[1:]), seconds, shape[0] * shape[1], peak), nbytes, _live_nbytes()
+    phase = Phase(tuple(times[1:]), program.compile_seconds, shape[0] * shape[1], program.peak_nbytes)
+    return phase, nbytes, _live_nbytes()
 
 
-def _time_decode(model: Llama, workload: Workload, key: Key) -> tuple[Phase, int, int]:
-    rows, context = workload.batch, workload.decode_context()
-    capacity = _whole(context + workload.steps() * (workload.repeats + 1))
-    cache = random_like(jax.eval_shape(lambda: empty_cache(model, rows, capacity)), key)
-    layers = place_cache(model, cache.layers)
-    cache = cache.replace(layers=layers, positions=jnp.full(rows, context, jnp.int32))
-    nbytes = tree_nbytes(cache.layers)
-    chosen = jax.random.randint(key, (rows,), 0, model.config.vocab_size, jnp.int32)
-    writing = Writing(tokens=chosen, stopped=jnp.zeros(rows, jnp.bool_), step=jnp.int32(0), cache=cache)
-    stops, until = jnp.zeros(0, jnp.int32), jnp.int32(0)
-    room, stride = workload.steps(), token_stride()
-    run, seconds, peak = _compile(lambda: advance.lower(model, writing, until, stops, key, room=room, stride=stride))
-    times = []
+def _time_decode(model: Llama, workload: Workload, program: Program, key: Key) -> tuple[Phase, int, int]:
+    writing, stops, times = start_decode(model, workload, key=key), jnp.zeros(0, jnp.int32), []
+    nbytes = tree_nbytes(writing.cache.layers)
     for index in range(workload.repeats + 1):
-        until = jnp.int32((index + 1) * room)
+        until = jnp.int32((index + 1) * workload.steps())
         started = time.monotonic()
-        written, _, writing = run(model, writing, until, stops, key)
+        written, _, writing = program.run(model, writing, until, stops, key)
         jax.device_get(written)
         times.append(time.monotonic() - started)
-    return Phase(tuple(times[1:]), seconds, rows * room, peak), nbytes, _live_nbytes()
+    tokens = workload.batch * workload.steps()
+    return Phase(tuple(times[1:]), program.compile_seconds, tokens, program.peak_nbytes), nbytes, _live_nbytes()
 
 
-def _compile(lower: Callable[[], Any]) -> tuple[Any, float, int]:
-    """Returns the compiled program, the seconds that it took and the bytes that it holds at once."""
+def _empty_writing(model: Llama, workload: Workload) -> Writing:
+    rows, none = workload.batch, jnp.zeros(workload.batch, jnp.int32)
+    capacity = _whole(workload.decode_context() + workload.steps() * (workload.repeats + 1))
+    cache = empty_cache(model, rows, capacity)
+    return Writing(tokens=none, stopped=jnp.zeros(rows, jnp.bool_), step=jnp.int32(0), cache=cache)
+
+
+def _compile(lower: Callable[[], Any]) -> Program:
     started = time.monotonic()
-    program = lower().compile()
+    with _LOWERING:
+        lowered = lower()
+    program = lowered.compile()
     seconds, sizes = time.monotonic() - started, program.memory_analysis()
     held = sizes.argument_size_in_bytes + sizes.output_size_in_bytes - sizes.alias_size_in_bytes
-    return program, seconds, held + sizes.temp_size_in_bytes
+    return Program(program, seconds, held + sizes.temp_size_in_bytes)
 
 
 def _live_nbytes() -> int:

@@ -3,12 +3,14 @@
 A source is a jquant checkpoint, a Hugging Face folder, a GGUF file or a hub id.
 """
 
+import dataclasses
 import json
 import shutil
 import tempfile
 from pathlib import Path
 from typing import Any, Final
 
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from convert import abstract_model, lazy_model, load_tokenizer, locate, save_tokenizer
@@ -17,9 +19,10 @@ from convert.huggingface import StoredDtype
 from jquant.checkpoint import ARRAYS, STRUCTURE, abstract_tree, is_checkpoint, load_model
 from jquant.checkpoint import open_lazily as open_checkpoint
 from jquant.errors import CheckpointError, FormatError
-from jquant.models import LazyModel, Llama, stack_layers
+from jquant.formats import PermutedTensor, RotatedTensor, UniformTensor
+from jquant.models import LazyModel, Linear, Llama, Stacked, linears, put, stack_layers
 from jquant.sharding import choose_cuts, shard
-from jquant.targets import TargetName, choose_target, prepare
+from jquant.targets import Target, TargetName, choose_product, choose_target, prepare
 
 RECIPE: Final = "recipe.yaml"
 REPORT: Final = "report.json"
@@ -90,10 +93,11 @@ def open_for_use(source: str | Path, *, target: TargetName = "reference", mesh: 
 
 
 def make_ready(model: Llama, target: TargetName, mesh: Mesh | None = None) -> Llama:
-    """Returns the model prepared for a target; where XLA alone multiplies, stacked if layers are alike.
+    """Returns the model prepared for a target, to be run; where XLA alone multiplies, stacked if layers are alike.
 
     Weights for kernels stay apart: a scan would copy each layer's out of the stack before a kernel could read them. All
-    layers share their kernels, so that this compiles fast too.
+    layers share their kernels, so that this compiles fast too. Scales that W4A16 kernels read are kept in bfloat16
+    alone, as they are multiplied: what `prepare` makes of the result for the reference target has these.
 
     Args:
       model: portable.
@@ -106,8 +110,41 @@ def make_ready(model: Llama, target: TargetName, mesh: Mesh | None = None) -> Ll
     """
     if mesh is not None:
         return shard(model, mesh, lambda own: make_ready(own, target))
-    prepared = prepare(model, choose_target(target, model.embed_tokens.dtype))
+    chosen = choose_target(target, model.embed_tokens.dtype)
+    prepared = prepare(round_scales(model, chosen), chosen)
     return stack_if_alike(model) if prepared is model else prepared
+
+
+def round_scales(model: Llama, target: Target) -> Llama:
+    """Returns a portable model whose scales are those that the target's kernels multiply by: W4A16's in bfloat16.
+
+    `prepare` then keeps no second copy of them, and products stay the same, every bit.
+
+    Example:
+      >>> import jax
+      >>> from jquant.models import random_model, tiny_config
+      >>> model = random_model(tiny_config(), jax.random.key(0))
+      >>> round_scales(model, Target.H100) is model
+      True
+    """
+
+    def change(layer: Linear) -> Linear:
+        whole: Any = layer.kernel
+        kernel = whole.inner if isinstance(whole, PermutedTensor | RotatedTensor) else whole
+        if not isinstance(kernel, UniformTensor) or choose_product(layer, target).kernel != "W4A16":
+            return layer
+        scales, format = kernel.scales.astype(jnp.bfloat16), dataclasses.replace(kernel.format, scale_dtype="bfloat16")
+        rounded: Any = dataclasses.replace(kernel, scales=scales, format=format)
+        return dataclasses.replace(
+            layer, kernel=rounded if kernel is whole else dataclasses.replace(whole, inner=rounded)
+        )
+
+    if target is Target.REFERENCE or isinstance(model.layers, Stacked):
+        return model
+    for path, layer in linears(model):
+        if (changed := change(layer)) is not layer:
+            model = put(model, path, changed)
+    return model
 
 
 def stack_if_alike(model: Llama) -> Llama:

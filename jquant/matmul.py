@@ -19,6 +19,7 @@ from jquant.formats import (
     PreparedFloatTensor,
     PreparedIntegerTensor,
     PreparedSpqrTensor,
+    PreparedWideTensor,
     QuantizedActivation,
     QuantizedTensor,
     RazoredActivation,
@@ -172,6 +173,26 @@ def _float_kernel(x: jax.Array, weight: PreparedFloatTensor) -> jax.Array:
     return y.reshape(*batch, weight.shape[1]).astype(x.dtype)
 
 
+def _wide_kernel(x: jax.Array, weight: PreparedWideTensor) -> jax.Array:
+    """Multiplies up to 64 tokens, rounded to bfloat16, by the W8A16 kernel, and more of them by XLA."""
+    from pallas_kernels.decode import MOST_TOKENS
+
+    *batch, inputs = x.shape
+    rows = math.prod(batch)
+    if not 0 < rows <= MOST_TOKENS:
+        return _reference(x, weight)
+    return _w8a16(x.reshape(rows, inputs).astype(jnp.bfloat16), weight).reshape(*batch, -1).astype(x.dtype)
+
+
+@jax.jit
+def _w8a16(x: BFloat16[Array, "rows in"], weight: PreparedWideTensor) -> BFloat16[Array, "rows out"]:
+    from pallas_kernels.wide import WideWeight, w8a16_decode
+
+    operand = WideWeight(weight.codes, weight.scales)
+    y = w8a16_decode(_pad_inputs(x, weight.codes), operand, simulate=_simulation(weight.layout))
+    return y[:, : weight.shape[1]]
+
+
 @jax.jit  # so that layers of one shape share one kernel, traced and lowered once
 def _w4a16(x: BFloat16[Array, "rows in"], weight: PreparedFloatTensor) -> BFloat16[Array, "rows out"]:
     from pallas_kernels import FloatWeight, w4a16_matmul
@@ -301,6 +322,7 @@ _WEIGHTS: Final = (
     SpqrTensor,
 )
 _NARROW: Final = (PreparedBinaryTensor, PreparedSpqrTensor)
+_OF_NUMBERS: Final = (*_NARROW, PreparedWideTensor)
 _RULES: Final[Mapping[tuple[type, type, Layout], MatmulRule]] = {
     (jax.Array, jax.Array, _PORTABLE): _reference,
     (jax.Array, UniformTensor, _PORTABLE): _reference,
@@ -323,12 +345,13 @@ _RULES: Final[Mapping[tuple[type, type, Layout], MatmulRule]] = {
     **{(UniformActivation, PreparedIntegerTensor, layout): _integer_kernel for layout in _PREPARED},
     **{(RazoredActivation, PreparedIntegerTensor, layout): _dequantized for layout in _PREPARED},
     **{(SplitActivation, PreparedIntegerTensor, layout): _split_kernel for layout in _PREPARED},
+    **{(jax.Array, PreparedWideTensor, layout): _wide_kernel for layout in _PREPARED},
     **{(jax.Array, weight, layout): _narrow_kernel for weight in _NARROW for layout in _PREPARED},
     **{
         (x, weight, layout): _dequantized
         for x in (UniformActivation, RazoredActivation)
-        for weight in _NARROW
+        for weight in _OF_NUMBERS
         for layout in _PREPARED
     },
-    **{(SplitActivation, weight, layout): _split for weight in _NARROW for layout in _PREPARED},
+    **{(SplitActivation, weight, layout): _split for weight in _OF_NUMBERS for layout in _PREPARED},
 }

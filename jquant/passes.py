@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, final
+from typing import Any, Final, final
 
 import jax
 import jax.numpy as jnp
@@ -26,10 +26,12 @@ from jquant.calibration import (
     stream_blocks,
 )
 from jquant.checkpoint import digest_lazily
-from jquant.errors import RecipeError
-from jquant.models import Block, LazyModel, Llama, blocks, get, in_memory, rewrite
+from jquant.errors import FormatError, RecipeError
+from jquant.formats import QuantizedTensor
+from jquant.models import Block, LazyModel, Linear, Llama, blocks, get, in_memory, rewrite
+from jquant.quantizers import WeightQuantizer
 from jquant.report import BlockReport, Report
-from jquant.transforms import check_alpha, check_smoothing, smooth
+from jquant.transforms import check_alpha, check_smoothing, own_head, smooth
 from jquant.types import Key
 
 _WHOLE: Final = "needs the whole model in memory: it cannot run one block at a time (--memory blocks)"
@@ -251,6 +253,61 @@ class Smooth(ModelPass):
         best = min(errors, key=lambda one: one.error)
         table = {"alpha": best.alpha, "errors": [dataclasses.asdict(one) for one in errors]}
         return smooth(model, absmax, best.alpha), Report(details=(("smoothing", table),))
+
+
+@final
+@dataclass(frozen=True)
+class QuantizeHead(ModelPass):
+    """Quantizes the output head, which all other passes leave as it is; a tied one becomes a matrix of its own first.
+
+    Attributes:
+      quantizer: how; one that needs no statistics of the head's inputs.
+    """
+
+    quantizer: WeightQuantizer
+
+    def __post_init__(self) -> None:
+        """Refuses a quantizer that must be calibrated."""
+        if self.quantizer.statistic is not None:
+            raise RecipeError(
+                f"{type(self.quantizer).__name__} needs statistics of its inputs, and none are collected for the head: "
+                "give rtn"
+            )
+
+    def needs_tokens(self) -> bool:
+        """Tells that no text is read."""
+        return False
+
+    def check(self, model: Llama) -> None:
+        """Refuses a head that is quantized already, and shapes that the quantizer cannot take."""
+        kernel: Any = _head(model).kernel
+        if isinstance(kernel, QuantizedTensor):
+            raise FormatError(f"lm_head is already quantized ({type(kernel).__name__}); start from the source model")
+        try:
+            self.quantizer.check(kernel.shape)
+        except FormatError as error:
+            raise FormatError(f"lm_head: {error}") from error
+
+    def outline(self, model: Llama) -> Llama:
+        """Returns the abstract model with its head quantized."""
+        shape = _head(model).kernel
+        kernel = jax.eval_shape(lambda weight: self.quantizer(weight, None, jax.random.key(0))[0], shape)
+        return self._placed(model, kernel)
+
+    def __call__(self, model: Llama, context: Context) -> tuple[Llama, Report]:
+        """Quantizes the head and reports the norm of its error as a share of the weight's."""
+        kernel, figures = jax.jit(self.quantizer)(_head(model).kernel, None, context.key)
+        error = float(jnp.sqrt(jnp.sum(figures["weight_error"]) / jnp.sum(figures["weight_norm"])))
+        return self._placed(model, kernel), Report(details=(("head", {"relative error of weights": error}),))
+
+    def _placed(self, model: Llama, kernel: Any) -> Llama:
+        return dataclasses.replace(own_head(model), lm_head=dataclasses.replace(_head(model), kernel=kernel))
+
+
+def _head(model: Llama) -> Linear:
+    head = own_head(model).lm_head
+    assert head is not None
+    return head
 
 
 def run_passes(passes: Sequence[ModelPass], model: Llama, context: Context) -> tuple[Llama, Report]:

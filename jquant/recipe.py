@@ -26,7 +26,7 @@ from jquant.errors import RecipeError
 from jquant.exact_passes import FoldNorms, LearnRotation, Rotate, Untie
 from jquant.kv import DynamicRazorKv, ExactKv, Kivi, PerTokenKv
 from jquant.kv_passes import CalibrateFloat8Kv, CalibrateKvQuant, CalibrateRazorKv, LoadKvCodecs, SetKvCodec
-from jquant.passes import ModelPass, QuantizeActivations, Sequential, Smooth
+from jquant.passes import ModelPass, QuantizeActivations, QuantizeHead, Sequential, Smooth
 from jquant.quantizers import Bcq, Gptq, GptqRazor, Quip, Razor, Rtn, Spqr, ZeroQuant
 from jquant.schema import build, describe, plain, suggest
 
@@ -40,6 +40,7 @@ PARTS: Final[Mapping[str, type]] = {
     "smooth": Smooth,
     "quantize_weights": QuantizeWeights,
     "quantize_activations": QuantizeActivations,
+    "quantize_head": QuantizeHead,
     "distill": Distill,
     "rtn": Rtn,
     "gptq": Gptq,

@@ -28,6 +28,7 @@ _NODES: Final[Mapping[str, type]] = {
         formats.UniformTensor,
         formats.PreparedFloatTensor,
         formats.PreparedIntegerTensor,
+        formats.PreparedWideTensor,
         formats.JoinedPart,
         formats.PreparedBinaryTensor,
         formats.PreparedSpqrTensor,

@@ -4,13 +4,14 @@ On an H100 or H200 a linear is multiplied by
 
     W2A16, W3A16  binary codes of 2 to 4 planes up to 8 tokens, SpQR's weights up to 2: more of them by XLA
     W4A16         uniform weights of at most 4 bits, input as numbers: rounded to bfloat16, as is the product
+    W8A16         weights of 8 bits, symmetric, one scale an output, up to 64 tokens: likewise, more of them by XLA
     W4A8, W8A8    one scale an output, input quantized with one scale a token (4 bits are int8 codes too); int4 codes
                   symmetric only; product as above. A Hadamard rotation of the input is made by one kernel with its
                   grid; W8A8 adds up to 32 features of outliers
 
-of `pallas_kernels`, also inside an input order or rotations; queries, keys and values, and gate and up, in one product
-where their inputs are treated alike. Whatever else there is stays portable, and XLA multiplies
-it as on the reference target. Which it is depends on formats and shapes alone: `choose_product` tells it, with the
+of `pallas_kernels`, the head too, also inside an input order or rotations; queries, keys and values, and gate and up,
+in one product where their inputs are treated alike. Whatever else there is stays portable, and XLA multiplies it as on
+the reference target. Which it is depends on formats and shapes alone: `choose_product` tells it, with the
 reason, before any work. Widths that kernels do not take are filled up where groups allow.
 """
 
@@ -29,6 +30,7 @@ from jquant.activations import OutlierQuantizer, TensorQuantizer, TokenQuantizer
 from jquant.errors import FormatError, RecipeError
 from jquant.formats import (
     SYMMETRIES,
+    WIDE_BITS,
     BinaryTensor,
     JoinedPart,
     Layout,
@@ -39,6 +41,7 @@ from jquant.formats import (
     PreparedIntegerTensor,
     PreparedRotation,
     PreparedSpqrTensor,
+    PreparedWideTensor,
     QuantizedTensor,
     RotatedTensor,
     ShardedTensor,
@@ -57,8 +60,10 @@ from jquant.formats import (
     prepare_online,
     prepare_outliers,
     prepare_signs,
+    prepare_wide,
     rotation_fault,
     spqr_fault,
+    wide_fault,
 )
 from jquant.kv import Kivi, KvCodec, PerTokenKv, attention_fault, pack_codec
 from jquant.matmul import MOST_FEATURES
@@ -103,10 +108,11 @@ _LAYOUTS: Final[Mapping[Target, Layout]] = {
     Target.SIMULATED: Layout.SIMULATED,
 }
 _HOPPER: Final = re.compile(r"\bG?(H100|H200)\b")  # in JAX's `device_kind`, such as "NVIDIA H100 80GB HBM3"
-_UNIFORM: Final = (UniformTensor, PreparedFloatTensor, PreparedIntegerTensor)
+_UNIFORM: Final = (UniformTensor, PreparedFloatTensor, PreparedIntegerTensor, PreparedWideTensor)
 _BINARY: Final = (BinaryTensor, PreparedBinaryTensor)
 _SPQR: Final = (SpqrTensor, PreparedSpqrTensor)
-_PREPARED: Final = (PreparedFloatTensor, PreparedIntegerTensor, PreparedBinaryTensor, PreparedSpqrTensor)
+_PREPARED: Final = (*_UNIFORM[1:], PreparedBinaryTensor, PreparedSpqrTensor)
+_OF_NUMBERS: Final = {"W4A16": prepare_float, "W8A16": prepare_wide}
 _INTEGERS: Final = ("W4A8", "W8A8")
 _WRAPPERS: Final = (PermutedTensor, RotatedTensor, ShardedTensor)  # their rules multiply by the inner tensor
 
@@ -153,14 +159,15 @@ def choose_product(layer: Linear, target: Target) -> Product:
         return _choose_narrow(weight, integer=layer.input_quantizer is not None)
     if not isinstance(weight, _UNIFORM):
         return Product(None, f"no kernel for {type(weight).__name__}")
-    integer = layer.input_quantizer is not None
+    integer, wide = layer.input_quantizer is not None, weight.format.bits == WIDE_BITS
     fault = (_input_fault(layer, weight, rotated=rotated) if integer else None) or (
-        integer_fault if integer else float_fault
+        integer_fault if integer else wide_fault if wide else float_fault
     )(weight.format, weight.shape)
     if fault is not None:
         return Product(None, fault)
-    kernel = integer_kind(weight.format) if integer else "w4a16"
+    kernel = integer_kind(weight.format) if integer else "w8a16" if wide else "w4a16"
     notes = [_filled(padded_shape(weight.format, weight.shape), weight.shape)]
+    notes += ["up to 64 tokens, more by XLA"] * (wide and not integer)
     if integer and layer.input_rotation is not None:
         fault = _rotation_fault(layer)
         notes.append(f"rotated by XLA: {fault}" if fault else "rotated and quantized in one kernel")
@@ -213,7 +220,7 @@ def choose_attention(model: Llama, codec: KvCodec, target: Target) -> Product:
 
 
 def prepare(model: Llama, target: Target) -> Llama:
-    """Writes every linear's weight as the target's kernels read it, where `choose_product` names one.
+    """Writes every linear's weight, and the head's, as the target's kernels read it, where `choose_product` names one.
 
     Caches too: where `choose_attention` names a kernel, layers get the codec that keeps them in its order.
 
@@ -244,8 +251,10 @@ def prepare(model: Llama, target: Target) -> Llama:
         layers = tuple(
             pack(_map_block(block, partial(rewrite, stacked=False), _LAYOUTS[target])) for block in model.layers
         )
+    head = None if model.lm_head is None else rewrite(model.lm_head, stacked=False)
     changed = any(old is not new for old, new in zip(_changing(model.layers), _changing(layers), strict=True))
-    return dataclasses.replace(model, layers=layers) if changed else model
+    changed = changed or head is not model.lm_head
+    return dataclasses.replace(model, layers=layers, lm_head=head) if changed else model
 
 
 def choose_target(name: TargetName, dtype: DType) -> Target:
@@ -297,7 +306,8 @@ def describe_products(model: Llama) -> str:
         return "XLA"
     served = len(prepared) + sum(isinstance(kernel, JoinedPart) for kernel in kernels)
     count = len(BLOCK_LINEARS) * model.config.num_hidden_layers
-    return f"{prepared[0].value} kernels, {depth * served} of {count} linears"
+    head = " and the head" if model.lm_head is not None and isinstance(model.lm_head.kernel, _PREPARED) else ""
+    return f"{prepared[0].value} kernels, {depth * served} of {count} linears{head}"
 
 
 def _input_fault(layer: Linear, weight: Any, *, rotated: bool) -> str | None:
@@ -347,7 +357,7 @@ def _rewrite(layer: Linear, *, target: Target, stacked: bool) -> Linear:
 
 @partial(jax.jit, static_argnames=("layout", "kernel", "slots", "stacked"))
 def _prepared(tensor: Any, layout: Layout, kernel: str, slots: int, *, stacked: bool) -> QuantizedTensor:
-    function: Callable[..., Any] = prepare_float if kernel == "W4A16" else prepare_integer
+    function: Callable[..., Any] = _OF_NUMBERS.get(kernel, prepare_integer)
     if isinstance(tensor, SpqrTensor):
         function = partial(prepare_outliers, slots=slots)
     elif isinstance(tensor, BinaryTensor):

@@ -53,6 +53,7 @@ COLUMN_INT8: Final = plgpu.Layout.MMA_RHS(jnp.int8)
 ROWS: Final = C.reduce(1)
 COLUMNS: Final = C.reduce(0)
 ROWS_OF_ACCUMULATOR: Final = 64  # what one warpgroup's instruction makes
+RUN_OF_ROW: Final = 8  # numbers of a row that a thread holds side by side
 LEAST_COLUMNS: Final = 8  # of an instruction's result
 THREADS: Final = 128  # of a warpgroup
 LEAST_SWIZZLE: Final = 256  # bits of a row
@@ -83,6 +84,7 @@ def kernel(
     cluster: dict[str, int] | None = None,
     warpgroups: int = 1,
     manual_barriers: bool = False,
+    reduction_bytes: int = 0,
     simulate: Simulation | None = None,
 ) -> Callable[..., Any]:
     """Wraps `body` as a Mosaic GPU kernel whose warpgroups find their index under "wg".
@@ -95,6 +97,8 @@ def kernel(
       cluster: how many neighbouring blocks share their shared memory along each named axis.
       warpgroups: how many warpgroups of 128 threads a block has.
       manual_barriers: the body orders its own accesses to shared memory; Pallas adds no barrier.
+      reduction_bytes: of the scratch memory of reductions over warps. Pallas has one for all warpgroups of a block,
+        which would mix them: for blocks of one warpgroup alone.
       simulate: run in the interpreter on the CPU with these settings; None to compile for the GPU.
     """
     cluster = cluster or {}
@@ -108,11 +112,12 @@ def kernel(
         cluster_names=tuple(cluster),
         num_threads=warpgroups,
         thread_name="wg",
+        kernel_name=getattr(body, "func", body).__module__.rpartition(".")[-1],  # what profiles show
         compiler_params=plgpu.CompilerParams(
             approx_math=True,
             lowering_semantics=plgpu.LoweringSemantics.Warpgroup,
             unsafe_no_auto_barriers=manual_barriers,
-            reduction_scratch_bytes=0,  # Pallas has one for all warpgroups: a reduction over warps would mix them
+            reduction_scratch_bytes=reduction_bytes,
         ),
         interpret=simulate,
     )
@@ -121,6 +126,12 @@ def kernel(
 def line(numbers: int) -> Any:
     """Returns the layout of a vector whose numbers lie with neighbouring threads of a warpgroup, as many with each."""
     return plgpu.Layout.WG_STRIDED((numbers,), vec_size=numbers // THREADS)
+
+
+def strided(numbers: int) -> Any:
+    """Returns the layout of a row of numbers spread over a warpgroup in runs of 8, 16 bytes of bfloat16."""
+    layout: Any = plgpu.Layout.WG_STRIDED
+    return layout((numbers,), vec_size=RUN_OF_ROW)
 
 
 def load(ref: Any, layout: Any, *, checked: bool = True) -> Any:

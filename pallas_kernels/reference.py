@@ -147,6 +147,22 @@ def binary_weight(
     return weight.reshape(outputs, inputs)
 
 
+def add_norm(
+    x: Float[Array, "rows n"], update: Float[Array, "rows n"] | None, scale: Float[Array, "n"], eps: float
+) -> tuple[Float[Array, "rows n"], Float[Array, "rows n"]]:
+    """Returns sum = x + update and scale * sum / sqrt(mean(sum^2) + eps), each rounded as the kernel rounds it.
+
+    Example:
+      >>> _, normed = add_norm(jnp.full((1, 2), 3.0), jnp.ones((1, 2)), jnp.full(2, 0.5), 0.0)
+      >>> normed.tolist()
+      [[0.5, 0.5]]
+    """
+    sums = x if update is None else x + update
+    wide = sums.astype(jnp.float32)
+    normed = wide / jnp.sqrt(jnp.mean(wide * wide, axis=1, keepdims=True) + eps)
+    return sums, normed.astype(x.dtype) * jnp.broadcast_to(scale, x.shape)
+
+
 def _spread(of_groups: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return jnp.broadcast_to(of_groups.astype(jnp.float32).T[:, :, None], shape)
 

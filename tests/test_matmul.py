@@ -13,6 +13,7 @@ from jquant.formats import (
     PreparedFloatTensor,
     PreparedIntegerTensor,
     PreparedSpqrTensor,
+    PreparedWideTensor,
     QuantizedActivation,
     QuantizedTensor,
     UniformFormat,
@@ -92,7 +93,13 @@ def test_a_permuted_weight_is_gathered_by_input_and_not_unpacked_twice() -> None
 
 
 def test_every_pair_of_an_activation_and_a_weight_has_a_rule() -> None:
-    prepared = {PreparedFloatTensor, PreparedIntegerTensor, PreparedBinaryTensor, PreparedSpqrTensor}
+    prepared = {
+        PreparedFloatTensor,
+        PreparedIntegerTensor,
+        PreparedWideTensor,
+        PreparedBinaryTensor,
+        PreparedSpqrTensor,
+    }
     weights = {jax.Array, *QuantizedTensor.__subclasses__()}
     activations = {jax.Array, *QuantizedActivation.__subclasses__()}
     assert set(module._RULES) == {

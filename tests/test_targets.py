@@ -11,7 +11,7 @@ import pytest
 
 from jquant.activations import ActivationMethod, ActivationRazor, OutlierSplit, PerToken, StaticTensor
 from jquant.errors import RecipeError
-from jquant.folders import make_ready
+from jquant.folders import make_ready, round_scales
 from jquant.formats import (
     BinaryFormat,
     JoinedPart,
@@ -19,6 +19,7 @@ from jquant.formats import (
     PreparedFloatTensor,
     PreparedIntegerTensor,
     PreparedRotation,
+    PreparedWideTensor,
     QuantizedTensor,
     SpqrFormat,
     UniformFormat,
@@ -27,7 +28,22 @@ from jquant.formats import (
     quantize_centered,
     rotated,
 )
-from jquant.models import Linear, Llama, build, forward, get, linears, map_linears, stack_layers, tiny_config
+from jquant.matmul import matmul
+from jquant.models import (
+    Linear,
+    Llama,
+    LlamaConfig,
+    abstract_llama,
+    build,
+    decode,
+    empty_cache,
+    forward,
+    get,
+    linears,
+    map_linears,
+    stack_layers,
+    tiny_config,
+)
 from jquant.models.layers import linears as linears_of_one_input
 from jquant.numerics import packed_length
 from jquant.targets import Target, choose_product, choose_target, describe_products, prepare
@@ -76,7 +92,18 @@ CHOICES: dict[str, tuple[Any, ActivationMethod | None, str]] = {
         None,
         "XLA: groups of 43 inputs, kernels take 32 or a multiple of 64",
     ),
-    "8 bits": (uniform(W8), None, "XLA: weights of 8 bits for float inputs, kernels have 4"),
+    "6 bits": (uniform(UniformFormat(6, None)), None, "XLA: weights of 6 bits for float inputs, kernels have 4"),
+    "8 bits": (uniform(W8), None, "W8A16: filled up to 64 x 128, up to 64 tokens, more by XLA"),
+    "8 bits in groups": (
+        uniform(UniformFormat(8, 32, "symmetric")),
+        None,
+        "XLA: 2 groups of inputs, kernels of 8 bits take one scale for each output",
+    ),
+    "8 bits with zeros": (
+        uniform(UniformFormat(8, None)),
+        None,
+        "XLA: weights of 8 bits with zeros for float inputs, kernels take symmetric ones",
+    ),
     "centered": (turned(CENTERED), None, "XLA: no kernel for CenteredTensor"),
     "numbers": (jnp.ones((64, 64), jnp.bfloat16), None, "XLA: bfloat16 weights"),
     "W8A8": (uniform(W8, (576, 1536)), PerToken(8, "asymmetric"), "W8A8"),
@@ -269,6 +296,38 @@ def test_a_joined_product_gives_what_each_linear_gives() -> None:
         assert float(jnp.linalg.norm(one - other)) < 2**-7 * float(jnp.linalg.norm(other))  # rounded to bfloat16
 
 
+def test_a_head_of_8_bits_has_its_kernel_and_scales_are_kept_once() -> None:
+    """The head is prepared and restored as linears are; `make_ready` keeps no second copy of scales."""
+    head = Linear(uniform(W8, (128, 192)))
+    model = dataclasses.replace(whole_tiles(), lm_head=head)
+    prepared = prepare(model, Target.SIMULATED)
+    assert isinstance(prepared.lm_head, Linear)
+    assert isinstance(prepared.lm_head.kernel, PreparedWideTensor)
+    assert describe_products(prepared) == "simulated kernels, 7 of 7 linears and the head"
+    assert_same(prepare(prepared, Target.REFERENCE), model)
+    x = jax.random.normal(jax.random.key(0), (3, 128), jnp.bfloat16)
+    found, expected = (matmul(x, layer.kernel).astype(jnp.float32) for layer in (prepared.lm_head, head))
+    assert float(jnp.linalg.norm(found - expected)) < 2**-7 * float(jnp.linalg.norm(expected))
+
+    rounded = round_scales(model, Target.SIMULATED)
+    lean = prepare(rounded, Target.SIMULATED)
+    down = [get(one.layers[0], "mlp.down_proj").kernel for one in (prepared, lean)]
+    assert [kernel.portable_scales is None for kernel in down] == [False, True]
+    np.testing.assert_array_equal(*(kernel.dequantize() for kernel in down))  # what is multiplied is the same
+    assert_same(prepare(lean, Target.REFERENCE), rounded)
+    assert round_scales(model, Target.REFERENCE) is model
+
+
+def test_a_step_makes_sums_and_norms_by_one_kernel_each() -> None:
+    """Of a width that the kernel takes; attention is by a kernel, so that the block has a layout."""
+    config = LlamaConfig(128, 1024, 1024, 2, 8, 4, 128, max_position_embeddings=256)
+    model = jax.eval_shape(lambda tree: prepare(tree, Target.H100), abstract_llama(config, "bfloat16"))
+    cache = jax.eval_shape(lambda: empty_cache(model, 2, 128))
+    tokens = jax.ShapeDtypeStruct((2,), jnp.int32)
+    text = jax.jit(decode).trace(model, tokens, cache).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("call @_add_norm") == 5  # two in each layer and the final one
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("stacked", [False, True])
 def test_the_gpu_gives_the_logits_of_the_portable_model(stacked: bool) -> None:
@@ -315,7 +374,7 @@ def test_the_target_of_a_name(
 def test_layers_are_stacked_where_xla_multiplies_and_apart_for_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     assert_same(make_ready(MODEL, "auto"), stack_layers(MODEL))
     monkeypatch.setattr("jquant.folders.choose_target", lambda name, dtype: Target.H100)
-    assert_same(make_ready(MODEL, "auto"), prepare(MODEL, Target.H100))
+    assert_same(make_ready(MODEL, "auto"), prepare(round_scales(MODEL, Target.H100), Target.H100))
 
 
 def test_a_gpu_that_is_not_there_is_refused() -> None:

@@ -40,6 +40,10 @@ from jquant.formats.prepared_rotation import SYMMETRIES as SYMMETRIES
 from jquant.formats.prepared_rotation import PreparedRotation as PreparedRotation
 from jquant.formats.prepared_rotation import prepare_online as prepare_online
 from jquant.formats.prepared_rotation import rotation_fault as rotation_fault
+from jquant.formats.prepared_wide import WIDE_BITS as WIDE_BITS
+from jquant.formats.prepared_wide import PreparedWideTensor as PreparedWideTensor
+from jquant.formats.prepared_wide import prepare_wide as prepare_wide
+from jquant.formats.prepared_wide import wide_fault as wide_fault
 from jquant.formats.razored import RazoredFormat as RazoredFormat
 from jquant.formats.razored import RazoredTensor as RazoredTensor
 from jquant.formats.razored import quantize_razored as quantize_razored

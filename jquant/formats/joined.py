@@ -13,9 +13,12 @@ from typing import Any, Final, final
 import jax
 from flax import struct
 
-from jquant.formats.prepared import PreparedFloatTensor, PreparedIntegerTensor, PreparedTensor
+from jquant.formats.prepared import PreparedFloatTensor, PreparedIntegerTensor
+from jquant.formats.prepared_wide import PreparedWideTensor
 
-_PREPARED: Final = (PreparedFloatTensor, PreparedIntegerTensor)
+type _Prepared = PreparedFloatTensor | PreparedIntegerTensor | PreparedWideTensor
+
+_PREPARED: Final = (PreparedFloatTensor, PreparedIntegerTensor, PreparedWideTensor)
 
 
 @final
@@ -42,14 +45,14 @@ def can_join(weights: Sequence[Any]) -> bool:
     return len(kinds) == 1 and all(one.codes.shape[-2] == one.shape[1] for one in weights)
 
 
-def join_weights[T: PreparedTensor](weights: Sequence[T]) -> T:
+def join_weights[T: _Prepared](weights: Sequence[T]) -> T:
     """Returns one weight that has the outputs of several behind each other; `can_join` tells which."""
     first = weights[0]
     arrays = {name: _concatenate([getattr(one, name) for one in weights], axis) for name, axis in _axes(first).items()}
     return dataclasses.replace(first, **arrays, shape=(first.shape[0], sum(one.shape[1] for one in weights)))
 
 
-def split_weights[T: PreparedTensor](weight: T, sizes: Sequence[int]) -> tuple[T, ...]:
+def split_weights[T: _Prepared](weight: T, sizes: Sequence[int]) -> tuple[T, ...]:
     """Returns the weights, of so many outputs each, of which a weight was joined."""
     parts, start = [], 0
     for size in sizes:
@@ -59,7 +62,7 @@ def split_weights[T: PreparedTensor](weight: T, sizes: Sequence[int]) -> tuple[T
     return tuple(parts)
 
 
-def _axes(weight: PreparedTensor) -> dict[str, int]:
+def _axes(weight: _Prepared) -> dict[str, int]:
     """Returns the axis of outputs of each array, from behind, so that stacked weights can be joined too."""
     fields = [field.name for field in dataclasses.fields(weight) if field.metadata.get("pytree_node", True)]
     return {name: -2 if name == "codes" else -1 for name in fields}

@@ -7,9 +7,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from jquant.formats import Layout
 from jquant.kv import LayerCache, Rope
 from jquant.models.config import LlamaConfig
 from jquant.models.layers import apply_rope, attention, causal_mask, linear, linears, rms_norm
+from jquant.models.stream import Stream, add_norm
 from jquant.models.tree import Attention, Block, Mlp
 
 type Valid = Bool[Array, "batch tokens"] | None  # which tokens are no padding; None: all
@@ -41,6 +43,14 @@ def make_rope(layer: Attention, config: LlamaConfig) -> Rope:
 def run_block(
     layer: Block, x: Float[Array, "batch tokens hidden"], valid: Valid, attend: Attend, config: LlamaConfig
 ) -> tuple[Float[Array, "batch tokens hidden"], LayerCache, Taps]:
+    """Runs a block as `stream_block`, and adds its last update."""
+    y, cache, taps = stream_block(layer, Stream(x), valid, attend, config, Layout.PORTABLE)
+    return y.settled().value, cache, taps
+
+
+def stream_block(
+    layer: Block, x: Stream, valid: Valid, attend: Attend, config: LlamaConfig, layout: Layout
+) -> tuple[Stream, LayerCache, Taps]:
     """Runs a block, its attention by `attend`.
 
     Args:
@@ -50,16 +60,16 @@ def run_block(
       attend: takes queries, keys and values before RoPE; returns what the queries gather, and a cache or what else
         shall be kept.
       config: the model's sizes.
+      layout: whose kernel makes the norms.
 
     Returns:
-      The block's output, what `attend` keeps, and the taps.
+      The block's output, its last update not yet added, what `attend` keeps, and the taps.
     """
-    normed = rms_norm(x, layer.input_layernorm, config.rms_norm_eps)
+    value, normed = add_norm(x, layer.input_layernorm, config.rms_norm_eps, layout)
     update, cache, attention_input, attention_output = _attention(layer.self_attn, normed, valid, attend, config)
-    x = x + update
-    normed = rms_norm(x, layer.post_attention_layernorm, config.rms_norm_eps)
+    value, normed = add_norm(Stream(value, update), layer.post_attention_layernorm, config.rms_norm_eps, layout)
     update, mlp_input, mlp_hidden = _mlp(layer.mlp, normed, valid)
-    return x + update, cache, Taps(attention_input, attention_output, mlp_input, mlp_hidden)
+    return Stream(value, update), cache, Taps(attention_input, attention_output, mlp_input, mlp_hidden)
 
 
 def exact_block(

@@ -22,16 +22,18 @@ from jquant.kv import (
     view_prompt,
 )
 from jquant.matmul import matmul
-from jquant.models.block import Taps, make_rope, run_block
+from jquant.models.block import Taps, make_rope, run_block, stream_block
 from jquant.models.config import LlamaConfig
 from jquant.models.layers import attention, causal_attention, causal_mask, linear, rms_norm, rope_angles
 from jquant.models.mesh import gather_logits, look_up, on_mesh, replicate
+from jquant.models.stream import Stream, add_norm, layout_of_norms
 from jquant.models.tree import Block, Llama, Sharded, Stacked
 from jquant.types import Leaf, compute_dtype
 
-_step_packed: Final = jax.jit(step_packed)  # so that layers of one shape share one kernel, traced and lowered once
+type Apply = Callable[[Block, Any, Any], tuple[Any, Any]]
 
-type Apply = Callable[[Block, jax.Array, Any], tuple[jax.Array, Any]]
+_attend_packed: Final = jax.jit(attend_packed)  # so that layers of one shape share one kernel, traced and lowered once
+_step_packed: Final = jax.jit(step_packed)  # likewise
 
 
 @struct.dataclass
@@ -57,7 +59,10 @@ def embed(model: Llama, tokens: Int[Array, "batch tokens"]) -> Float[Array, "bat
 
 def head(model: Llama, x: Float[Array, "*batch hidden"]) -> Float[Array, "*batch vocab"]:
     """Returns the logits of hidden states: the final norm, then the output projection, in float32 or wider."""
-    normed = rms_norm(x, model.norm, model.config.rms_norm_eps)
+    return _project(model, rms_norm(x, model.norm, model.config.rms_norm_eps))
+
+
+def _project(model: Llama, normed: Float[Array, "*batch hidden"]) -> Float[Array, "*batch vocab"]:
     if model.lm_head is None:
         logits = matmul(normed, model.embed_tokens.T)
     else:
@@ -230,13 +235,14 @@ def decode(model: Llama, tokens: Int[Array, "batch"], cache: Cache) -> tuple[Flo
         positions = replicate(cache.positions + 1, model.layers)
         return replicate(logits, model.layers), Cache(layers, positions, cache.capacity)
 
-    def apply(
-        layer: Block, x: Float[Array, "batch 1 hidden"], layer_cache: LayerCache
-    ) -> tuple[Float[Array, "batch 1 hidden"], LayerCache]:
-        return step_block(layer, x, layer_cache, cache.positions, model.config)
+    def apply(layer: Block, x: Stream, layer_cache: LayerCache) -> tuple[Stream, LayerCache]:
+        y, kept = step_block(layer, x, layer_cache, cache.positions, model.config)
+        return (y.settled() if isinstance(model.layers, Stacked) else y), kept
 
-    x, layers = _through_layers(model, embed(model, tokens[:, None]), cache.layers, apply)
-    logits = head(model, x[:, 0])
+    last = model.layers.block if isinstance(model.layers, Stacked) else model.layers[-1]
+    x, layers = _through_layers(model, Stream(embed(model, tokens[:, None])), cache.layers, apply)
+    _, normed = add_norm(x, model.norm, model.config.rms_norm_eps, layout_of_norms(last.self_attn.kv_codec))
+    logits = _project(model, normed[:, 0])
     room = (cache.positions < cache.capacity)[:, None]
     kept = Cache(layers=layers, positions=cache.positions + 1, capacity=cache.capacity)
     return jnp.where(room, logits, jnp.full_like(logits, jnp.nan)), kept
@@ -334,12 +340,8 @@ def chunk_block(
 
 
 def step_block(
-    layer: Block,
-    x: Float[Array, "batch 1 hidden"],
-    cache: LayerCache,
-    positions: Int[Array, "batch"],
-    config: LlamaConfig,
-) -> tuple[Float[Array, "batch 1 hidden"], LayerCache]:
+    layer: Block, x: Stream, cache: LayerCache, positions: Int[Array, "batch"], config: LlamaConfig
+) -> tuple[Stream, LayerCache]:
     """Runs one block over one token for each row: push, read and attend, settle."""
     codec, rotation = layer.self_attn.kv_codec, layer.self_attn.query_key_rotation
     rope = make_rope(layer.self_attn, config)
@@ -360,7 +362,7 @@ def step_block(
         )
         rotated = jax.vmap(lambda query, at: rope(query, at[None]))(queries, positions)
         if packed is not None:
-            context = attend_packed(packed, pushed, rotated[:, 0], positions)[:, None]
+            context = _attend_packed(packed, pushed, rotated[:, 0], positions)[:, None]
             return context, jax.vmap(codec.settle)(pushed, positions)
         seen_keys, seen_values = jax.vmap(lambda one, at: codec.read(one, at, rope))(pushed, positions)
         slots = jnp.arange(seen_keys.shape[1])
@@ -368,13 +370,11 @@ def step_block(
         context = attention(rotated, seen_keys, seen_values, mask)
         return context, jax.vmap(codec.settle)(pushed, positions)
 
-    x, cache, _ = run_block(layer, x, None, attend, config)
-    return x, cache
+    y, cache, _ = stream_block(layer, x, None, attend, config, layout_of_norms(codec))
+    return y, cache
 
 
-def _through_layers(
-    model: Llama, x: Float[Array, "batch tokens hidden"], caches: Any, apply: Apply
-) -> tuple[Float[Array, "batch tokens hidden"], Any]:
+def _through_layers(model: Llama, x: Any, caches: Any, apply: Apply) -> tuple[Any, Any]:
     """Applies every layer in turn: a scan where they are stacked, unrolled where they are a tuple.
 
     The scan carries caches that are there already and writes each over itself, so that there is never a second set.
@@ -383,7 +383,7 @@ def _through_layers(
         return jax.lax.scan(lambda x, block: apply(block, x, None), x, model.layers.block)
     if isinstance(model.layers, Stacked):
 
-        def step(carry: tuple[Array, Any], layer: tuple[Array, Block]) -> tuple[tuple[Array, Any], None]:
+        def step(carry: tuple[Any, Any], layer: tuple[Array, Block]) -> tuple[tuple[Any, Any], None]:
             (x, caches), (index, block) = carry, layer
             own = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False), caches)
             # without the barrier XLA fuses the read into the write, and so copies all caches at every layer

@@ -19,4 +19,5 @@ from jquant.transforms.smooth import check_smoothing as check_smoothing
 from jquant.transforms.smooth import smooth as smooth
 from jquant.transforms.smooth import smooth_block as smooth_block
 from jquant.transforms.smooth import smoothing_scales as smoothing_scales
+from jquant.transforms.untie import own_head as own_head
 from jquant.transforms.untie import untie as untie

@@ -26,6 +26,16 @@ def untie(model: Llama) -> Llama:
       ((64, 128), False)
     """
     check_unquantized(model)
+    return own_head(model)
+
+
+def own_head(model: Llama) -> Llama:
+    """Returns the model with an output projection of its own, as `untie`, also where its blocks are quantized.
+
+    >>> from jquant.models import random_model, tiny_config
+    >>> own_head(random_model(tiny_config("smollm2"), jax.random.key(0))).config.tie_word_embeddings
+    False
+    """
     if model.lm_head is not None:
         return model
     table = model.embed_tokens

@@ -24,6 +24,7 @@ from jquant.formats import (
     PreparedFloatTensor,
     PreparedIntegerTensor,
     PreparedSpqrTensor,
+    PreparedWideTensor,
     QuantizedTensor,
     RazoredFormat,
     RazoredTensor,
@@ -38,6 +39,7 @@ from jquant.formats import (
     prepare_integer,
     prepare_outliers,
     prepare_signs,
+    prepare_wide,
     quantize_binary,
     quantize_centered,
     quantize_razored,
@@ -161,6 +163,11 @@ def for_integers(inputs: int, format: UniformFormat) -> tuple[PreparedIntegerTen
     return prepare_integer(tensor, Layout.HOPPER), dense
 
 
+def for_floats_in_bytes(inputs: int, format: UniformFormat) -> tuple[PreparedWideTensor, np.ndarray]:
+    tensor, dense = uniform(inputs, format)
+    return prepare_wide(tensor, Layout.HOPPER), dense
+
+
 def for_signs(inputs: int, format: BinaryFormat) -> tuple[PreparedBinaryTensor, np.ndarray]:
     tensor, dense = binary(inputs, format)
     return prepare_signs(tensor, Layout.HOPPER), dense
@@ -202,12 +209,19 @@ CASES = {
     "for floats, 3 bits, symmetric": (for_floats, 45, UniformFormat(3, None, "symmetric", "bfloat16")),
     **{f"for {bits}-bit integers": (for_integers, 45, UniformFormat(bits, None, "symmetric")) for bits in (4, 7)},
     "for 8-bit integers": (for_integers, 45, UniformFormat(8, None)),
+    "for floats, 8 bits": (for_floats_in_bytes, 45, UniformFormat(8, None, "symmetric")),
     "3 signs, for a kernel": (for_signs, 192, BinaryFormat(3, 64)),
     "spqr, for a kernel": (for_outliers, 48, SpqrFormat()),
 }
 
 MIXING = {case for case, row in CASES.items() if row[0] is turned}  # their sums round, and their outputs hang together
-PORTABLE: dict[Any, Any] = {for_floats: uniform, for_integers: uniform, for_signs: binary, for_outliers: sixteen}
+PORTABLE: dict[Any, Any] = {
+    for_floats: uniform,
+    for_integers: uniform,
+    for_floats_in_bytes: uniform,
+    for_signs: binary,
+    for_outliers: sixteen,
+}
 PREPARED = {case for case, row in CASES.items() if row[0] in PORTABLE}  # codes lie [out, in]
 CUTTABLE = {case: row for case, row in CASES.items() if case not in MIXING | PREPARED}
 
@@ -337,7 +351,10 @@ def test_what_mixes_outputs_is_not_cut(case: str) -> None:
 @pytest.mark.parametrize("case", sorted(PREPARED))
 def test_what_is_prepared_is_portable_again_bit_for_bit_and_is_not_cut(case: str) -> None:
     tensor, _ = make(case)
-    assert isinstance(tensor, PreparedFloatTensor | PreparedIntegerTensor | PreparedBinaryTensor | PreparedSpqrTensor)
+    assert isinstance(
+        tensor,
+        PreparedFloatTensor | PreparedIntegerTensor | PreparedWideTensor | PreparedBinaryTensor | PreparedSpqrTensor,
+    )
     assert_same(tensor.restore(), PORTABLE[CASES[case][0]](*CASES[case][1:])[0])
     with pytest.raises(FormatError, match=r"cannot cut a Prepared\w+ in layout hopper: restore it first"):
         split_outputs(tensor, (2, tensor.shape[1] - 2))

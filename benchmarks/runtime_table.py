@@ -20,16 +20,18 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Final
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
 
-from eval import Latency, Phase, Programs, Workload, compile_latency, measure_latency, start_decode
+from eval import Latency, Lowered, Phase, Programs, Workload, lower_latency, measure_latency, start_decode
 from jquant.folders import round_scales
-from jquant.models import SHAPES, Llama, abstract_llama, random_like
+from jquant.models import SHAPES, Llama, abstract_llama, random_like, stream
 from jquant.plan import outline
 from jquant.recipe import load_recipe
 from jquant.targets import Target, describe_products, prepare
+from pallas_kernels import norm, reference, wide
 
 STRIDE: Final = 8  # steps of one run of `advance`: the fewest that its loop takes on a GPU
 THREADS: Final = 12  # programs that XLA compiles at once
@@ -41,11 +43,19 @@ PROMPTS: Final = Workload(4, prompt=2048, tokens=0, repeats=5)
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table: presets joined by "+", each with ":" and a change where it has one, and what is timed."""
+    """One line of the table.
+
+    Attributes:
+      name: of the line.
+      recipes: presets joined by "+", each with ":" and a change where it has one; empty for bfloat16.
+      workload: what is timed.
+      ahead: whether norms ask for the next product's weight ahead of time.
+    """
 
     name: str
     recipes: str
     workload: Workload
+    ahead: bool = True
 
 
 ROWS: Final = (
@@ -55,11 +65,10 @@ ROWS: Final = (
     Row("bf16 16", "", MANY),
     Row("quarot prompts", "quarot-w4a4-rtn", PROMPTS),
     Row("bf16 prompts", "", PROMPTS),
+    Row("w4 1, nothing ahead", "rtn-w4g128+head8", ONE, ahead=False),
     Row("w4a16 prompts", "rtn-w4g128", PROMPTS),
-    Row("w4a8 prompts", "quarot-w4a4-rtn:*.per_token.bits=8", PROMPTS),
-    Row("w4 1, head bf16", "rtn-w4g128", ONE),
-    Row("quarot kv4 16", "quarot-w4a4-rtn+head8+kv4", MANY),
     Row("w4kivi2 16", "rtn-w4g128+head8+kivi-2", MANY),
+    Row("quarot kv4 16", "quarot-w4a4-rtn+head8+kv4", MANY),
 )
 
 
@@ -72,21 +81,22 @@ def main() -> None:
     rows = [row for row in ROWS if row.name in arguments.rows]
     trees = {row.name: _outline(row, arguments) for row in rows}
     pool = concurrent.futures.ThreadPoolExecutor(THREADS)
-    jobs = {
-        row.name: pool.submit(compile_latency, _abstract(trees[row.name], arguments.target), row.workload)
-        for row in rows
-    }
-    concurrent.futures.wait(jobs.values(), timeout=SHARE_TO_COMPILE * arguments.seconds)
+    jobs = {row.name: pool.submit(_lower(row, trees[row.name], arguments.target).compile) for row in rows}
+    _print(lowered=True, seconds=round(time.monotonic() - began, 1))
+    concurrent.futures.wait(jobs.values(), timeout=SHARE_TO_COMPILE * arguments.seconds - (time.monotonic() - began))
     _print(compiled=[name for name, job in jobs.items() if job.done()], seconds=round(time.monotonic() - began, 1))
+    if jax.default_backend() == "gpu":
+        _check()
     for row in sorted(rows, key=lambda row: not jobs[row.name].done()):
-        if time.monotonic() - began > arguments.seconds:
+        left = arguments.seconds - (time.monotonic() - began)
+        if left < 0:
             _print(row=row.name, skipped="no time")
             continue
         try:
-            left = arguments.seconds - (time.monotonic() - began)
             _measure(row, trees[row.name], jobs[row.name].result(timeout=left), arguments)
         except Exception as error:  # noqa: BLE001  whatever it is, it is this row's result
             _print(row=row.name, error=f"{type(error).__name__}: {error}"[:900])
+        _print(row=row.name, done=round(time.monotonic() - began, 1))
     pool.shutdown(wait=False, cancel_futures=True)
 
 
@@ -99,6 +109,29 @@ def _measure(row: Row, tree: Llama, programs: Programs, arguments: argparse.Name
     _print(**about, workload=row.workload.describe(), **_figures(found))
     if jax.default_backend() == "gpu":
         _print(**about, **_profile(model, row.workload, programs))
+
+
+def _check() -> None:
+    """Prints how far the head's kernel and the norm's are from their meaning on this GPU."""
+    keys = jax.random.split(jax.random.key(0), 5)
+    codes = jax.random.bits(keys[0], (4096, 4096), jnp.uint8).astype(jnp.int8)
+    scales = jax.random.uniform(keys[1], (4096,), jnp.float32, 0.5, 1.5)
+    weight = jax.jit(wide.prepare_w8a16)(codes, scales)
+    for rows in (1, 16):
+        x, update = (jax.random.normal(key, (rows, 4096), jnp.bfloat16) for key in keys[2:4])
+        with jax.default_matmul_precision("highest"):
+            expected = jax.jit(lambda x: (x.astype(jnp.float32) @ codes.T.astype(jnp.float32)) * scales[None])(x)
+        error = jax.jit(wide.w8a16_decode)(x, weight).astype(jnp.float32) - expected
+        sums, normed = jax.jit(lambda x, u, s: norm.add_norm(x, u, s, eps=1e-5, ahead=(codes, 2**24)))(
+            x, update, scales.astype(jnp.bfloat16)
+        )
+        sum_, normal = reference.add_norm(x, update, scales.astype(jnp.bfloat16), 1e-5)
+        _print(
+            rows=rows,
+            head=float(jnp.linalg.norm(error) / jnp.linalg.norm(expected)),
+            sums=bool(jnp.all(sums == sum_)),
+            norms=float(jnp.max(jnp.abs(normed.astype(jnp.float32) - normal.astype(jnp.float32)))),
+        )
 
 
 def _figures(found: Latency) -> dict[str, Any]:
@@ -191,8 +224,9 @@ def _ready(model: Llama, target: str) -> Llama:
     return prepare(round_scales(model, Target(target)), Target(target))
 
 
-def _abstract(model: Llama, target: str) -> Any:
-    return jax.eval_shape(lambda tree: _ready(tree, target), model)
+def _lower(row: Row, tree: Llama, target: str) -> Lowered:
+    with mock.patch.object(stream, "AHEAD", stream.AHEAD if row.ahead else 0):
+        return lower_latency(jax.eval_shape(lambda model: _ready(model, target), tree), row.workload)
 
 
 def _print(**line: Any) -> None:

@@ -2,7 +2,17 @@
 
 from eval.chat import SYSTEM_PROMPT, ChatTokenizer, Message, ReplyTimes, decode_pieces, render, reply
 from eval.completion import Completion, Ending, complete
-from eval.latency import Latency, Phase, Program, Programs, Workload, compile_latency, measure_latency, start_decode
+from eval.latency import (
+    Latency,
+    Lowered,
+    Phase,
+    Program,
+    Programs,
+    Workload,
+    lower_latency,
+    measure_latency,
+    start_decode,
+)
 from eval.likelihood import Likelihood, log_likelihoods
 from eval.magnitudes import Magnitudes, Tap, draw_magnitudes, magnitudes
 from eval.needle import NEEDLES, Needle, NeedleGrid, NeedleTest, OnCell, five_needles, needle_grid
@@ -29,6 +39,7 @@ __all__ = [
     "Ending",
     "Latency",
     "Likelihood",
+    "Lowered",
     "Magnitudes",
     "Message",
     "Needle",
@@ -48,7 +59,6 @@ __all__ = [
     "Workload",
     "block_distances",
     "check_tasks",
-    "compile_latency",
     "complete",
     "decode_pieces",
     "divergence",
@@ -56,6 +66,7 @@ __all__ = [
     "draw_map",
     "five_needles",
     "log_likelihoods",
+    "lower_latency",
     "magnitudes",
     "measure_latency",
     "needle_grid",

@@ -8,7 +8,6 @@ the second run of decode has the tokens of the first, and so on. Figures are med
 """
 
 import statistics
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,7 +22,6 @@ from jquant.models import Llama, empty_cache, place_cache, random_like
 from jquant.runtime import Writing, advance, begin, token_stride
 from jquant.types import Key
 
-_LOWERING: Final = threading.Lock()  # tracing is Python's own work and gains nothing from threads
 _MULTIPLE: Final = 128  # tokens of a cache, so that kernels that take many at once find whole tiles
 
 
@@ -150,8 +148,25 @@ class Programs:
     decode: Program | None
 
 
-def compile_latency(model: Llama, workload: Workload) -> Programs:
-    """Compiles what `measure_latency` runs. Several threads may call it at once: XLA's part then runs side by side.
+@dataclass(frozen=True)
+class Lowered:
+    """Hold the phases of one workload, lowered: what is left to do is XLA's, and threads may do it side by side.
+
+    Attributes:
+      prefill: lowered, with the seconds that it took; None if left out.
+      decode: likewise.
+    """
+
+    prefill: tuple[Any, float] | None
+    decode: tuple[Any, float] | None
+
+    def compile(self) -> Programs:
+        """Compiles both phases."""
+        return Programs(*(None if phase is None else _compiled(*phase) for phase in (self.prefill, self.decode)))
+
+
+def lower_latency(model: Llama, workload: Workload) -> Lowered:
+    """Lowers what `measure_latency` runs.
 
     Args:
       model: the model, prepared for the device that it shall run on; abstract arrays will do.
@@ -162,7 +177,7 @@ def compile_latency(model: Llama, workload: Workload) -> Programs:
 
     Example:
       >>> from jquant.models import abstract_llama, tiny_config
-      >>> compile_latency(abstract_llama(tiny_config()), Workload(2, prompt=8, tokens=0)).decode is None
+      >>> lower_latency(abstract_llama(tiny_config()), Workload(2, prompt=8, tokens=0)).compile().decode is None
       True
     """
     _check_fits(model, workload)
@@ -172,12 +187,12 @@ def compile_latency(model: Llama, workload: Workload) -> Programs:
     if workload.prompt:
         prompts = jax.ShapeDtypeStruct((workload.batch, workload.prompt), jnp.int32)
         capacity = _whole(workload.prompt + 1)
-        prefill = _compile(lambda: begin.lower(abstract, prompts, rows, stops, key, capacity=capacity))
+        prefill = _timed(lambda: begin.lower(abstract, prompts, rows, stops, key, capacity=capacity))
     if workload.tokens:
         writing = jax.eval_shape(lambda: _empty_writing(abstract, workload))
         until, room, stride = jax.ShapeDtypeStruct((), jnp.int32), workload.steps(), token_stride()
-        decode = _compile(lambda: advance.lower(abstract, writing, until, stops, key, room=room, stride=stride))
-    return Programs(prefill, decode)
+        decode = _timed(lambda: advance.lower(abstract, writing, until, stops, key, room=room, stride=stride))
+    return Lowered(prefill, decode)
 
 
 def measure_latency(model: Llama, workload: Workload, *, programs: Programs | None = None, key: Key) -> Latency:
@@ -186,7 +201,7 @@ def measure_latency(model: Llama, workload: Workload, *, programs: Programs | No
     Args:
       model: the model, prepared for the device that it runs on.
       workload: what to time.
-      programs: what `compile_latency` returned for a model of this structure and this workload; None to compile now.
+      programs: `lower_latency`'s, compiled, for a model of this structure and this workload; None to compile now.
       key: of the tokens.
 
     Raises:
@@ -199,7 +214,7 @@ def measure_latency(model: Llama, workload: Workload, *, programs: Programs | No
       >>> found.prefill.tokens, found.decode.tokens, len(found.decode.seconds)
       (16, 6, 1)
     """
-    programs = compile_latency(model, workload) if programs is None else programs
+    programs = lower_latency(model, workload).compile() if programs is None else programs
     prefill = decode = None
     cache_nbytes = live = 0
     if programs.prefill is not None:
@@ -275,14 +290,17 @@ def _empty_writing(model: Llama, workload: Workload) -> Writing:
     return Writing(tokens=none, stopped=jnp.zeros(rows, jnp.bool_), step=jnp.int32(0), cache=cache)
 
 
-def _compile(lower: Callable[[], Any]) -> Program:
+def _timed(lower: Callable[[], Any]) -> tuple[Any, float]:
     started = time.monotonic()
-    with _LOWERING:
-        lowered = lower()
+    return lower(), time.monotonic() - started
+
+
+def _compiled(lowered: Any, seconds: float) -> Program:
+    started = time.monotonic()
     program = lowered.compile()
-    seconds, sizes = time.monotonic() - started, program.memory_analysis()
+    sizes = program.memory_analysis()
     held = sizes.argument_size_in_bytes + sizes.output_size_in_bytes - sizes.alias_size_in_bytes
-    return Program(program, seconds, held + sizes.temp_size_in_bytes)
+    return Program(program, seconds + time.monotonic() - started, held + sizes.temp_size_in_bytes)
 
 
 def _live_nbytes() -> int:

@@ -4,6 +4,9 @@
 
 A block of one warpgroup makes one row, which its threads hold in registers: x is read once, sum and y are written once.
 XLA makes two kernels of it, and both read all.
+
+Of few rows most multiprocessors have nothing to do, and the memory neither: further blocks ask for the first bytes of
+the weight that is multiplied next, which come into the second level's cache while this kernel ends and that one begins.
 """
 
 import functools
@@ -12,12 +15,20 @@ from typing import Any, Final
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, BFloat16
+from jax.experimental import pallas as pl
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, gpu, llvm
+from jaxtyping import Array, BFloat16, Int
 
 from pallas_kernels import compat
 
 MULTIPLE: Final = 128 * compat.RUN_OF_ROW  # numbers of a row: runs of 16 bytes for each of 128 threads
 MOST: Final = 8 * MULTIPLE  # that a warpgroup's registers hold
+THREADS: Final = 128
+BYTES_OF_THREAD: Final = 1024  # that a thread asks for ahead; 16 MiB are 128 blocks
+ROWS_THAT_LEAVE_ROOM: Final = 64
 REDUCTION_BYTES: Final = 4 * 32  # of a sum over four warps, with room
 
 
@@ -40,6 +51,7 @@ def add_norm(
     scale: BFloat16[Array, "n"],
     *,
     eps: float,
+    ahead: tuple[Int[Array, "out in"], int] | None = None,
     simulate: compat.Simulation | None = None,
 ) -> tuple[BFloat16[Array, "rows n"], BFloat16[Array, "rows n"]]:
     """Returns the sum and its norm: `reference.add_norm`, but for the order of the mean's sums.
@@ -49,6 +61,8 @@ def add_norm(
       update: what is added to it; None for nothing.
       scale: of the norm.
       eps: added to the mean of squares.
+      ahead: codes that the next kernel reads, and how many of their first bytes to ask for, a hint without a result;
+        nothing is asked for beside more than 64 rows. None for nothing.
       simulate: run in the interpreter on the CPU with these settings; None on an H100 or H200.
 
     Raises:
@@ -59,12 +73,17 @@ def add_norm(
     if fault is not None:
         raise ValueError(f"{fault}; let XLA make the norm")
     out = jax.ShapeDtypeStruct(x.shape, x.dtype)
-    given = [x, scale] if update is None else [x, update, scale]
+    given: list[jax.Array] = [x, scale] if update is None else [x, update, scale]
+    blocks = 0
+    if ahead is not None and simulate is None and rows <= ROWS_THAT_LEAVE_ROOM:
+        codes, wanted = ahead
+        blocks = min(wanted, codes.size * compat.bits_of(codes.dtype) // 8) // (THREADS * BYTES_OF_THREAD)
+        given += [codes] * (blocks > 0)
     call = compat.kernel(
-        functools.partial(_body, numbers, eps),
+        functools.partial(_body, (rows, numbers), eps, update is not None, blocks > 0),
         out=(out,) if update is None else (out, out),
         scratch={},
-        grid={"row": rows},
+        grid={"row": rows + blocks},
         reduction_bytes=REDUCTION_BYTES,
         simulate=simulate,
     )
@@ -72,16 +91,52 @@ def add_norm(
     return (sums[0] if sums else x), normed
 
 
-def _body(numbers: int, eps: float, *references: Any) -> None:
-    """One row's program: x, then the update if there is one, the scale, then the sum if there is an update, and y."""
-    row, layout, added = lax.axis_index("row"), compat.strided(numbers), len(references) == 5
-    x_gmem, *others = references
-    sums = compat.load(x_gmem.at[row], layout, checked=False)
-    if added:
-        sums = sums + compat.load(others.pop(0).at[row], layout, checked=False)
-    scale = compat.load(others.pop(0), layout, checked=False)
-    if added:
-        others.pop(0)[row] = sums
-    wide = sums.astype(jnp.float32)
-    mean = jnp.sum(wide * wide) * jnp.float32(1 / numbers)
-    others.pop(0)[row] = (wide * lax.rsqrt(mean + jnp.float32(eps))).astype(jnp.bfloat16) * scale
+def _body(shape: tuple[int, int], eps: float, added: bool, asks: bool, x_gmem: Any, *references: Any) -> None:
+    """A row's program, or that of a block that asks for what comes next.
+
+    The references are x, the update if there is one, the scale, the codes if there are some, then the sum, y.
+    """
+    (rows, numbers), block, layout = shape, lax.axis_index("row"), compat.strided(shape[1])
+    others = list(references)
+    update_gmem = others.pop(0) if added else None
+    scale_gmem = others.pop(0)
+    codes_gmem = others.pop(0) if asks else None
+    sum_gmem = others.pop(0) if added else None
+    normed_gmem = others.pop(0)
+
+    def norm() -> None:
+        sums = compat.load(x_gmem.at[block], layout, checked=False)
+        if update_gmem is not None:
+            sums = sums + compat.load(update_gmem.at[block], layout, checked=False)
+        scale = compat.load(scale_gmem, layout, checked=False)
+        if sum_gmem is not None:
+            sum_gmem[block] = sums
+        wide = sums.astype(jnp.float32)
+        mean = jnp.sum(wide * wide) * jnp.float32(1 / numbers)
+        normed_gmem[block] = (wide * lax.rsqrt(mean + jnp.float32(eps))).astype(jnp.bfloat16) * scale
+
+    if codes_gmem is None:
+        norm()
+        return
+    pl.when(block < rows)(norm)
+
+    @pl.when(block >= rows)
+    def _() -> None:
+        _ask_for(codes_gmem, rows)
+
+
+def _ask_for(codes_gmem: Any, first: int) -> None:
+    """Asks for the bytes of this block, counted from the block `first`: `BYTES_OF_THREAD` for each thread."""
+
+    def ask(_: Any, codes: Any) -> None:
+        word, long = ir.IntegerType.get_signless(32), ir.IntegerType.get_signless(64)
+        constant: Any = arith.constant  # its wrapper is wrongly typed
+        block = arith.index_cast(word, gpu.block_id(gpu.Dimension.x))
+        thread = arith.remui(mgpu.utils.thread_idx(), constant(word, THREADS))
+        place = arith.addi(arith.muli(arith.subi(block, constant(word, first)), constant(word, THREADS)), thread)
+        start = arith.muli(arith.extui(long, place), constant(long, BYTES_OF_THREAD))
+        address = arith.addi(llvm.ptrtoint(long, mgpu.utils.memref_ptr(codes)), start)
+        ptx = f"cp.async.bulk.prefetch.L2.global [$0], {BYTES_OF_THREAD};"
+        llvm.inline_asm(ir.Type.parse("!llvm.void"), [address], ptx, "l", has_side_effects=True)
+
+    plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))(ask)(codes_gmem)

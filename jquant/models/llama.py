@@ -241,7 +241,8 @@ def decode(model: Llama, tokens: Int[Array, "batch"], cache: Cache) -> tuple[Flo
 
     last = model.layers.block if isinstance(model.layers, Stacked) else model.layers[-1]
     x, layers = _through_layers(model, Stream(embed(model, tokens[:, None])), cache.layers, apply)
-    _, normed = add_norm(x, model.norm, model.config.rms_norm_eps, layout_of_norms(last.self_attn.kv_codec))
+    layout = layout_of_norms(last.self_attn.kv_codec)
+    _, normed = add_norm(x, model.norm, model.config.rms_norm_eps, layout, model.lm_head)
     logits = _project(model, normed[:, 0])
     room = (cache.positions < cache.capacity)[:, None]
     kept = Cache(layers=layers, positions=cache.positions + 1, capacity=cache.capacity)

@@ -2,15 +2,20 @@
 
 import math
 from functools import partial
+from typing import Any, Final
 
 import jax
 from flax import struct
-from jaxtyping import Array, BFloat16, Float
+from jaxtyping import Array, BFloat16, Float, Int
 
-from jquant.formats import Layout
+from jquant.formats import Layout, PreparedFloatTensor, PreparedIntegerTensor, PreparedWideTensor
 from jquant.kv import KvCodec, attention_kernel
 from jquant.models.layers import rms_norm
+from jquant.models.tree import Linear
 from jquant.types import Leaf
+
+AHEAD: Final = 16 * 2**20  # bytes of the next product's weight that the norm before it asks for: docs/runtime.md
+_PREPARED: Final = (PreparedFloatTensor, PreparedIntegerTensor, PreparedWideTensor)
 
 
 @struct.dataclass
@@ -31,7 +36,7 @@ class Stream:
 
 
 def add_norm(
-    x: Stream, scale: Float[Array, "hidden"], eps: float, layout: Layout
+    x: Stream, scale: Float[Array, "hidden"], eps: float, layout: Layout, reader: Linear | None = None
 ) -> tuple[Float[Array, "batch tokens hidden"], Float[Array, "batch tokens hidden"]]:
     """Returns the hidden states, the update added, and their RMS norm: by one kernel where the layout has one.
 
@@ -40,6 +45,7 @@ def add_norm(
       scale: of the norm.
       eps: added to the mean of squares.
       layout: of the block that reads the norm: see `layout_of_norms`.
+      reader: the linear that reads the norm, whose weight the kernel asks the memory for ahead of time.
 
     Example:
       >>> import jax.numpy as jnp
@@ -53,7 +59,9 @@ def add_norm(
         return value, rms_norm(value, scale, eps)
     rows = value.reshape(math.prod(value.shape[:-1]), value.shape[-1])
     flat = None if update is None else update.reshape(rows.shape)
-    sums, normed = _add_norm(rows, flat, scale, eps=eps, layout=layout)
+    kernel: Any = None if reader is None else reader.kernel
+    codes = kernel.codes if AHEAD and isinstance(kernel, _PREPARED) else None
+    sums, normed = _add_norm(rows, flat, scale, codes, eps=eps, layout=layout)
     return sums.reshape(value.shape), normed.reshape(value.shape)
 
 
@@ -74,6 +82,7 @@ def _add_norm(
     rows: BFloat16[Array, "rows hidden"],
     update: BFloat16[Array, "rows hidden"] | None,
     scale: BFloat16[Array, "hidden"],
+    codes: Int[Array, "out in"] | None,
     *,
     eps: float,
     layout: Layout,
@@ -81,4 +90,5 @@ def _add_norm(
     from pallas_kernels.compat import Simulation
     from pallas_kernels.norm import add_norm as kernel
 
-    return kernel(rows, update, scale, eps=eps, simulate=Simulation() if layout is Layout.SIMULATED else None)
+    simulate, ahead = Simulation() if layout is Layout.SIMULATED else None, None if codes is None else (codes, AHEAD)
+    return kernel(rows, update, scale, eps=eps, ahead=ahead, simulate=simulate)

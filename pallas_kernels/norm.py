@@ -16,18 +16,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.mosaic import gpu as mgpu
-from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, gpu, llvm
 from jaxtyping import Array, BFloat16, Int
 
-from pallas_kernels import compat
+from pallas_kernels import compat, inline_step
 
-MULTIPLE: Final = 128 * compat.RUN_OF_ROW  # numbers of a row: runs of 16 bytes for each of 128 threads
+MULTIPLE: Final = inline_step.THREADS * compat.RUN_OF_ROW  # numbers of a row: runs of 16 bytes for each of 128 threads
 MOST: Final = 8 * MULTIPLE  # that a warpgroup's registers hold
-THREADS: Final = 128
-BYTES_OF_THREAD: Final = 1024  # that a thread asks for ahead; 16 MiB are 128 blocks
 ROWS_THAT_LEAVE_ROOM: Final = 64
 REDUCTION_BYTES: Final = 4 * 32  # of a sum over four warps, with room
 
@@ -73,70 +67,45 @@ def add_norm(
     if fault is not None:
         raise ValueError(f"{fault}; let XLA make the norm")
     out = jax.ShapeDtypeStruct(x.shape, x.dtype)
-    given: list[jax.Array] = [x, scale] if update is None else [x, update, scale]
+    given = {"x": x, "scale": scale} | ({} if update is None else {"update": update})
     blocks = 0
     if ahead is not None and simulate is None and rows <= ROWS_THAT_LEAVE_ROOM:
         codes, wanted = ahead
-        blocks = min(wanted, codes.size * compat.bits_of(codes.dtype) // 8) // (THREADS * BYTES_OF_THREAD)
-        given += [codes] * (blocks > 0)
+        blocks = min(wanted, codes.size * compat.bits_of(codes.dtype) // 8) // inline_step.BYTES_OF_BLOCK
+        given |= {"codes": codes} if blocks else {}
+    made = ("normed",) if update is None else ("normed", "sum")
     call = compat.kernel(
-        functools.partial(_body, (rows, numbers), eps, update is not None, blocks > 0),
-        out=(out,) if update is None else (out, out),
+        functools.partial(_body, (rows, numbers), eps, (*given, *made)),
+        out=tuple(out for _ in made),
         scratch={},
         grid={"row": rows + blocks},
         reduction_bytes=REDUCTION_BYTES,
         simulate=simulate,
     )
-    *sums, normed = call(*given)
+    normed, *sums = call(*given.values())
     return (sums[0] if sums else x), normed
 
 
-def _body(shape: tuple[int, int], eps: float, added: bool, asks: bool, x_gmem: Any, *references: Any) -> None:
-    """A row's program, or that of a block that asks for what comes next.
-
-    The references are x, the update if there is one, the scale, the codes if there are some, then the sum, y.
-    """
+def _body(shape: tuple[int, int], eps: float, names: tuple[str, ...], *references: Any) -> None:
+    """A row's program, or that of a block that asks for what comes next; the references have names."""
     (rows, numbers), block, layout = shape, lax.axis_index("row"), compat.strided(shape[1])
-    others = list(references)
-    update_gmem = others.pop(0) if added else None
-    scale_gmem = others.pop(0)
-    codes_gmem = others.pop(0) if asks else None
-    sum_gmem = others.pop(0) if added else None
-    normed_gmem = others.pop(0)
+    gmem = dict(zip(names, references, strict=True))
 
     def norm() -> None:
-        sums = compat.load(x_gmem.at[block], layout, checked=False)
-        if update_gmem is not None:
-            sums = sums + compat.load(update_gmem.at[block], layout, checked=False)
-        scale = compat.load(scale_gmem, layout, checked=False)
-        if sum_gmem is not None:
-            sum_gmem[block] = sums
+        sums = compat.load(gmem["x"].at[block], layout, checked=False)
+        if "update" in gmem:
+            sums = sums + compat.load(gmem["update"].at[block], layout, checked=False)
+            gmem["sum"][block] = sums
+        scale = compat.load(gmem["scale"], layout, checked=False)
         wide = sums.astype(jnp.float32)
         mean = jnp.sum(wide * wide) * jnp.float32(1 / numbers)
-        normed_gmem[block] = (wide * lax.rsqrt(mean + jnp.float32(eps))).astype(jnp.bfloat16) * scale
+        gmem["normed"][block] = (wide * lax.rsqrt(mean + jnp.float32(eps))).astype(jnp.bfloat16) * scale
 
-    if codes_gmem is None:
+    if "codes" not in gmem:
         norm()
         return
     pl.when(block < rows)(norm)
 
     @pl.when(block >= rows)
     def _() -> None:
-        _ask_for(codes_gmem, rows)
-
-
-def _ask_for(codes_gmem: Any, first: int) -> None:
-    """Asks for the bytes of this block, counted from the block `first`: `BYTES_OF_THREAD` for each thread."""
-
-    def ask(_: Any, codes: Any) -> None:
-        word, long = ir.IntegerType.get_signless(32), ir.IntegerType.get_signless(64)
-        constant: Any = arith.constant  # its wrapper is wrongly typed
-        block = arith.index_cast(word, gpu.block_id(gpu.Dimension.x))
-        thread = arith.remui(mgpu.utils.thread_idx(), constant(word, THREADS))
-        place = arith.addi(arith.muli(arith.subi(block, constant(word, first)), constant(word, THREADS)), thread)
-        start = arith.muli(arith.extui(long, place), constant(long, BYTES_OF_THREAD))
-        address = arith.addi(llvm.ptrtoint(long, mgpu.utils.memref_ptr(codes)), start)
-        ptx = f"cp.async.bulk.prefetch.L2.global [$0], {BYTES_OF_THREAD};"
-        llvm.inline_asm(ir.Type.parse("!llvm.void"), [address], ptx, "l", has_side_effects=True)
-
-    plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))(ask)(codes_gmem)
+        inline_step.ask_for(gmem["codes"], block - rows)

@@ -21,25 +21,17 @@ from typing import Any, Final, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.mosaic import gpu as mgpu
-from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import llvm
 from jaxtyping import Array, BFloat16, Float32, Int8
 
-from pallas_kernels import compat, meet
+from pallas_kernels import compat, inline_step, meet
 from pallas_kernels.decode import MOST_TOKENS, PADDED, DecodeConfig
 
 RUN: Final = 16  # inputs of one permutation
 PIECE: Final = 128  # inputs that are unpacked at once
 ROOM: Final = 226 * 1024  # bytes of shared memory of a block
 DEPTHS: Final = (256, 128, 64)
-_PTX: Final = """{ .reg .b32 t, low, sign, bias; mov.b32 bias, 0x43004300; shr.u32 t, $2, 8;
-lop3.b32 low, $2, 0x007F007F, bias, 0xEA; lop3.b32 sign, $2, 0x00800080, bias, 0xEA; sub.bf16x2 $0, low, sign;
-lop3.b32 low, t, 0x007F007F, bias, 0xEA; lop3.b32 sign, t, 0x00800080, bias, 0xEA; sub.bf16x2 $1, low, sign; }"""
 
 
 class WideWeight(NamedTuple):
@@ -237,36 +229,16 @@ class _Kernel:
             for start in range(0, self.config.depth, self.piece):
                 inputs = pl.ds(start, self.piece)
                 codes = memory["codes_smem"].at[warpgroup, slot, :, inputs]
-                operand = _unpacked(codes, (rows, self.piece), simulated=self.simulated)
+                if self.simulated:
+                    operand = _permuted(codes[...], (4, 2, 2), (2, 0, 1)).astype(jnp.bfloat16)
+                else:
+                    operand = inline_step.unpack_bytes(codes, (rows, self.piece))
                 compat.multiply(accumulator, operand, memory["x_smem"].at[warpgroup, slot, :, inputs].T, bounce)
                 if self.simulated:
                     compat.finish(0)
             return accumulator[...]
 
         return sum_ + compat.in_scope(product, compat.Accumulator((rows, self.columns), jnp.float32))
-
-
-def _unpacked(codes: Any, shape: tuple[int, int], *, simulated: bool) -> Any:
-    """Turns stored codes in shared memory into the tensor cores' bfloat16 operand, in registers."""
-    if simulated:
-        return _permuted(codes[...], (4, 2, 2), (2, 0, 1)).astype(jnp.bfloat16)
-
-    def convert(_: Any, packed: Any) -> Any:
-        layout = compat.C.to_mgpu()
-        out = np.empty(layout.registers_shape(shape), dtype=object)
-        word, pair = ir.IntegerType.get_signless(32), ir.VectorType.get((2,), ir.BF16Type.get())
-        both = llvm.StructType.get_literal([word, word])
-        for index, register in np.ndenumerate(packed.registers):
-            found = llvm.inline_asm(both, [mgpu.utils.bitcast(register, word)], _PTX, "=r,=r,r")
-            for half in range(2):
-                place = [0] * out.ndim
-                place[0], place[1], place[4] = index[0], 2 * index[1] + half, index[4]
-                out[tuple(place)] = mgpu.utils.bitcast(llvm.extractvalue(word, found, (half,)), pair)
-        return mgpu.FragmentedArray(_registers=out, _layout=layout, _is_signed=None)
-
-    result = plgpu.ShapeDtypeStruct(shape, jnp.bfloat16, compat.C)
-    inline: Any = plgpu.inline_mgpu(arg_types=(compat.INT8_OPERAND,), return_type=result)
-    return inline(convert)(compat.load(codes, compat.INT8_OPERAND))
 
 
 def _permuted(codes: jax.Array, lengths: tuple[int, int, int], axes: tuple[int, int, int]) -> jax.Array:

@@ -8,7 +8,7 @@ import jax
 from flax import struct
 from jaxtyping import Array, BFloat16, Float, Int
 
-from jquant.formats import Layout, PreparedFloatTensor, PreparedIntegerTensor, PreparedWideTensor
+from jquant.formats import Layout, PreparedFloatTensor, PreparedIntegerTensor, PreparedWideTensor, unproven
 from jquant.kv import KvCodec, attention_kernel
 from jquant.models.layers import rms_norm
 from jquant.models.tree import Linear
@@ -54,7 +54,7 @@ def add_norm(
       ([[[2.0, 2.0]]], [[[1.0, 1.0]]])
     """
     value, update = x.value, x.update
-    if layout is Layout.PORTABLE or not _has_kernel(value, scale):
+    if layout is Layout.PORTABLE or unproven(layout) or not _has_kernel(value, scale):
         value = x.settled().value
         return value, rms_norm(value, scale, eps)
     rows = value.reshape(math.prod(value.shape[:-1]), value.shape[-1])

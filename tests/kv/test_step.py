@@ -69,8 +69,9 @@ def test_the_kernel_writes_what_push_writes(name: str) -> None:
     np.testing.assert_array_equal(found, queries)
 
 
-def test_a_step_is_two_kernels_a_layer() -> None:
+def test_a_step_is_two_kernels_a_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     """One that writes, in place, and one that attends; lowered for a GPU."""
+    monkeypatch.setenv("JQUANT_UNPROVEN", "1")
     config = dataclasses.replace(tiny_config(), head_dim=64, num_hidden_layers=2)
     model = abstract_llama(config, "bfloat16")
     for index in range(2):
@@ -78,13 +79,20 @@ def test_a_step_is_two_kernels_a_layer() -> None:
     ready = prepare(model, Target.H100)
     cache = jax.eval_shape(lambda: empty_cache(ready, 2, 128))
     tokens = jax.ShapeDtypeStruct((2,), jnp.int32)
-    lowered = jax.jit(decode, donate_argnums=2).trace(ready, tokens, cache).lower(lowering_platforms=("cuda",))
+    lowered = (
+        jax.jit(lambda *given: decode(*given), donate_argnums=2)
+        .trace(ready, tokens, cache)
+        .lower(lowering_platforms=("cuda",))
+    )
     text = lowered.as_text()
     assert text.count("stablehlo.custom_call @mosaic_gpu_v2") == 2  # each written once, for both layers
     assert text.count("#stablehlo.output_operand_alias<") == 3  # keys, values and grids
 
 
 def test_who_is_written_otherwise() -> None:
+    hopper = attention_kernel(pack_codec(ExactKv(), Layout.HOPPER))
+    assert hopper is not None
+    assert append_fault(hopper, None, jnp.bfloat16) == "its kernel was not run on a GPU yet: JQUANT_UNPROVEN=1 takes it"
     assert append_fault(packed_codec(PerTokenKv(bits=4)), online_rotation(64), jnp.bfloat16) is None
     for own, rotation, message in (
         (PerTokenKv(bits=4, grid="symmetric"), None, "symmetric grids"),

@@ -56,6 +56,7 @@ def test_shapes_have_the_sizes_of_the_models() -> None:
         "llama-2-7b": 6.74,
         "llama-3.1-8b": 8.03,
         "llama-3.1-70b": 70.55,
+        "llama-3.1-405b": 405.85,
         "qwen3-8b": 8.19,
     }
 

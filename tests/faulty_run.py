@@ -47,9 +47,12 @@ def recipe() -> Recipe:
     return parse_recipe(RECIPE)
 
 
-def run(folder: Path, **options: Any) -> None:
-    """Quantize, block by block, activations in a file."""
-    quantize(folder / "source", folder / "out", recipe(), memory="blocks", activations="disk", **options)
+def run(folder: Path, devices: int = 1, **options: Any) -> None:
+    """Quantize, block by block, activations in a file, windows spread over devices."""
+    spread = tuple(jax.devices()[:devices])
+    quantize(
+        folder / "source", folder / "out", recipe(), memory="blocks", activations="disk", devices=spread, **options
+    )
 
 
 def fork(job: Callable[[], None], out: Path, kill_after: float | None = None) -> tuple[int, float]:
@@ -94,22 +97,24 @@ def clear(folder: Path) -> None:
 
 
 def first(folder: Path, times: int = 1) -> tuple[str, float]:
-    """Run undisturbed; return the digest, and the seconds of the last run, when programs are compiled."""
-    for _ in range(times):
-        status, seconds = fork(lambda: run(folder), folder / "words")
+    """Run undisturbed on one device, then on two by turns; return the digest and the last run's seconds."""
+    found = set()
+    for index in range(times):
+        status, seconds = fork(lambda devices=1 + index % 2: run(folder, devices), folder / "words")
         assert status == 0, (folder / "words").read_text()
-        expected = whole(folder / "out")
+        found.add(whole(folder / "out"))
         clear(folder)
+    (expected,) = found
     return expected, seconds
 
 
 def kills(folder: Path) -> dict[str, Any]:
-    """Kill a run at random moments, going on each time; a run that ends is followed by a new one."""
-    expected, seconds = first(folder, 2)
+    """Kill a run at random moments, going on each time on another number of devices; one that ends begins anew."""
+    expected, seconds = first(folder, 4)
     moments = np.random.default_rng(SEED).uniform(0.1, 1.0, KILLS) * seconds
     found, killed, ended, blocks = {expected}, 0, 0, []
-    for moment in moments:
-        status, _ = fork(lambda: run(folder), folder / "words", moment)
+    for index, moment in enumerate(moments):
+        status, _ = fork(lambda devices=1 + index % 2: run(folder, devices), folder / "words", moment)
         assert status in (0, -signal.SIGKILL), (folder / "words").read_text()
         killed, ended = killed + (status != 0), ended + (status == 0)
         blocks.append(sum(map(is_checkpoint, (folder / "out.partial").glob("block-*"))))
@@ -213,6 +218,7 @@ SCENARIOS: Final = {"kills": kills, "disks": disks, "clocks": clocks, "exports":
 def main() -> None:
     """Run one scenario; print what it found as JSON."""
     folder = Path(sys.argv[1])
+    jax.config.update("jax_num_cpu_devices", 2)
     jax.config.update("jax_compilation_cache_dir", sys.argv[3])
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     assert orbax.checkpoint.__name__  # imported before any fork

@@ -49,6 +49,7 @@ def play(folder: Path, scenario: str, cache: Path) -> dict[str, Any]:
 
 @pytest.mark.slow
 def test_a_run_killed_at_twenty_random_moments_gives_the_same_bits(folder: Path, cache: Path) -> None:
+    """On one device and on two by turns."""
     found = play(folder, "kills", cache)
     assert found["killed"] + found["ended"] == faulty_run.KILLS
     assert found["killed"] >= faulty_run.KILLS // 2

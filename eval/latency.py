@@ -7,6 +7,7 @@ Programs are compiled ahead and timed apart; a first run of each is not counted.
 the second run of decode has the tokens of the first, and so on. Figures are medians.
 """
 
+import dataclasses
 import statistics
 import time
 from collections.abc import Callable
@@ -15,10 +16,12 @@ from typing import Any, Final, Literal
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
 
 from jquant.errors import DataError
 from jquant.formats import tree_nbytes
-from jquant.models import Llama, empty_cache, place_cache, random_like
+from jquant.models import Llama, Sharded, empty_cache, place_cache, random_like
+from jquant.models.mesh import cache_spec
 from jquant.runtime import Writing, advance, begin, token_stride
 from jquant.types import Key
 
@@ -181,17 +184,17 @@ def lower_latency(model: Llama, workload: Workload) -> Lowered:
       True
     """
     _check_fits(model, workload)
-    abstract, key = jax.eval_shape(lambda tree: tree, model), jax.eval_shape(lambda: jax.random.key(0))
+    key = jax.eval_shape(lambda: jax.random.key(0))
     rows, stops = jax.ShapeDtypeStruct((workload.batch,), jnp.int32), jax.ShapeDtypeStruct((0,), jnp.int32)
     prefill = decode = None
     if workload.prompt:
         prompts = jax.ShapeDtypeStruct((workload.batch, workload.prompt), jnp.int32)
         capacity = _whole(workload.prompt + 1)
-        prefill = _timed(lambda: begin.lower(abstract, prompts, rows, stops, key, capacity=capacity))
+        prefill = _timed(lambda: begin.lower(model, prompts, rows, stops, key, capacity=capacity))
     if workload.tokens:
-        writing = jax.eval_shape(lambda: _empty_writing(abstract, workload))
+        writing = _abstract_writing(model, workload)
         until, room, stride = jax.ShapeDtypeStruct((), jnp.int32), workload.steps(), token_stride()
-        decode = _timed(lambda: advance.lower(abstract, writing, until, stops, key, room=room, stride=stride))
+        decode = _timed(lambda: advance.lower(model, writing, until, stops, key, room=room, stride=stride))
     return Lowered(prefill, decode)
 
 
@@ -233,11 +236,11 @@ def start_decode(model: Llama, workload: Workload, *, key: Key) -> Writing:
       workload: what is timed.
       key: of the numbers.
     """
-    writing = jax.eval_shape(lambda: _empty_writing(model, workload))
+    abstract = jax.eval_shape(lambda: _empty_writing(model, workload)).cache
     rows, context = workload.batch, workload.decode_context()
     chosen = jax.random.randint(key, (rows,), 0, model.config.vocab_size, jnp.int32)
-    layers = place_cache(model, random_like(writing.cache, key).layers)
-    cache = writing.cache.replace(layers=layers, positions=jnp.full(rows, context, jnp.int32))
+    layers = place_cache(model, random_like(abstract, key).layers)
+    cache = abstract.replace(layers=layers, positions=jnp.full(rows, context, jnp.int32))
     return Writing(tokens=chosen, stopped=jnp.zeros(rows, jnp.bool_), step=jnp.int32(0), cache=cache)
 
 
@@ -281,6 +284,18 @@ def _time_decode(model: Llama, workload: Workload, program: Program, key: Key) -
         times.append(time.monotonic() - started)
     tokens = workload.batch * workload.steps()
     return Phase(tuple(times[1:]), program.compile_seconds, tokens, program.peak_nbytes), nbytes, _live_nbytes()
+
+
+def _abstract_writing(model: Llama, workload: Workload) -> Writing:
+    """Returns the shapes of what decode begins with, its caches where the model has them."""
+    writing = jax.eval_shape(lambda: _empty_writing(model, workload))
+    if not isinstance(model.layers, Sharded):
+        return writing
+    place = NamedSharding(model.layers.mesh, cache_spec(model.layers))
+    layers = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), writing.cache.layers
+    )
+    return dataclasses.replace(writing, cache=writing.cache.replace(layers=layers))
 
 
 def _empty_writing(model: Llama, workload: Workload) -> Writing:

@@ -19,7 +19,6 @@ import dataclasses
 import enum
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final, Literal
 
@@ -81,6 +80,7 @@ from jquant.models import (
     put,
     split_shared,
 )
+from jquant.products import Product
 from jquant.types import DType
 
 type TargetName = Literal["auto", "reference", "h100", "h200"]
@@ -117,27 +117,6 @@ _PREPARED: Final = (*_UNIFORM[1:], PreparedBinaryTensor, PreparedSpqrTensor)
 _OF_NUMBERS: Final = {"W4A16": prepare_float, "W8A16": prepare_wide}
 _INTEGERS: Final = ("W4A8", "W8A8")
 _WRAPPERS: Final = (PermutedTensor, RotatedTensor, ShardedTensor)  # their rules multiply by the inner tensor
-
-
-@dataclass(frozen=True)
-class Product:
-    """What multiplies one linear's input by its weight.
-
-    Attributes:
-      kernel: the kernels' name, such as "W4A16"; None where XLA multiplies.
-      note: the shape to which the weight is filled up, or why there is no kernel; empty for neither.
-    """
-
-    kernel: str | None
-    note: str = ""
-
-    def describe(self) -> str:
-        """Returns both in words.
-
-        >>> Product("W4A16").describe(), Product(None, "float32 weights").describe()
-        ('W4A16', 'XLA: float32 weights')
-        """
-        return ": ".join(part for part in (self.kernel or "XLA", self.note) if part)
 
 
 def choose_product(layer: Linear, target: Target) -> Product:

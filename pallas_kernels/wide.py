@@ -95,8 +95,9 @@ def choose_wide(tokens: int, inputs: int) -> DecodeConfig:
       ValueError: no configuration divides the inputs.
 
     Example:
-      >>> choose_wide(1, 4096)
-      DecodeConfig(depth=256, stages=2, warpgroups=2, splits=1, rows=64, cluster=False, together=1, barriers='by step')
+      >>> config = choose_wide(1, 4096)
+      >>> config.depth, config.stages, config.warpgroups
+      (256, 2, 2)
     """
     for config in _candidates(tokens, inputs):
         return config

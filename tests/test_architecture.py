@@ -20,7 +20,7 @@ FLOORS: Final = (
     ("jquant.matmul",),
     ("jquant.kv", "jquant.activations", "jquant.quantizers"),
     ("jquant.models",),
-    ("jquant.structure",),
+    ("jquant.structure", "jquant.products"),
     ("jquant.transforms", "jquant.blocks", "jquant.runtime", "jquant.targets", "jquant.checkpoint", "jquant.sharding"),
     ("convert", "jquant.calibration", "jquant.costs", "jquant.inspection", "eval"),
     ("jquant.passes", "jquant.folders", "jquant.progress"),

@@ -31,7 +31,6 @@ from jquant.models.tree import Block, Llama, Sharded, Stacked
 from jquant.types import Leaf, compute_dtype
 
 type Apply = Callable[[Block, Any, Any], tuple[Any, Any]]
-
 _attend_packed: Final = jax.jit(attend_packed)  # so that layers of one shape share one kernel, traced and lowered once
 _step_packed: Final = jax.jit(step_packed)  # likewise
 

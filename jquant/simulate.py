@@ -31,7 +31,7 @@ class Rate(NamedTuple):
 
 
 _SOLVE: Final = "2026-11-22-h100-quantize-time.jsonl (parts of one block)"
-_MESH: Final = "benchmarks/two_devices.py, two H200, 2026-11-22"
+_MESH: Final = "2026-11-22-h200x2-two-devices.jsonl"
 _RUNTIME: Final = "2026-11-22-h100-runtime.jsonl (run 2, w4)"
 _MEMORY: Final = "2026-11-22-cpu-quantize-memory.jsonl (second run, 2 shared cores)"
 

@@ -167,7 +167,7 @@ def _kernel(case: Case, config: Config, x: jax.Array, steps: jax.Array, shift: j
 
 @functools.partial(jax.jit, static_argnums=0)
 def _meaning(case: Case, given: Operands) -> jax.Array:
-    """In float32 throughout: XLA's own int8 product was twice the right one on an H100 with its autotuning off."""
+    """In float32 throughout: XLA's own int8 product seems to be twice the right one on an H100, its autotuning off."""
     if case.kind == "w4a16":
         return reference.float_matmul(given.x, given.codes, given.scales, given.zeros)
     return reference.float_matmul(_dense_x(given), given.codes, given.scales)

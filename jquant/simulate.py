@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
+from jquant.blocks import LANES
 from jquant.errors import RecipeError
 from jquant.models import BLOCK_LINEARS
 from jquant.plan import Plan
@@ -123,8 +124,9 @@ def simulate(figures: Plan, *, devices: int, table_nbytes: int, kv_heads: int, c
         raise RecipeError(f"{devices} devices: give 1 at least")
     rates = {name: rate.value for name, rate in RATES.items()}
     needs, work = figures.needs, figures.work
-    efficiency = rates["efficiency of 2"] ** math.log2(devices)
-    activations = needs.sets * needs.activations // devices
+    workers = min(devices, LANES)  # windows are cut into so many lanes
+    efficiency = rates["efficiency of 2"] ** math.log2(workers)
+    activations = needs.sets * needs.activations // workers
     tensor = math.gcd(min(devices, _HOST_DEVICES), kv_heads)
     cache_nbytes = round(figures.cache.nbytes_per_token * context)
     read = figures.nbytes - table_nbytes + cache_nbytes
@@ -136,7 +138,7 @@ def simulate(figures: Plan, *, devices: int, table_nbytes: int, kv_heads: int, c
         device_nbytes=max(needs.block + needs.solved + activations + needs.device_working, needs.node),
         host_seconds=figures.source_nbytes / rates["host"],
         calibration_seconds=(work.forward / rates["forward"] + work.statistics / rates["statistics"])
-        / devices
+        / workers
         / efficiency,
         solve_seconds=work.solves / rates["solves"],
         compile_seconds=rates["compilation"] if work.solves else 0.0,

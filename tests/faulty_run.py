@@ -111,9 +111,11 @@ def first(folder: Path, times: int = 1) -> tuple[str, float]:
 def kills(folder: Path) -> dict[str, Any]:
     """Kill a run at random moments, going on each time on another number of devices; one that ends begins anew."""
     expected, seconds = first(folder, 4)
-    moments = np.random.default_rng(SEED).uniform(0.1, 1.0, KILLS) * seconds
+    moments = np.random.default_rng(SEED).uniform(0.1, 1.0, 4 * KILLS) * seconds
     found, killed, ended, blocks = {expected}, 0, 0, []
     for index, moment in enumerate(moments):
+        if killed == KILLS:
+            break
         status, _ = fork(lambda devices=1 + index % 2: run(folder, devices), folder / "words", moment)
         assert status in (0, -signal.SIGKILL), (folder / "words").read_text()
         killed, ended = killed + (status != 0), ended + (status == 0)

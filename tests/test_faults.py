@@ -51,8 +51,7 @@ def play(folder: Path, scenario: str, cache: Path) -> dict[str, Any]:
 def test_a_run_killed_at_twenty_random_moments_gives_the_same_bits(folder: Path, cache: Path) -> None:
     """On one device and on two by turns."""
     found = play(folder, "kills", cache)
-    assert found["killed"] + found["ended"] == faulty_run.KILLS
-    assert found["killed"] >= faulty_run.KILLS // 2
+    assert found["killed"] == faulty_run.KILLS
     assert len(set(found["blocks"])) > 1  # it was stopped at different places
     assert (found["digests"], found["status"], found["left"]) == (1, 0, [])
     assert recorded_digest(folder / "out")

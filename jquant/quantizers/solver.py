@@ -12,6 +12,7 @@ from typing import Any, Final
 import jax
 import jax.numpy as jnp
 
+from jquant.formats import Layout, unproven
 from jquant.types import DType
 
 _HOPPER: Final = re.compile(r"\bG?(H100|H200)\b")  # in JAX's `device_kind`, such as "NVIDIA H100 80GB HBM3"
@@ -34,15 +35,17 @@ class Solver(enum.Enum):
     HOPPER = "hopper"
     SIMULATED = "simulated"
 
-    def resolve(self, dtype: DType, rows: int = KERNEL_ROWS) -> "Solver":
+    def resolve(self, dtype: DType, rows: int = KERNEL_ROWS, *, proven: bool = True) -> "Solver":
         """Returns what rounds blocks of so many rows of a dtype: one of the others, by the kind of the first device.
+
+        A kernel that is not `proven`, as no GPU has run it, is left alone as `jquant.formats.unproven` says.
 
         >>> Solver.MACHINE.resolve("float64")
         <Solver.SCAN: 'scan'>
         """
         if self is not Solver.MACHINE:
             return self
-        served = jnp.dtype(dtype) == jnp.float32 and rows <= KERNEL_ROWS
+        served = jnp.dtype(dtype) == jnp.float32 and rows <= KERNEL_ROWS and (proven or not unproven(Layout.HOPPER))
         hopper = served and _HOPPER.search(jax.devices()[0].device_kind) is not None
         return Solver.HOPPER if hopper else Solver.SCAN
 

@@ -79,8 +79,12 @@ def convert_checkpoint(
     model = open_lazily(source, dtype=dtype)
     on_progress(Progress("reading and saving"))
     nbytes = tree_nbytes(model.abstract)
-    details = (("source", str(source)), ("bytes", nbytes), ("seconds", time.monotonic() - started))
-    save_lazily(model, out, files=files | {REPORT: Report(details=details).to_json().encode()})
+
+    def report() -> bytes:  # when all is read and saved
+        seconds = time.monotonic() - started
+        return Report(details=(("source", str(source)), ("bytes", nbytes), ("seconds", seconds))).to_json().encode()
+
+    save_lazily(model, out, files={**files, REPORT: report})
     return model.abstract
 
 

@@ -17,7 +17,6 @@ reason, before any work. Widths that kernels do not take are filled up where gro
 
 import dataclasses
 import enum
-import re
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any, Final, Literal
@@ -49,6 +48,7 @@ from jquant.formats import (
     UniformTensor,
     binary_fault,
     float_fault,
+    hopper_card,
     integer_fault,
     integer_kind,
     most_outliers,
@@ -109,7 +109,6 @@ _LAYOUTS: Final[Mapping[Target, Layout]] = {
     Target.H200: Layout.HOPPER,
     Target.SIMULATED: Layout.SIMULATED,
 }
-_HOPPER: Final = re.compile(r"\bG?(H100|H200)\b")  # in JAX's `device_kind`, such as "NVIDIA H100 80GB HBM3"
 _UNIFORM: Final = (UniformTensor, PreparedFloatTensor, PreparedIntegerTensor, PreparedWideTensor)
 _BINARY: Final = (BinaryTensor, PreparedBinaryTensor)
 _SPQR: Final = (SpqrTensor, PreparedSpqrTensor)
@@ -259,12 +258,12 @@ def choose_target(name: TargetName, dtype: DType) -> Target:
       <Target.REFERENCE: 'reference'>
     """
     kind = jax.devices()[0].device_kind
-    found = _HOPPER.search(kind)
-    if name == "reference" or (name == "auto" and (found is None or jnp.dtype(dtype) != jnp.bfloat16)):
+    card = hopper_card(kind)
+    if name == "reference" or (name == "auto" and (card is None or jnp.dtype(dtype) != jnp.bfloat16)):
         return Target.REFERENCE
-    if found is None:
+    if card is None:
         raise RecipeError(f"--target {name}: this machine has {kind}, no H100 or H200; give auto or reference")
-    return Target(found.group(1).lower() if name == "auto" else name)
+    return Target(card.lower() if name == "auto" else name)
 
 
 def describe_products(model: Llama) -> str:

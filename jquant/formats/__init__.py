@@ -6,6 +6,7 @@ from jquant.formats.activation import SplitActivation as SplitActivation
 from jquant.formats.activation import UniformActivation as UniformActivation
 from jquant.formats.base import Layout as Layout
 from jquant.formats.base import QuantizedTensor as QuantizedTensor
+from jquant.formats.base import hopper_card as hopper_card
 from jquant.formats.base import split_outputs as split_outputs
 from jquant.formats.base import tree_nbytes as tree_nbytes
 from jquant.formats.binary import BinaryFormat as BinaryFormat

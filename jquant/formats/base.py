@@ -4,8 +4,9 @@ import abc
 import dataclasses
 import enum
 import math
+import re
 from collections.abc import Sequence
-from typing import Any, ClassVar, final
+from typing import Any, ClassVar, Final, final
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,8 @@ from flax import struct
 from jaxtyping import Array, Float
 
 from jquant.errors import FormatError
+
+_HOPPER: Final = re.compile(r"\bG?(H100|H200)\b")
 
 
 class Layout(enum.Enum):
@@ -27,6 +30,16 @@ class Layout(enum.Enum):
     PORTABLE = "portable"
     HOPPER = "hopper"
     SIMULATED = "simulated"
+
+
+def hopper_card(kind: str) -> str | None:
+    """Returns which card of the generation JAX's `device_kind` names; None for any other device.
+
+    >>> hopper_card("NVIDIA H100 80GB HBM3"), hopper_card("NVIDIA GH200 480GB"), hopper_card("cpu")
+    ('H100', 'H200', None)
+    """
+    found = _HOPPER.search(kind)
+    return None if found is None else found[1]
 
 
 class QuantizedTensor(abc.ABC):

@@ -5,17 +5,15 @@ Both do the same in the same order (`pallas_kernels.feedback`). The scan takes s
 """
 
 import enum
-import re
 from collections.abc import Callable
 from typing import Any, Final
 
 import jax
 import jax.numpy as jnp
 
-from jquant.formats import Layout, unproven
+from jquant.formats import Layout, hopper_card, unproven
 from jquant.types import DType
 
-_HOPPER: Final = re.compile(r"\bG?(H100|H200)\b")  # in JAX's `device_kind`, such as "NVIDIA H100 80GB HBM3"
 SCANNED_ROWS: Final = 64  # rows of a scan between matrix products; GPTQ's paper has 128, the codes are the same
 KERNEL_ROWS: Final = 128  # rows of a kernel, whose triangle of the factor lies in shared memory
 
@@ -46,7 +44,7 @@ class Solver(enum.Enum):
         if self is not Solver.MACHINE:
             return self
         served = jnp.dtype(dtype) == jnp.float32 and rows <= KERNEL_ROWS and (proven or not unproven(Layout.HOPPER))
-        hopper = served and _HOPPER.search(jax.devices()[0].device_kind) is not None
+        hopper = served and hopper_card(jax.devices()[0].device_kind) is not None
         return Solver.HOPPER if hopper else Solver.SCAN
 
     @property

@@ -289,7 +289,7 @@ def _kept(store: BlockStore) -> Iterator[None]:
         if store.lock is None:
             raise
         if not finished:
-            shutil.rmtree(store.path, ignore_errors=True)
+            _remove(store.path)
             raise
         kept = f"{finished} finished blocks are kept in {store.path}; run the same command again to go on"
         raise type(error)(f"{error}\n{kept}") from error
@@ -306,12 +306,23 @@ def _remove_store(path: Path) -> None:
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("the result is saved")
     if jax.process_index() == 0:
-        shutil.rmtree(path, ignore_errors=True)
+        _remove(path)
+
+
+def _remove(store: Path) -> None:
+    """Renames a store, then deletes it: a kill meanwhile leaves what the next run sweeps up, never a damaged block.
+
+    The name is free: what had it before was swept up when this run began. A store that cannot be renamed stays whole.
+    """
+    stale = store.with_name(f".{store.name.removesuffix(_STORE_SUFFIX)}.finished{_STORE_SUFFIX}")
+    with contextlib.suppress(OSError):
+        store.replace(stale)
+    shutil.rmtree(stale, ignore_errors=True)
 
 
 def _remove_stale(out: Path) -> None:
-    """Removes what a killed run left of an unfinished save; the store's lock says that no other run writes here."""
-    for stale in out.parent.glob(f".{out.name}.*.partial"):
+    """Removes what a killed run left of a save or of a store; the store's lock says that no other run writes here."""
+    for stale in out.parent.glob(f".{out.name}.*{_STORE_SUFFIX}"):
         shutil.rmtree(stale, ignore_errors=True)
 
 

@@ -5,7 +5,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import jax
 import jax.numpy as jnp
@@ -176,6 +176,28 @@ def test_disk_that_fills_up_while_saving_costs_no_finished_block(tmp_path: Path)
 def test_killed_save_is_swept_up(source: Path, tmp_path: Path) -> None:
     (tmp_path / ".out.abc.partial").mkdir()
     quantize(source, tmp_path / "out", rtn())
+    assert not list(tmp_path.glob(".out*"))
+
+
+def test_store_half_removed_is_no_damaged_store(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    remove = shutil.rmtree
+
+    def die(folder: Path, **options: Any) -> None:
+        blocks = sorted(Path(folder).glob("block-*"))
+        if not blocks:
+            remove(folder, **options)
+            return
+        (blocks[-1] / "report.json").unlink()
+        raise Stop
+
+    with monkeypatch.context() as patches:
+        patches.setattr(shutil, "rmtree", die)
+        with pytest.raises(Stop):
+            quantize(source, tmp_path / "out", rtn())
+    expected = recorded_digest(tmp_path / "out")
+    (tmp_path / "out").rename(tmp_path / "first")
+    quantize(source, tmp_path / "out", rtn())
+    assert recorded_digest(tmp_path / "out") == expected
     assert not list(tmp_path.glob(".out*"))
 
 

@@ -87,6 +87,8 @@ def weighted_kmeans(histogram: Histogram, clusters: int) -> Float[np.ndarray, "{
         )
     masses = np.concatenate([[0.0], np.cumsum(histogram.masses[occupied])])
     moments = np.concatenate([[0.0], np.cumsum(histogram.moments[occupied])])
+    grows = np.concatenate([[True], np.diff(masses) > 0.0])  # a bin too light to change the sum goes with the next
+    masses, moments = masses[grows], moments[grows]
     count = len(masses) - 1
 
     def gain(first: np.ndarray, last: np.ndarray) -> np.ndarray:

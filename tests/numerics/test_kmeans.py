@@ -46,6 +46,11 @@ def test_fewer_values_than_clusters_repeat_the_largest() -> None:
     assert found.tolist() == [-0.5, 0.25, 0.25, 0.25]
 
 
+def test_weights_that_are_lost_in_the_sum_are_no_clusters() -> None:
+    found = weighted_kmeans(count_values(np.array([-0.75, -0.5, 0.5, 0.625]), np.array([1.0, 1e-30, 1.0, 1e-30])), 4)
+    assert found.tolist() == [-0.75, 0.5, 0.5, 0.5]
+
+
 def test_histograms_add_up() -> None:
     values, weights = np.random.default_rng(0).uniform(-1.2, 1.2, (2, 50)), np.ones((2, 50))
     parts = [count_values(*row) for row in zip(values, weights, strict=True)]

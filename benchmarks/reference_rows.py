@@ -28,13 +28,13 @@ from eval.perplexity import perplexity
 from jquant.activations import ActivationMethod, ActivationRazor, OutlierSplit, PerToken
 from jquant.blocks import ActivationRule, Distill, QuantizeWeights, Rule, Training
 from jquant.data import load_text, token_windows
-from jquant.exact_passes import FoldNorms, LearnRotation, Rotate, Untie
+from jquant.exact_passes import FoldNorms, LearnRotation, Rotate, Smooth, Untie
 from jquant.formats import BinaryFormat, RazoredFormat, SpqrFormat, UniformFormat
 from jquant.inspection import inspect_model
 from jquant.kv import DynamicRazorKv, Kivi, KvCodec, PerTokenKv
 from jquant.kv_passes import CalibrateKvQuant, CalibrateRazorKv, SetKvCodec
 from jquant.models import Llama, stack_layers
-from jquant.passes import Context, ModelPass, QuantizeActivations, Sequential, Smooth, run_passes
+from jquant.passes import Context, ModelPass, QuantizeActivations, Sequential, run_passes
 from jquant.quantizers import Bcq, Gptq, GptqRazor, Quip, Razor, Rtn, Spqr, WeightQuantizer, ZeroQuant
 
 type Passes = tuple[ModelPass, ...]

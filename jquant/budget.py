@@ -74,14 +74,15 @@ def predict(figures: Plan, way: Way, *, has_device: bool) -> Memory:
       has_device: whether the device has a memory of its own.
     """
     needs = figures.needs
-    kept = needs.sets * needs.activations
+    sets = needs.sets + (needs.trail if way.model == "blocks" else 0)
+    kept = sets * needs.activations
     piece = min(kept, _PIECES * needs.piece)
     transient = int((_READING - 1) * needs.array)
     if way.model == "whole":
         held = figures.source_nbytes + figures.store_nbytes
         reading = figures.source_nbytes + transient
     else:
-        held = needs.block + needs.solved
+        held = max(needs.block + needs.solved, needs.node)
         reading = needs.node + transient + min(figures.nbytes, PART_NBYTES)  # what was written lingers
     solving = (
         held
@@ -89,11 +90,22 @@ def predict(figures: Plan, way: Way, *, has_device: bool) -> Memory:
         + (kept if way.activations == "device" else piece)
     )
     writing = (_WRITING if way.model == "blocks" else 1) * max(min(figures.nbytes, PART_NBYTES), needs.result_node)
-    in_memory = needs.activations if way.activations == "host" else 0
+    in_memory = (sets - needs.sets + 1) * needs.activations if way.activations == "host" else 0
     if has_device:
         return Memory(_BASE + in_memory + max(transient, writing), max(solving, needs.node))
     ending = writing + (figures.store_nbytes + figures.source_nbytes if way.model == "whole" else 0)
     return Memory(_BASE + in_memory + max(solving, reading, ending), 0)
+
+
+def activations_on_disk(figures: Plan, way: Way) -> int:
+    """Returns the bytes of the file that activations are kept in, 0 where they are kept elsewhere.
+
+    Args:
+      figures: a run's plan.
+      way: how it works.
+    """
+    sets = 1 + (figures.needs.trail if way.model == "blocks" else 0)
+    return sets * figures.needs.activations if way.activations == "disk" else 0
 
 
 def choose(

@@ -28,6 +28,8 @@ _ROUNDED: Final = 10  # bytes a weight that rounding a matrix takes at once; mem
 _TRAINED: Final = 6  # arrays of a trained block's size alive at once; memory_analysis of `train_block` on CPU
 _KEPT_HIDDEN: Final = 16  # arrays [tokens, hidden] that one window's gradient keeps, likewise
 _KEPT_INNER: Final = 8  # arrays [tokens, inner], likewise
+_SEARCHED: Final = 9  # bytes a weight that judging an alpha takes at once; memory_analysis of `measure_rounding` on CPU
+_QUANTILES: Final = 12  # bytes a number that a channel's quantiles take: float32, its copy, and that sorted; likewise
 _DEVICE_SQUARES: Final = 3  # the same on an H100: 26.2 GB at the peak of Llama-3.1-8B's GPTQ, 2.2 of them working
 _SOLVE_WEIGHTS: Final = 4  # arrays [n, m], likewise
 _LOGITS: Final = 256  # positions whose logits are alive at once where a loss is differentiated
@@ -103,6 +105,18 @@ def rounding_nbytes(inputs: int, outputs: int) -> int:
     return _ROUNDED * inputs * outputs
 
 
+def searching_nbytes(block: Block, config: LlamaConfig, length: int) -> int:
+    """Returns the bytes that a search for SmoothQuant's alpha needs beside a block: it rounded, and a window's scores.
+
+    Args:
+      block: the block; abstract will do.
+      config: the model's sizes.
+      length: tokens of a window.
+    """
+    scores = _SCORES * config.num_attention_heads * length * length
+    return _SEARCHED * _weights(block) + _FLOAT32 * scores
+
+
 def observing_nbytes(block: Block, config: LlamaConfig, length: int) -> int:
     """Returns the bytes that measuring caches needs beside models and activations: a dense block, one window's cache.
 
@@ -111,9 +125,8 @@ def observing_nbytes(block: Block, config: LlamaConfig, length: int) -> int:
       config: the model's sizes.
       length: tokens of a window.
     """
-    weights = sum(math.prod(get(block, name).kernel.shape) for names in SITES.values() for name in names)
     scores = _SCORES * config.num_attention_heads * length * length
-    return _FLOAT32 * (weights + scores + 2 * length * config.num_key_value_heads * config.head_dim)
+    return _FLOAT32 * (_weights(block) + scores + 2 * length * config.num_key_value_heads * config.head_dim)
 
 
 def training_nbytes(block: Block, config: LlamaConfig, length: int) -> int:
@@ -139,6 +152,23 @@ def gradient_nbytes(config: LlamaConfig, length: int) -> int:
     return _FLOAT32 * (inputs + _kept_numbers(config, length))
 
 
+def codebook_nbytes(block: Block, config: LlamaConfig, samples: int, length: int) -> int:
+    """Returns the bytes that fitting KVQuant's codebooks needs beside models and activations.
+
+    The largest of: all keys of a layer, to be sorted; the head in float32 with some positions' logits and their
+    gradients; a window's gradient through a block in float32, and the inputs of all blocks for that window.
+
+    Args:
+      block: the block; abstract will do.
+      config: the model's sizes.
+      samples: windows.
+      length: tokens of a window.
+    """
+    keys = _QUANTILES * samples * length * config.num_key_value_heads * config.head_dim
+    head = _FLOAT32 * config.vocab_size * (config.hidden_size + 2 * min(_LOGITS, length))
+    return max(keys, head, gradient_nbytes(config, length) + _FLOAT32 * _weights(block))
+
+
 def learning_operations(block: Block, config: LlamaConfig, length: int) -> int:
     """Returns the operations of one block and window in a step that learns rotations.
 
@@ -161,6 +191,10 @@ def learning_nbytes(config: LlamaConfig, length: int) -> int:
       length: tokens of a window.
     """
     return gradient_nbytes(config, length) + _FLOAT32 * (_LOGITS * config.vocab_size + _SQUARES * config.hidden_size**2)
+
+
+def _weights(block: Block) -> int:
+    return sum(math.prod(get(block, name).kernel.shape) for names in SITES.values() for name in names)
 
 
 def _kept_numbers(config: LlamaConfig, length: int) -> int:

@@ -1,31 +1,36 @@
-"""Model passes of exact transforms: each is glue over a function of `jquant.transforms`, one of them learned."""
+"""Model passes of exact transforms: each is glue over a function of `jquant.transforms`; two measure or learn first."""
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Final, final
+from typing import Any, Final, final
 
 import jax
 import numpy as np
 
 from jquant.blocks import ActivationRule, InputQuantizers, QuantizeWeights, Rule
-from jquant.calibration import RotationTraining, learn_rotation
+from jquant.calibration import AlphaSearch, RotationTraining, collect_absmax, learn_rotation, search_alpha
 from jquant.errors import RecipeError
 from jquant.formats import OrthogonalMatrix
 from jquant.kv import PerTokenKv
-from jquant.models import BLOCK_LINEARS, LazyModel, Llama, blocks, rewrite, set_kv_codec, stack_layers
+from jquant.models import BLOCK_LINEARS, LazyModel, Llama, blocks, in_memory, rewrite, set_kv_codec, stack_layers
 from jquant.numerics import nearest_orthogonal
 from jquant.passes import Context, ModelPass
 from jquant.quantizers import WeightQuantizer
 from jquant.report import Report
 from jquant.transforms import (
     ROTATED_PARTS,
+    SMOOTHED,
     RotatedPart,
     Turns,
+    check_alpha,
     check_foldable,
     check_rotation,
+    check_smoothing,
     check_unquantized,
     fold_norms,
     rotate,
+    smooth,
     subtract_embedding_mean,
     untie,
 )
@@ -225,17 +230,17 @@ class LearnRotation(ModelPass):
         """Rotates with a seed from the run's key, learns, and rotates the model as it came by both."""
         assert context.tokens is not None
         seed = _seed(context)
-        kept = None if context.store is None else context.store.get_whole()
-        if kept is None:
+        tokens = context.tokens
+
+        def learn() -> tuple[Any, Report]:
             rounded = self._rounded(rotate(model, parts=self.parts, matrix=self.matrix, seed=seed))
-            matrices, losses = learn_rotation(rounded, context.tokens, self.training, self._quantizers(model))
-            del rounded
+            matrices, losses = learn_rotation(rounded, tokens, self.training, self._quantizers(model))
             told = {"matrix": self.matrix, "parts": list(self.parts), "seed": seed, "losses": list(losses)}
-            kept = matrices, Report(details=(("rotation", told),))
-            if context.store is not None:
-                context.store.put_whole(*kept)
-        turns = Turns(*(nearest_orthogonal(np.asarray(matrix)) for matrix in kept[0]))
-        return rotate(model, parts=self.parts, matrix=self.matrix, seed=seed, turns=turns), kept[1]
+            return matrices, Report(details=(("rotation", told),))
+
+        matrices, report = context.resumed(learn)
+        turns = Turns(*(nearest_orthogonal(np.asarray(matrix)) for matrix in matrices))
+        return rotate(model, parts=self.parts, matrix=self.matrix, seed=seed, turns=turns), report
 
     def _quantizers(self, model: Llama) -> tuple[tuple[str, WeightQuantizer], ...]:
         """Returns what rounds the weights of a block's linears, which must be the same in each block."""
@@ -255,3 +260,62 @@ class LearnRotation(ModelPass):
         layers = tuple(place(block, index, {}) for index, block in enumerate(blocks(model)))
         model = dataclasses.replace(model, layers=layers)
         return stack_layers(model if self.kv_codec is None else set_kv_codec(model, self.kv_codec))
+
+
+@final
+@dataclass(frozen=True)
+class Smooth(ModelPass):
+    """SmoothQuant: moves large channels from the inputs of q, k, v, gate and up into their weights (arXiv:2211.10438).
+
+    Attributes:
+      alpha: how much moves, 0 to 1; or a search, whose candidate of least error is taken and whose table is reported.
+    """
+
+    alpha: float | AlphaSearch = 0.5
+
+    def __post_init__(self) -> None:
+        """Refuses an alpha outside 0..1."""
+        if not isinstance(self.alpha, AlphaSearch):
+            check_alpha(self.alpha)
+
+    def needs_tokens(self) -> bool:
+        """Tells that the largest activations are measured."""
+        return True
+
+    def check(self, model: Llama) -> None:
+        """Refuses a model that is quantized already."""
+        check_smoothing(model)
+
+    def __call__(self, model: Llama, context: Context) -> tuple[Llama, Report]:
+        """Measures the model as it stands, and smooths it."""
+        change, report = self._measure(in_memory(model), context)
+        return change(model), report
+
+    def streams(self) -> bool:
+        """Tells that blocks are measured, and smoothed, one after another."""
+        return True
+
+    def stream(self, model: LazyModel, context: Context) -> tuple[LazyModel, Report]:
+        """Measures block by block, and smooths blocks as they are read."""
+        change, report = self._measure(model, context)
+        return rewrite(model, change), report
+
+    def _measure(self, model: LazyModel, context: Context) -> tuple[Callable[[Llama], Llama], Report]:
+        """Returns what smooths the model, and what there is to report; what was measured is kept in the store."""
+        tokens = context.tokens
+        assert tokens is not None
+
+        def measure() -> tuple[Any, Report]:
+            if not isinstance(self.alpha, AlphaSearch):
+                found, report = collect_absmax(model, tokens, context.keeping()), Report()
+            else:
+                found, errors = search_alpha(model, tokens, self.alpha, context.keeping())
+                best = min(errors, key=lambda one: one.error)
+                table = {"alpha": best.alpha, "errors": [dataclasses.asdict(one) for one in errors]}
+                report = Report(details=(("smoothing", table),))
+            return tuple(tuple(largest[pair.site] for pair in SMOOTHED) for largest in found), report
+
+        kept, report = context.resumed(measure)
+        alpha = dict(report.details)["smoothing"]["alpha"] if isinstance(self.alpha, AlphaSearch) else self.alpha
+        absmax = [dict(zip((pair.site for pair in SMOOTHED), pairs, strict=True)) for pairs in kept]
+        return lambda whole: smooth(whole, absmax, alpha), report

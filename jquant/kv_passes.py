@@ -107,8 +107,24 @@ class CalibrateRazorKv(ModelPass):
 
     def __call__(self, model: Llama, context: Context) -> tuple[Llama, Report]:
         """Measures and puts the codecs."""
-        assert context.tokens is not None
-        return calibrate_razor_kv(model, context.tokens, **dataclasses.asdict(self)), Report()
+        codecs, report = self._codecs(model, context)
+        return put_codecs(model, codecs), report
+
+    def streams(self) -> bool:
+        """Tells that blocks are measured one after another."""
+        return True
+
+    def stream(self, model: LazyModel, context: Context) -> tuple[LazyModel, Report]:
+        """Measures block by block, and puts the codecs as blocks are read."""
+        codecs, report = self._codecs(model, context)
+        return rewrite(model, lambda whole: put_codecs(whole, codecs)), report
+
+    def _codecs(self, model: Llama | LazyModel, context: Context) -> tuple[tuple[KvCodec, ...], Report]:
+        tokens = context.tokens
+        assert tokens is not None
+        return context.resumed(
+            lambda: (calibrate_razor_kv(model, tokens, context.keeping(), **dataclasses.asdict(self)), Report())
+        )
 
     def _abstract(self) -> RazorKv:
         settings = dataclasses.asdict(self)
@@ -141,8 +157,24 @@ class CalibrateFloat8Kv(ModelPass):
 
     def __call__(self, model: Llama, context: Context) -> tuple[Llama, Report]:
         """Measures and puts the codecs."""
-        assert context.tokens is not None
-        return calibrate_float8_kv(model, context.tokens, prompt=self.prompt), Report()
+        codecs, report = self._codecs(model, context)
+        return put_codecs(model, codecs), report
+
+    def streams(self) -> bool:
+        """Tells that blocks are measured one after another."""
+        return True
+
+    def stream(self, model: LazyModel, context: Context) -> tuple[LazyModel, Report]:
+        """Measures block by block, and puts the codecs as blocks are read."""
+        codecs, report = self._codecs(model, context)
+        return rewrite(model, lambda whole: put_codecs(whole, codecs)), report
+
+    def _codecs(self, model: Llama | LazyModel, context: Context) -> tuple[tuple[KvCodec, ...], Report]:
+        tokens = context.tokens
+        assert tokens is not None
+        return context.resumed(
+            lambda: (calibrate_float8_kv(model, tokens, context.keeping(), prompt=self.prompt), Report())
+        )
 
 
 @final
@@ -182,8 +214,24 @@ class CalibrateKvQuant(ModelPass):
 
     def __call__(self, model: Llama, context: Context) -> tuple[Llama, Report]:
         """Measures and puts the codecs."""
-        assert context.tokens is not None
-        return calibrate_kvquant(model, context.tokens, **dataclasses.asdict(self)), Report()
+        codecs, report = self._codecs(model, context)
+        return put_codecs(model, codecs), report
+
+    def streams(self) -> bool:
+        """Tells that blocks are measured one after another."""
+        return True
+
+    def stream(self, model: LazyModel, context: Context) -> tuple[LazyModel, Report]:
+        """Measures block by block, and puts the codecs as blocks are read."""
+        codecs, report = self._codecs(model, context)
+        return rewrite(model, lambda whole: put_codecs(whole, codecs)), report
+
+    def _codecs(self, model: Llama | LazyModel, context: Context) -> tuple[tuple[KvCodec, ...], Report]:
+        tokens = context.tokens
+        assert tokens is not None
+        return context.resumed(
+            lambda: (calibrate_kvquant(model, tokens, context.keeping(), **dataclasses.asdict(self)), Report())
+        )
 
     def _abstract(self, model: Llama) -> KvQuant:
         settings = {name: value for name, value in dataclasses.asdict(self).items() if name != "qnorm"}
@@ -229,7 +277,17 @@ class LoadKvCodecs(ModelPass):
     def __call__(self, model: Llama, context: Context) -> tuple[Llama, Report]:
         """Loads the codecs and puts them, unless they were calibrated on another model."""
         del context
-        return load_kv_codecs(model, self.path), Report()
+        return put_codecs(model, load_kv_codecs(model, self.path)), Report()
+
+    def streams(self) -> bool:
+        """Tells that each layer has its own codec."""
+        return True
+
+    def stream(self, model: LazyModel, context: Context) -> tuple[LazyModel, Report]:
+        """Loads the codecs, and puts them as blocks are read."""
+        del context
+        codecs = load_kv_codecs(model, self.path)
+        return rewrite(model, lambda whole: put_codecs(whole, codecs)), Report()
 
     def _abstract(self) -> list[KvCodec]:
         tree = abstract_tree(self.path)

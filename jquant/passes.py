@@ -15,23 +15,20 @@ from jaxtyping import Array, Int
 
 from jquant.blocks import SITES, ActivationPlace, ActivationRule, BlockPass, Devices, InputQuantizers
 from jquant.calibration import (
-    AlphaSearch,
     BlockStore,
     Keeping,
     SharedStatistics,
     check_weights,
-    collect_absmax,
     quantize_blocks,
-    search_alpha,
     stream_blocks,
 )
 from jquant.checkpoint import digest_lazily
 from jquant.errors import FormatError, RecipeError
 from jquant.formats import QuantizedTensor
-from jquant.models import Block, LazyModel, Linear, Llama, blocks, get, in_memory, rewrite
+from jquant.models import Block, LazyModel, Linear, Llama, blocks, get, in_memory, put, rewrite, with_head
 from jquant.quantizers import WeightQuantizer
 from jquant.report import BlockReport, Report
-from jquant.transforms import check_alpha, check_smoothing, own_head, smooth
+from jquant.transforms import own_head
 from jquant.types import Key
 
 _WHOLE: Final = "needs the whole model in memory: it cannot run one block at a time (--memory blocks)"
@@ -59,6 +56,19 @@ class Context:
     activations: ActivationPlace = "device"
     devices: Devices = ()
     on_block: Callable[[BlockReport], None] = lambda report: None
+
+    def keeping(self, statistics: SharedStatistics | None = None) -> Keeping:
+        """Returns where calibration keeps what it makes on the way."""
+        return Keeping(self.store, statistics, self.activations, self.devices)
+
+    def resumed[T](self, compute: Callable[[], tuple[T, Report]]) -> tuple[T, Report]:
+        """Returns what a pass computes of the whole model: from the store if it is there, else computed and kept."""
+        kept = None if self.store is None else self.store.get_whole()
+        if kept is None:
+            kept = compute()
+            if self.store is not None:
+                self.store.put_whole(*kept)
+        return kept
 
 
 class ModelPass(abc.ABC):
@@ -133,7 +143,7 @@ class Sequential(ModelPass):
 
     def stream(self, model: LazyModel, context: Context) -> tuple[LazyModel, Report]:
         """Runs `calibration.stream_blocks`."""
-        keeping = Keeping(context.store, self._shared(model, context), context.activations, context.devices)
+        keeping = context.keeping(self._shared(model, context))
         return stream_blocks(
             model, context.tokens, self.passes, key=context.key, keeping=keeping, on_block=context.on_block
         )
@@ -209,50 +219,14 @@ class QuantizeActivations(ModelPass):
         """Runs `calibration.stream_blocks`, or places what needs no calibration as blocks are read."""
         if not self.needs_tokens():
             return rewrite(model, self._place), Report()
-        keeping = Keeping(context.store, None, context.activations, context.devices)
-        model, _ = stream_blocks(model, context.tokens, (self.as_block_pass(),), key=context.key, keeping=keeping)
-        return model, Report()
+        keeping, passes = context.keeping(), (self.as_block_pass(),)
+        return stream_blocks(model, context.tokens, passes, key=context.key, keeping=keeping)[0], Report()
 
     def _place(self, model: Llama) -> Llama:
         place = self.as_block_pass().place
         return dataclasses.replace(
             model, layers=tuple(place(one, index, {}) for index, one in enumerate(blocks(model)))
         )
-
-
-@final
-@dataclass(frozen=True)
-class Smooth(ModelPass):
-    """SmoothQuant: moves large channels from the inputs of q, k, v, gate and up into their weights (arXiv:2211.10438).
-
-    Attributes:
-      alpha: how much moves, 0 to 1; or a search, whose candidate of least error is taken and whose table is reported.
-    """
-
-    alpha: float | AlphaSearch = 0.5
-
-    def __post_init__(self) -> None:
-        """Refuses an alpha outside 0..1."""
-        if not isinstance(self.alpha, AlphaSearch):
-            check_alpha(self.alpha)
-
-    def needs_tokens(self) -> bool:
-        """Tells that the largest activations are measured."""
-        return True
-
-    def check(self, model: Llama) -> None:
-        """Refuses a model that is quantized already."""
-        check_smoothing(model)
-
-    def __call__(self, model: Llama, context: Context) -> tuple[Llama, Report]:
-        """Measures the model as it stands, and smooths it."""
-        assert context.tokens is not None
-        if not isinstance(self.alpha, AlphaSearch):
-            return smooth(model, collect_absmax(model, context.tokens), self.alpha), Report()
-        absmax, errors = search_alpha(model, context.tokens, self.alpha)
-        best = min(errors, key=lambda one: one.error)
-        table = {"alpha": best.alpha, "errors": [dataclasses.asdict(one) for one in errors]}
-        return smooth(model, absmax, best.alpha), Report(details=(("smoothing", table),))
 
 
 @final
@@ -296,9 +270,31 @@ class QuantizeHead(ModelPass):
 
     def __call__(self, model: Llama, context: Context) -> tuple[Llama, Report]:
         """Quantizes the head and reports the norm of its error as a share of the weight's."""
-        kernel, figures = jax.jit(self.quantizer)(_head(model).kernel, None, context.key)
+        kernel, report = self._quantized(_head(model).kernel, context)
+        return self._placed(model, kernel), report
+
+    def streams(self) -> bool:
+        """Tells that the head is a node of its own."""
+        return True
+
+    def stream(self, model: LazyModel, context: Context) -> tuple[LazyModel, Report]:
+        """Quantizes the head, keeps it in the store, and reads it from there."""
+        store = context.store
+        assert store is not None
+        abstract = self.outline(model.abstract)
+
+        def solve() -> tuple[Any, Report]:
+            name = "embed_tokens" if model.abstract.lm_head is None else "lm_head"
+            head = _head(put(model.abstract, name, model.read(name)))
+            kernel, report = self._quantized(head.kernel, context)
+            return dataclasses.replace(head, kernel=kernel), report
+
+        return with_head(model, abstract, store.whole), context.resumed(solve)[1]
+
+    def _quantized(self, weight: Any, context: Context) -> tuple[Any, Report]:
+        kernel, figures = jax.jit(self.quantizer)(weight, None, context.key)
         error = float(jnp.sqrt(jnp.sum(figures["weight_error"]) / jnp.sum(figures["weight_norm"])))
-        return self._placed(model, kernel), Report(details=(("head", {"relative error of weights": error}),))
+        return kernel, Report(details=(("head", {"relative error of weights": error}),))
 
     def _placed(self, model: Llama, kernel: Any) -> Llama:
         return dataclasses.replace(own_head(model), lm_head=dataclasses.replace(_head(model), kernel=kernel))

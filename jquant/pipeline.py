@@ -23,7 +23,7 @@ from jaxtyping import Int32
 from convert import Consumer, ExportFormat, Verified, export_model, locate, open_source
 from convert.huggingface import StoredDtype
 from jquant.blocks import ActivationPlace, Devices
-from jquant.budget import ModelPlace, available, choose, describe_memory
+from jquant.budget import ModelPlace, activations_on_disk, available, choose, describe_memory
 from jquant.calibration import BlockStore, WeightFaults
 from jquant.checkpoint import digest, digest_lazily, is_checkpoint, save_lazily
 from jquant.data import TextTokenizer, load_text, load_windows, token_windows
@@ -178,7 +178,7 @@ def quantize(
     if several and memory == "blocks":
         raise RecipeError("several processes have the whole model each: leave memory=blocks out, or take one process")
     way = choose(figures, recipe, "whole" if several else memory, activations, available())
-    needed = figures.nbytes + figures.store_nbytes + (figures.needs.activations if way.activations == "disk" else 0)
+    needed = figures.nbytes + figures.store_nbytes + activations_on_disk(figures, way)
     if first:
         _check_store(store_path, resume=resume)
         prepare_output(out, nbytes=needed - _size_of(store_path))

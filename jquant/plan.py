@@ -11,34 +11,21 @@ import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from jquant.blocks import SITES, Distill, QuantizeWeights, piece_size
+from jquant.blocks import SITES, Distill, QuantizeWeights
 from jquant.calibration import AlphaSearch
-from jquant.costs import (
-    Work,
-    device_working_nbytes,
-    forward_operations,
-    gradient_nbytes,
-    hessian_operations,
-    learning_nbytes,
-    learning_operations,
-    observing_nbytes,
-    rounding_nbytes,
-    solve_operations,
-    training_nbytes,
-    working_nbytes,
-)
+from jquant.costs import Work, forward_operations, hessian_operations, learning_operations, solve_operations
 from jquant.errors import RecipeError
-from jquant.exact_passes import LearnRotation
+from jquant.exact_passes import LearnRotation, Smooth
 from jquant.formats import QuantizedTensor, split_outputs, tree_nbytes
 from jquant.inspection import CacheFacts, measure_cache
 from jquant.kv_passes import CalibrateFloat8Kv, CalibrateKvQuant, CalibrateRazorKv
-from jquant.models import Llama, blocks, get, linear_paths, put, top_nodes
-from jquant.passes import ModelPass, QuantizeActivations, Sequential, Smooth
+from jquant.models import Llama, blocks, get, linear_paths, put
+from jquant.needs import Needs, measure_needs
+from jquant.passes import ModelPass, QuantizeActivations, Sequential
 from jquant.quantizers import WeightQuantizer
 from jquant.recipe import Calibration, Recipe
 
@@ -64,36 +51,6 @@ class LinearPlan:
     def bits_per_weight(self) -> float:
         """Returns 8 * bytes / (in * out)."""
         return 8.0 * self.nbytes / math.prod(self.shape)
-
-
-class Needs(NamedTuple):
-    """Hold bytes of what a run has in memory at once, by which `jquant.budget` predicts its peak.
-
-    Attributes:
-      block: the largest block of the source.
-      solved: the largest block of the result.
-      node: the largest of the source's table, blocks and head.
-      result_node: the same of the result.
-      array: the source's largest array.
-      activations: the inputs of one block over all calibration text; 0 if none are carried.
-      sets: how many such sets there are at once.
-      piece: the inputs that are on the device at once where they are kept elsewhere.
-      working: what a solve, or a block over one window, takes beside all these.
-      device_working: the same on a GPU, whose solves hold less.
-      movable: whether the inputs can be kept off the device.
-    """
-
-    block: int
-    solved: int
-    node: int
-    result_node: int
-    array: int
-    activations: int
-    sets: int
-    piece: int
-    working: int
-    device_working: int
-    movable: bool
 
 
 @dataclass(frozen=True)
@@ -185,20 +142,8 @@ def plan(model: Llama, recipe: Recipe) -> Plan:
     length = recipe.calibration.length if recipe.calibration else 0
     samples = recipe.calibration.samples if recipe.calibration else 0
     heavy = {_shape(model, solve) for solve in solves if solve.quantizer.statistic is not None}
-    learning = [part for one in recipe.passes for part in _block_passes(one) if isinstance(part, Distill)]
-    sets = 2 + 2 * any(part.needs_inputs() for part in learning)
-    activations = sets * samples * length * model.config.hidden_size * jnp.dtype(model.embed_tokens.dtype).itemsize
-    others = 0
-    if learning:
-        others = max(others, training_nbytes(get(model, "layers.0"), model.config, length))
-    if any(isinstance(one, CalibrateFloat8Kv | CalibrateRazorKv) for one in recipe.passes):
-        others = max(others, observing_nbytes(get(model, "layers.0"), model.config, length))
-    if any(isinstance(one, LearnRotation) for one in recipe.passes):  # on a rotated copy of the model
-        others = max(others, tree_nbytes(model) + learning_nbytes(model.config, length))
-    if any(isinstance(one, CalibrateKvQuant) for one in recipe.passes):
-        others = max(others, gradient_nbytes(model.config, length))
-    working = max(working_nbytes(model.config, length, heavy), others)
-    on_device = max(device_working_nbytes(model.config, length, heavy), others)
+    light = {_shape(model, solve) for solve in solves if solve.quantizer.statistic is None}
+    needs = measure_needs(model, result, recipe, heavy, light)
     return Plan(
         linears=tuple(
             LinearPlan(path, kernel.shape, methods.get(path, UNTOUCHED), tree_nbytes(kernel))
@@ -207,43 +152,13 @@ def plan(model: Llama, recipe: Recipe) -> Plan:
         source_nbytes=tree_nbytes(model),
         nbytes=tree_nbytes(result),
         store_nbytes=tree_nbytes(result.layers),
-        peak_nbytes=tree_nbytes(model) + tree_nbytes(result.layers) + activations + working,
+        peak_nbytes=tree_nbytes(model) + tree_nbytes(result.layers) + needs.sets * needs.activations + needs.working,
         tokens=samples * length,
         work=work,
         solve_shapes=tuple(dict.fromkeys(_shape(model, solve) for solve in solves)),
         cache=measure_cache(result),
-        needs=_needs(model, result, recipe, sets, (working, on_device), _rounding(model, solves)),
+        needs=needs,
     )
-
-
-def _needs(model: Llama, result: Llama, recipe: Recipe, sets: int, working: tuple[int, int], rounding: int) -> Needs:
-    calibration = recipe.calibration
-    carried = calibration is not None and any(one.needs_tokens() for one in recipe.passes)
-    shape = (
-        (calibration.samples, calibration.length, model.config.hidden_size) if calibration and carried else (0, 0, 0)
-    )
-    dtype = jnp.dtype(model.embed_tokens.dtype)
-    parts = [part for one in recipe.passes for part in _block_passes(one)]
-    measuring = [one for one in recipe.passes if one.needs_tokens()]
-    return Needs(
-        block=max(map(tree_nbytes, blocks(model))),
-        solved=max(map(tree_nbytes, blocks(result))),
-        node=max(tree_nbytes(get(model, node)) for node in top_nodes(model)),
-        result_node=max(tree_nbytes(get(result, node)) for node in top_nodes(result)),
-        array=max(map(tree_nbytes, jax.tree.leaves(model))),
-        activations=math.prod(shape) * dtype.itemsize,
-        sets=sets,
-        piece=piece_size(shape, dtype) * math.prod(shape[1:]) * dtype.itemsize if carried else 0,
-        working=max(working[0], rounding),
-        device_working=max(working[1], rounding),
-        movable=carried and all(one.streams() for one in measuring) and not any(one.needs_teacher() for one in parts),
-    )
-
-
-def _rounding(model: Llama, solves: list[Solve]) -> int:
-    """Returns the bytes that the largest solve without a Hessian takes beside its kernel."""
-    light = {_shape(model, solve) for solve in solves if solve.quantizer.statistic is None}
-    return max((rounding_nbytes(*shape) for shape in light), default=0)
 
 
 def outline(model: Llama, recipe: Recipe) -> Llama:
@@ -288,7 +203,7 @@ def list_solves(block_pass: QuantizeWeights, index: int) -> Iterator[Solve]:
 def _measuring(one: ModelPass, model: Llama, calibration: Calibration | None) -> Work:
     """Returns the work of a pass that measures the whole model, or learns on it: in runs of all blocks over all text.
 
-    SmoothQuant and QRazor's cache: once, and once more for each candidate of a search. KVQuant: once for its ranges,
+    SmoothQuant and QRazor's cache: once; a search once more, and once for each candidate. KVQuant: once for its ranges,
     and three times for its gradients: forward, and block by block again and back, without gradients of weights.
     """
     if calibration is None:
@@ -298,7 +213,7 @@ def _measuring(one: ModelPass, model: Llama, calibration: Calibration | None) ->
         return Work(forward=windows * learning_operations(get(model, "layers.0"), model.config, calibration.length))
     runs = {Smooth: 1, CalibrateFloat8Kv: 1, CalibrateRazorKv: 1, CalibrateKvQuant: 4}.get(type(one), 0)
     if isinstance(one, Smooth) and isinstance(one.alpha, AlphaSearch):
-        runs += len(one.alpha.candidates)
+        runs += 1 + len(one.alpha.candidates)
     block = forward_operations(get(model, "layers.0"), model.config, calibration.length)["end"]
     return Work(forward=runs * model.config.num_hidden_layers * calibration.samples * block)
 

@@ -23,10 +23,10 @@ from jquant.activations import ActivationRazor, OutlierSplit, PerToken, StaticTe
 from jquant.blocks import Distill, QuantizeWeights
 from jquant.data import PYTHON_DOCS
 from jquant.errors import RecipeError
-from jquant.exact_passes import FoldNorms, LearnRotation, Rotate, Untie
+from jquant.exact_passes import FoldNorms, LearnRotation, Rotate, Smooth, Untie
 from jquant.kv import DynamicRazorKv, ExactKv, Kivi, PerTokenKv
 from jquant.kv_passes import CalibrateFloat8Kv, CalibrateKvQuant, CalibrateRazorKv, LoadKvCodecs, SetKvCodec
-from jquant.passes import ModelPass, QuantizeActivations, QuantizeHead, Sequential, Smooth
+from jquant.passes import ModelPass, QuantizeActivations, QuantizeHead, Sequential
 from jquant.quantizers import Bcq, Gptq, GptqRazor, Quip, Razor, Rtn, Spqr, ZeroQuant
 from jquant.schema import build, describe, plain, suggest
 

@@ -26,6 +26,7 @@ FLOORS: Final = (
     ("jquant.passes", "jquant.folders", "jquant.progress"),
     ("jquant.exact_passes", "jquant.kv_passes"),
     ("jquant.recipe",),
+    ("jquant.needs",),
     ("jquant.plan",),
     ("jquant.budget", "jquant.simulate"),
     ("jquant.pipeline", "jquant.measure", "jquant.pictures", "jquant.benchmark"),

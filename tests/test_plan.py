@@ -102,7 +102,7 @@ def test_work_of_one_block_by_hand() -> None:
     assert per_block == Work(2 * (2 * mlp_hidden + end), hessians, per_site.solves)
 
 
-def test_smoothing_costs_one_pass_over_the_model_and_one_for_each_candidate() -> None:
+def test_smoothing_costs_one_pass_over_the_model_a_search_one_more_and_one_for_each_candidate() -> None:
     config = tiny_config()
     text = "{name: mine, calibration: {samples: 2, length: 16}, passes: [{smooth: {}}]}"
     model = abstract_llama(config)
@@ -111,7 +111,7 @@ def test_smoothing_costs_one_pass_over_the_model_and_one_for_each_candidate() ->
     assert {row.method for row in figures.linears} == {UNTOUCHED}
     assert figures.nbytes == figures.source_nbytes
     searched = plan(model, parse_recipe(text.replace("smooth: {}", "smooth: {alpha: {candidates: [0.4, 0.5]}}")))
-    assert searched.work.forward == 3 * figures.work.forward
+    assert searched.work.forward == 4 * figures.work.forward
 
 
 def test_calibrating_a_cache_costs_one_pass_over_the_model() -> None:
@@ -134,7 +134,8 @@ def test_kvquant_costs_one_pass_for_ranges_and_three_for_gradients() -> None:
     figures = plan(model, parse_recipe(text))
     assert figures.work == Work(forward=4 * 2 * 2 * forward_operations(model.layers[0], model.config, 16)["end"])
     assert figures.nbytes - figures.source_nbytes == 2 * 4 * (2 * 2 * 16 + 4 * 16)  # thresholds, codebooks, levels
-    activations, working = 2 * 2 * 16 * 64 * 4, gradient_nbytes(model.config, 16)
+    weights = 64 * (64 + 32 + 32 + 64 + 3 * 96)  # of a block, in float32 beside its gradients
+    activations, working = 2 * 2 * 16 * 64 * 4, gradient_nbytes(model.config, 16) + 4 * weights
     assert figures.peak_nbytes == figures.source_nbytes + figures.store_nbytes + activations + working
 
 

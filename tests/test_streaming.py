@@ -1,8 +1,10 @@
 """Models beyond memory: quantized one block at a time, in parts on disk, with the bits of the whole."""
 
+import contextlib
 import dataclasses
 import io
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
@@ -11,19 +13,33 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jquant import checkpoint
-from jquant.blocks import Offloaded, collect, piece_size
+from jquant import checkpoint, exact_passes, kv_passes
+from jquant.blocks import Offloaded, collect, offloaded, piece_size
 from jquant.blocks.weights import collect_all
-from jquant.budget import Memory, Way, available, choose, measure, predict
+from jquant.budget import Memory, Way, activations_on_disk, available, choose, measure, predict
+from jquant.calibration import BlockStore
 from jquant.calibration.sequential import advance, advance_all
-from jquant.checkpoint import abstract_tree, digest, load_model, open_lazily, recorded_digest, save_lazily, save_model
+from jquant.checkpoint import (
+    abstract_tree,
+    digest,
+    digest_lazily,
+    load_model,
+    open_lazily,
+    recorded_digest,
+    save_lazily,
+    save_model,
+)
 from jquant.errors import CheckpointError, RecipeError
+from jquant.exact_passes import Smooth
 from jquant.folders import open_abstract, read_report
-from jquant.models import Llama, abstract_llama, in_memory, random_model, rewrite, tiny_config, top_nodes
+from jquant.formats import UniformFormat
+from jquant.kv_passes import CalibrateFloat8Kv
+from jquant.models import SHAPES, Llama, abstract_llama, in_memory, random_model, rewrite, tiny_config, top_nodes
+from jquant.passes import Context, QuantizeHead, run_passes, stream_passes
 from jquant.pipeline import convert_checkpoint, quantize
 from jquant.plan import plan
-from jquant.quantizers import HESSIAN
-from jquant.recipe import Recipe, load_recipe, parse_recipe
+from jquant.quantizers import HESSIAN, Rtn
+from jquant.recipe import Recipe, load_recipe, parse_recipe, presets
 from jquant.transforms import fold_norms, rotate, untie
 from tests.checkpoints import write_checkpoint
 
@@ -48,6 +64,15 @@ name: distilled
 calibration: {samples: 4, length: 16}
 passes: [{sequential: {passes: [{distill: {rules: [{match: ".*", quantizer: {rtn: {format: {group_size: 32}}}}]}}]}}]
 """
+
+
+MEASURED: Final = (  # 32 windows: 8 lanes, each in two pieces where activations are in a file
+    "smooth: {alpha: {candidates: [0.3, 0.7]}}",
+    "sequential: {passes: [{quantize_weights: {rules: [{match: '.*down.*', quantizer: {razor: {}}}]}}]}",
+    "quantize_head: {quantizer: {rtn: {format: {group_size: null}}}}",
+    "calibrate_razor_kv: {}",
+    "calibrate_kvquant: {bits: 2, outliers: 0.1}",
+)
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +101,81 @@ def test_blocks_one_at_a_time_give_the_bits_of_the_whole(tmp_path: Path, monkeyp
     assert (memory["model"], memory["activations"]) == ("blocks", "disk")
     assert memory["measured host bytes"] > 2**20 < memory["predicted host bytes"]
     assert read_report(tmp_path / "whole")["details"]["memory"]["model"] == "whole"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tied_head", [True, False])
+def test_passes_that_measure_give_the_bits_of_the_whole_on_any_devices(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tied_head: bool
+) -> None:
+    monkeypatch.setattr(offloaded, "PIECE_NBYTES", 2 * 8 * 64 * 4)
+    source = write_checkpoint(tmp_path / "source", tie_word_embeddings=tied_head)
+    passes = "".join(f"  - {one}\n" for one in (MEASURED if tied_head else MEASURED[:1] + MEASURED[-1:]))
+    recipe = parse_recipe(f"name: measured\ncalibration: {{samples: 32, length: 8}}\npasses:\n{passes}")
+    ways: dict[str, dict[str, Any]] = {
+        "whole": {"memory": "whole"},
+        "whole-2": {"memory": "whole", "devices": tuple(jax.devices()[:2])},
+        "blocks": {"memory": "blocks"},
+        "disk-2": {"memory": "blocks", "activations": "disk", "devices": tuple(jax.devices()[:2])},
+    }
+    for name, options in ways.items():
+        quantize(source, tmp_path / name, recipe, **options)
+    assert len({recorded_digest(tmp_path / name) for name in ways}) == 1
+    told = [read_report(tmp_path / name)["details"] for name in ways]
+    assert told[0].get("smoothing") == told[-1].get("smoothing")
+    assert told[0].get("head") == told[-1].get("head")
+
+
+def test_a_run_goes_on_behind_what_was_measured(tied: Llama, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    passes = [Smooth(), QuantizeHead(Rtn(UniformFormat(8, None))), CalibrateFloat8Kv()]
+    model = dataclasses.replace(
+        tied, layers=tied.layers[:1], config=dataclasses.replace(tied.config, num_hidden_layers=1)
+    )
+    tokens = jax.random.randint(jax.random.key(2), (2, 8), 0, 128)
+    whole, said = run_passes(passes, model, Context(jax.random.key(1), tokens))
+    with monkeypatch.context() as patches:
+        patches.setattr(kv_passes, "calibrate_float8_kv", _stop)
+        with pytest.raises(KeyboardInterrupt), _store(tmp_path) as store:
+            stream_passes(passes, in_memory(model), Context(jax.random.key(1), tokens, store, activations="disk"))
+    assert sorted(one.name for one in tmp_path.glob("whole-*")) == ["whole-pass-0", "whole-pass-1"]
+    monkeypatch.setattr(exact_passes, "collect_absmax", _stop)
+    with _store(tmp_path) as store:
+        lazy, told = stream_passes(passes, in_memory(model), Context(jax.random.key(1), tokens, store))
+        assert (digest_lazily(lazy), told) == (digest(whole), said)
+        (tmp_path / "whole-pass-1" / "structure.json").unlink()
+        with pytest.raises(CheckpointError, match="whole-pass-1 is gone; run again to compute it again"):
+            lazy.read("lm_head")
+
+
+def _stop(*given: Any, **options: Any) -> None:
+    raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def _store(folder: Path) -> Iterator[BlockStore]:
+    store = BlockStore.open(folder, {})
+    assert store.lock is not None
+    with store.lock:
+        yield store
+
+
+def test_every_preset_streams_but_those_that_learn_rotations() -> None:
+    for name in presets():
+        whole = [type(one).__name__ for one in load_recipe(name).passes if not one.streams()]
+        assert whole == (["LearnRotation"] if name.startswith("spinquant") else []), name
+
+
+def test_passes_that_measure_are_planned_in_blocks() -> None:
+    model = abstract_llama(SHAPES["llama-3.1-8b"], "bfloat16")
+    for name in ("smoothquant-w8a8-search", "fp8-kv", "kvquant-4"):
+        figures = plan(model, load_recipe(name))
+        ways = Way("whole", "device"), Way("blocks", "device"), Way("blocks", "disk")
+        whole, blocks, disk = (predict(figures, way, has_device=False).host for way in ways)
+        assert figures.needs.movable
+        assert disk <= blocks
+        assert disk < 8 * 10**9 < whole
+        sets = 1 + (32 if name == "kvquant-4" else 0)
+        assert activations_on_disk(figures, ways[2]) == sets * figures.needs.activations
 
 
 def test_a_converted_checkpoint_is_written_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -161,7 +261,6 @@ def test_a_disk_without_room_for_activations_is_named() -> None:
     ("name", "options", "message"),
     [
         ("spinquant-w4a4", {"memory": "blocks"}, "LearnRotation needs the whole model in memory: it cannot run one"),
-        ("kvquant-4", {"memory": "blocks"}, "CalibrateKvQuant needs the whole model in memory"),
         ("rtn-w8", {"activations": "host"}, "the device is the CPU, whose memory is the host's"),
         ("rtn-w8", {"activations": "disk"}, "are to be kept on disk, but this recipe has none, or needs them"),
         (DISTILLED, {"activations": "disk"}, "are to be kept on disk, but this recipe has none, or needs them"),

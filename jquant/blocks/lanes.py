@@ -88,6 +88,17 @@ class Lanes:
         found: dict[str, Any] = total
         return found
 
+    def split(self) -> tuple["Lanes", "Lanes"]:
+        """Returns the lanes of both halves, where each part is a pair."""
+        pairs = [(None, None) if part is None else part for part in self.parts]
+        first, second = (dataclasses.replace(self, parts=half) for half in zip(*pairs, strict=True))
+        return first, second
+
+    def gather(self) -> list[Any]:
+        """Returns all parts in order, on the first device of this process; those of other processes are fetched."""
+        parts = _exchange(list(self.parts)) if jax.process_count() > 1 else self.parts
+        return [_put(part, jax.local_devices()[0]) for part in parts]
+
     def whole(self) -> Float[Array, "samples tokens hidden"]:
         """Returns all windows, on the first device.
 

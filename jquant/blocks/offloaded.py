@@ -78,12 +78,15 @@ class Offloaded:
 
     def pieces(self) -> Iterator[Float[Array, "piece tokens hidden"]]:
         """Yields the pieces in order, on the device."""
-        shape = (self.piece, *self.shape[1:])
-        count = math.prod(shape)
         for index in range(self.shape[0] // self.piece):
-            self.file.seek(index * count * self.dtype.itemsize)
-            content = self.file.read(count * self.dtype.itemsize)
-            yield jnp.asarray(np.frombuffer(content, self.dtype).reshape(shape))
+            yield self.get(index)
+
+    def get(self, index: int) -> Float[Array, "piece tokens hidden"]:
+        """Returns the piece of a place, on the device."""
+        shape = (self.piece, *self.shape[1:])
+        nbytes = math.prod(shape) * self.dtype.itemsize
+        self.file.seek(index * nbytes)
+        return jnp.asarray(np.frombuffer(self.file.read(nbytes), self.dtype).reshape(shape))
 
     def put(self, index: int, piece: Float[Array, "piece tokens hidden"]) -> None:
         """Writes a piece in its place.

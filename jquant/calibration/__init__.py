@@ -11,7 +11,6 @@ from jquant.calibration.kv import put_codecs as put_codecs
 from jquant.calibration.kvquant import calibrate_kvquant as calibrate_kvquant
 from jquant.calibration.learn_rotation import RotationTraining as RotationTraining
 from jquant.calibration.learn_rotation import learn_rotation as learn_rotation
-from jquant.calibration.sequential import Keeping as Keeping
 from jquant.calibration.sequential import WeightFaults as WeightFaults
 from jquant.calibration.sequential import advance_all as advance_all
 from jquant.calibration.sequential import check_weights as check_weights
@@ -23,3 +22,4 @@ from jquant.calibration.smoothing import AlphaError as AlphaError
 from jquant.calibration.smoothing import AlphaSearch as AlphaSearch
 from jquant.calibration.smoothing import search_alpha as search_alpha
 from jquant.calibration.store import BlockStore as BlockStore
+from jquant.calibration.walk import Keeping as Keeping

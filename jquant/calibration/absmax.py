@@ -2,26 +2,30 @@
 
 import functools
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jquant.blocks import SITES
-from jquant.errors import CalibrationError
-from jquant.models import Block, Llama, LlamaConfig, blocks, embed, get, prompt_block
+from jquant.calibration.walk import NOTHING_KEPT, Keeping, observe_all, open_inputs, refuse_infinite
+from jquant.models import Block, LazyModel, Llama, LlamaConfig, blocks, get, lazily, prompt_block
 from jquant.quantizers import ABSMAX
 from jquant.types import compute_dtype
 
 
-def collect_absmax(model: Llama, tokens: Int[Array, "samples length"]) -> tuple[Mapping[str, Float[Array, "_"]], ...]:
+def collect_absmax(
+    model: Llama | LazyModel, tokens: Int[Array, "samples length"], keeping: Keeping = NOTHING_KEPT
+) -> tuple[Mapping[str, Float[Array, "_"]], ...]:
     """Returns the largest magnitude over all tokens of each channel of each site's input.
 
-    One block's activations are held at a time, and one program serves all blocks of equal structure.
+    One block and its activations are held at a time, and one program serves all blocks of equal structure.
 
     Args:
       model: the model as it shall be measured, its layers a tuple.
       tokens: calibration windows.
+      keeping: where activations are kept, and over which devices windows are spread.
 
     Returns:
       For each block, by the names of `SITES`: [features], in float32 (float64 for a float64 model).
@@ -37,21 +41,24 @@ def collect_absmax(model: Llama, tokens: Int[Array, "samples length"]) -> tuple[
       >>> len(absmax), absmax[0]["mlp_input"].shape, absmax[0]["mlp_hidden"].shape
       (2, (64,), (96,))
     """
-    inputs, found = embed(model, tokens), []
-    for index, layer in enumerate(blocks(model)):
-        inputs, largest, finite = measure_absmax(layer, inputs, model.config)
-        refuse_infinite(index, finite)
-        found.append(largest)
+    model, found = lazily(model), []
+    config = model.abstract.config
+
+    def observe(layer: Block, windows: Array, before: Any) -> tuple[Array, Any]:
+        outputs, largest, finite = measure_absmax(layer, windows, config)
+        return outputs, (largest, finite) if before is None else _larger(before, (largest, finite))
+
+    with open_inputs(model, tokens, keeping) as inputs:
+        for index in range(len(blocks(model.abstract))):
+            inputs, (largest, finite) = observe_all(model.read(f"layers.{index}"), inputs, observe, _larger)
+            refuse_infinite(index, finite)
+            found.append(largest)
     return tuple(found)
 
 
-def refuse_infinite(index: int, finite: Bool[Array, ""]) -> None:
-    """Raises CalibrationError, naming the block, unless its activations are finite."""
-    if not bool(finite):
-        raise CalibrationError(
-            f"layers.{index} gives NaN or infinite activations on the calibration text; load the model in a wider "
-            "dtype (--dtype float32)"
-        )
+def _larger(first: Any, second: Any) -> Any:
+    """Returns the larger magnitudes, and whether both are of finite activations."""
+    return jax.tree.map(jnp.maximum, first[0], second[0]), first[1] & second[1]
 
 
 @functools.partial(jax.jit, static_argnums=2)

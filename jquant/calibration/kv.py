@@ -7,17 +7,29 @@ import dataclasses
 import functools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jquant.calibration.sequential import dense_kernels
-from jquant.checkpoint import digest, load_model
+from jquant.calibration.walk import NOTHING_KEPT, Keeping, all_finite, observe_all, open_inputs, refuse_infinite
+from jquant.checkpoint import digest_lazily, open_lazily
 from jquant.errors import CheckpointError
 from jquant.kv import ExactKv, Float8Kv, KvCodec, KvQuant, Prompt, RazorKv, fit_float8_scale, fit_scale
-from jquant.models import Block, Llama, LlamaConfig, blocks, embed, prompt_block, put, set_kv_codec
+from jquant.models import (
+    Block,
+    LazyModel,
+    Llama,
+    LlamaConfig,
+    blocks,
+    lazily,
+    prompt_block,
+    put,
+    rewrite,
+    set_kv_codec,
+)
 from jquant.types import Leaf
 
 _CALIBRATED: Final = (RazorKv, KvQuant, Float8Kv)  # the codecs that have a `calibrated_for`
@@ -30,14 +42,21 @@ class KvRange(NamedTuple):
     values: Leaf
 
 
-def kv_ranges(model: Llama, tokens: Int[Array, "samples length"]) -> tuple[KvRange, ...]:
+def kv_ranges(
+    model: Llama | LazyModel, tokens: Int[Array, "samples length"], keeping: Keeping = NOTHING_KEPT
+) -> tuple[KvRange, ...]:
     """Returns the ranges of every layer's keys and values over calibration text.
 
-    Nothing is quantized on the way but what the model itself quantizes; its own KV codecs are left out.
+    Nothing is quantized on the way but what the model itself quantizes; its own KV codecs are left out. One block and
+    its activations are held at a time.
 
     Args:
       model: the model, its layers a tuple.
       tokens: calibration windows.
+      keeping: where activations are kept, and over which devices windows are spread.
+
+    Raises:
+      CalibrationError: a block gives something that is not finite; it is named.
 
     Example:
       >>> from jquant.models import random_model, tiny_config
@@ -45,35 +64,54 @@ def kv_ranges(model: Llama, tokens: Int[Array, "samples length"]) -> tuple[KvRan
       >>> len(kv_ranges(model, jnp.zeros((2, 8), jnp.int32)))
       2
     """
-    x, ranges = embed(model, tokens), []
-    for layer in blocks(model):
-        exact: Block = put(layer, "self_attn.kv_codec", ExactKv())
-        x, found = _observe(dense_kernels(exact), x, model.config)
-        ranges.append(found)
+    model, ranges = lazily(model), []
+    config = model.abstract.config
+
+    def observe(layer: Block, windows: Array, before: Any) -> tuple[Array, Any]:
+        outputs, found = _observe(layer, windows, config)
+        seen = found, all_finite(outputs)
+        return outputs, seen if before is None else _wider(before, seen)
+
+    with open_inputs(model, tokens, keeping) as inputs:
+        for index in range(len(blocks(model.abstract))):
+            exact: Block = put(model.read(f"layers.{index}"), "self_attn.kv_codec", ExactKv())
+            inputs, (found, finite) = observe_all(dense_kernels(exact), inputs, observe, _wider)
+            refuse_infinite(index, finite)
+            ranges.append(found)
     return tuple(ranges)
 
 
+def _wider(first: Any, second: Any) -> Any:
+    """Returns the larger ranges, and whether both are of finite activations."""
+    return jax.tree.map(jnp.maximum, first[0], second[0]), first[1] & second[1]
+
+
 def calibrate_razor_kv(
-    model: Llama,
+    model: Llama | LazyModel,
     tokens: Int[Array, "samples length"],
+    keeping: Keeping = NOTHING_KEPT,
     *,
     base_bits: int = 8,
     bits: int = 4,
     group_size: int = 8,
     prompt: Prompt = "stored",
-) -> Llama:
-    """Returns the model with QRazor's cache on static scales: of each layer, one for its keys, one for its values.
+) -> tuple[RazorKv, ...]:
+    """Returns QRazor's cache for each layer, on static scales: one for the layer's keys, one for its values.
 
     Args:
       model: the model, its layers a tuple.
       tokens: calibration windows.
+      keeping: as of `kv_ranges`.
       base_bits: see `RazorKv`, as the others.
       bits: bits that are kept.
       group_size: neighbours that drop the same bits.
       prompt: what a prompt's own queries see.
+
+    Raises:
+      CalibrationError: as `kv_ranges`.
     """
     own = fingerprint(model)
-    codecs = [
+    return tuple(
         RazorKv(
             key_scale=fit_scale(found.keys, base_bits),
             value_scale=fit_scale(found.values, base_bits),
@@ -83,25 +121,33 @@ def calibrate_razor_kv(
             prompt=prompt,
             calibrated_for=own,
         )
-        for found in kv_ranges(model, tokens)
-    ]
-    return put_codecs(model, codecs)
+        for found in kv_ranges(model, tokens, keeping)
+    )
 
 
-def calibrate_float8_kv(model: Llama, tokens: Int[Array, "samples length"], *, prompt: Prompt = "stored") -> Llama:
-    """Returns the model with caches of float8 on static scales: of each layer, one for its keys, one for its values.
+def calibrate_float8_kv(
+    model: Llama | LazyModel,
+    tokens: Int[Array, "samples length"],
+    keeping: Keeping = NOTHING_KEPT,
+    *,
+    prompt: Prompt = "stored",
+) -> tuple[Float8Kv, ...]:
+    """Returns a cache of float8 for each layer, on static scales: one for the layer's keys, one for its values.
 
     Args:
       model: the model, its layers a tuple.
       tokens: calibration windows.
+      keeping: as of `kv_ranges`.
       prompt: what a prompt's own queries see.
+
+    Raises:
+      CalibrationError: as `kv_ranges`.
     """
     own = fingerprint(model)
-    codecs = [
+    return tuple(
         Float8Kv(fit_float8_scale(found.keys), fit_float8_scale(found.values), prompt, own)
-        for found in kv_ranges(model, tokens)
-    ]
-    return put_codecs(model, codecs)
+        for found in kv_ranges(model, tokens, keeping)
+    )
 
 
 def put_codecs(model: Llama, codecs: Sequence[KvCodec]) -> Llama:
@@ -110,16 +156,16 @@ def put_codecs(model: Llama, codecs: Sequence[KvCodec]) -> Llama:
     return dataclasses.replace(model, layers=tuple(put(block, "self_attn.kv_codec", codec) for block, codec in pairs))
 
 
-def fingerprint(model: Llama) -> str:
+def fingerprint(model: Llama | LazyModel) -> str:
     """Returns the sha256 of a model's configuration, structure and every byte of its arrays, KV codecs left out.
 
     So a fine-tune differs from its base, a quantized model from what it was, float32 from bfloat16.
     """
-    return digest(set_kv_codec(model, ExactKv()))
+    return digest_lazily(rewrite(lazily(model), lambda whole: set_kv_codec(whole, ExactKv())))
 
 
-def load_kv_codecs(model: Llama, path: Path | str) -> Llama:
-    """Returns the model with the KV codecs of a checkpoint, layer by layer.
+def load_kv_codecs(model: Llama | LazyModel, path: Path | str) -> tuple[KvCodec, ...]:
+    """Returns the KV codecs of a checkpoint, one for each layer of a model that they fit.
 
     Args:
       model: the model, its layers a tuple.
@@ -129,9 +175,11 @@ def load_kv_codecs(model: Llama, path: Path | str) -> Llama:
       CheckpointError: the checkpoint cannot be read, has another number of layers, or a codec of it was calibrated on
         another model than this one is now.
     """
-    codecs = [layer.self_attn.kv_codec for layer in blocks(load_model(path))]
-    if len(codecs) != len(blocks(model)):
-        raise CheckpointError(f"{path} has KV codecs for {len(codecs)} layers, the model has {len(blocks(model))}")
+    model, kept = lazily(model), open_lazily(path)
+    depth = len(blocks(model.abstract))
+    codecs = tuple(kept.read(f"layers.{index}.self_attn.kv_codec") for index in range(len(blocks(kept.abstract))))
+    if len(codecs) != depth:
+        raise CheckpointError(f"{path} has KV codecs for {len(codecs)} layers, the model has {depth}")
     origins = {codec.calibrated_for for codec in codecs if isinstance(codec, _CALIBRATED)}
     own = fingerprint(model) if origins else ""
     if origins - {own}:
@@ -141,7 +189,7 @@ def load_kv_codecs(model: Llama, path: Path | str) -> Llama:
             f"than this one ({own[:12]}): its weights, dtype or settings differ. Calibrate on this model; if it is "
             "quantized later, load the codecs where the recipe stands when they were calibrated"
         )
-    return put_codecs(model, codecs)
+    return codecs
 
 
 @functools.partial(jax.jit, static_argnums=2)

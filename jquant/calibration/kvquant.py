@@ -6,31 +6,51 @@ and n(x) what the codec rounds, the codebook of a layer's keys, and of its value
     sum over all x that are no outliers of  g^2 |n(x) - nearest signpost|^2
 
 which is the diagonal of the Fisher information in KVQuant (arXiv:2401.18079, section 3.2). The first pass goes block by
-block over all windows and takes the thresholds of each channel of the keys; the second goes window by window, forward
-and back, and adds to a histogram a layer, so that the block inputs of one window are the most that is held at a time.
+block over all windows and takes the thresholds of each channel of the keys; the second goes forward and back, and adds
+to a histogram a layer. A model in memory takes one window after another, so that the block inputs of one are the most
+that is held. One that is read from disk takes block after block, each read twice, and keeps the inputs of all blocks
+(`--activations`). Both run the same programs on each window, and add histograms in one order: the same bits.
 """
 
+import contextlib
 import functools
+from dataclasses import dataclass, replace
+from typing import Any, final
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jquant.calibration.absmax import refuse_infinite
-from jquant.calibration.kv import fingerprint, put_codecs
+from jquant.blocks import Lanes, Offloaded
+from jquant.calibration.kv import fingerprint
 from jquant.calibration.sequential import advance, dense_kernels
+from jquant.calibration.walk import NOTHING_KEPT, Keeping, observe_all, open_inputs, refuse_infinite
 from jquant.errors import CalibrationError
 from jquant.kv import Codebook, ExactKv, KvQuant, Prompt, check_kvquant, normalize_keys, normalize_values
 from jquant.kv.vectors import ScaleDtype
-from jquant.models import BLOCK_LINEARS, Block, Llama, LlamaConfig, blocks, embed, exact_block, next_token_losses, put
+from jquant.models import (
+    BLOCK_LINEARS,
+    Block,
+    LazyModel,
+    Llama,
+    LlamaConfig,
+    blocks,
+    embed,
+    exact_block,
+    lazily,
+    next_token_losses,
+    put,
+)
 from jquant.numerics import Histogram, count_values, match_spread, weighted_kmeans
 
 type Ranges = tuple[Float[Array, "heads dim"], Float[Array, "heads dim"]]
+type Pair = tuple[Histogram, Histogram]  # of keys and of values
 
 
 def calibrate_kvquant(
-    model: Llama,
+    model: Llama | LazyModel,
     tokens: Int[Array, "samples length"],
+    keeping: Keeping = NOTHING_KEPT,
     *,
     bits: int = 4,
     outliers: float = 0.01,
@@ -39,14 +59,16 @@ def calibrate_kvquant(
     qnorm: bool = False,
     float_dtype: ScaleDtype = "float16",
     prompt: Prompt = "stored",
-) -> Llama:
-    """Returns the model with KVQuant's cache, calibrated with the weights as they are and exact activations.
+) -> tuple[KvQuant, ...]:
+    """Returns KVQuant's cache for each layer, calibrated with the weights as they are and exact activations.
 
-    Input quantizers are left out of the calibration: their rounding has no gradient.
+    Input quantizers are left out of the calibration: their rounding has no gradient. Each of several processes
+    calibrates on its own devices.
 
     Args:
-      model: the model, its layers a tuple.
+      model: the model, its layers a tuple; one that is read by path is read a block at a time.
       tokens: calibration windows, longer than `sinks`.
+      keeping: where activations are kept, and over which devices windows are spread.
       bits: see `KvQuant`, as the others.
       outliers: share of the numbers that are kept as they came.
       key_slots: outliers of a token's key that are kept.
@@ -59,16 +81,21 @@ def calibrate_kvquant(
       FormatError: a setting is out of its range.
       CalibrationError: activations or gradients are not finite, or the windows are no longer than `sinks`.
     """
-    check_kvquant(bits, outliers, key_slots, sinks, model.config.num_key_value_heads * model.config.head_dim)
+    lazy, keeping = lazily(model), keeping.here()
+    config = lazy.abstract.config
+    check_kvquant(bits, outliers, key_slots, sinks, config.num_key_value_heads * config.head_dim)
     if tokens.shape[1] <= sinks:
         raise CalibrationError(
             f"windows of {tokens.shape[1]} tokens, of which the first {sinks} are kept exact: nothing is left to "
             "calibrate on; give longer windows or fewer sinks"
         )
-    ranges = _key_ranges(model, tokens, outliers, sinks)
-    histograms = _histograms(model, tokens, ranges, outliers, sinks)
-    own = fingerprint(model)
-    codecs = [
+    ranges = _key_ranges(lazy, tokens, keeping, outliers, sinks)
+    work = _Work(config, ranges, outliers, sinks)
+    histograms = (
+        _by_window(model, tokens, keeping, work) if isinstance(model, Llama) else _by_block(lazy, tokens, keeping, work)
+    )
+    own = fingerprint(lazy)
+    return tuple(
         KvQuant(
             low,
             high,
@@ -83,8 +110,7 @@ def calibrate_kvquant(
             calibrated_for=own,
         )
         for (low, high), (keys, values) in zip(ranges, histograms, strict=True)
-    ]
-    return put_codecs(model, codecs)
+    )
 
 
 def _fit_codebook(histogram: Histogram, bits: int, *, qnorm: bool) -> Codebook:
@@ -93,35 +119,160 @@ def _fit_codebook(histogram: Histogram, bits: int, *, qnorm: bool) -> Codebook:
     return Codebook(jnp.asarray(signposts, jnp.float32), jnp.asarray(levels, jnp.float32))
 
 
-def _key_ranges(model: Llama, tokens: Int[Array, "samples length"], share: float, sinks: int) -> tuple[Ranges, ...]:
+def _key_ranges(
+    model: LazyModel, tokens: Int[Array, "samples length"], keeping: Keeping, share: float, sinks: int
+) -> tuple[Ranges, ...]:
     """Returns the thresholds of every layer's keys, the share / 2 and 1 - share / 2 quantiles of each channel."""
-    x, found = embed(model, tokens), []
-    for index, layer in enumerate(blocks(model)):
-        x, ranges, finite = _channel_quantiles(_plain(layer), x, jnp.float32(share), sinks, model.config)
-        refuse_infinite(index, finite)
-        found.append(ranges)
+    config, found = model.abstract.config, []
+
+    def observe(layer: Block, windows: Array, before: Any) -> tuple[Array, Any]:
+        outputs, keys, finite = _observe_keys(layer, windows, sinks, config)
+        return outputs, (*(before or ()), (keys, finite))
+
+    with open_inputs(model, tokens, keeping) as inputs:
+        for index in range(len(blocks(model.abstract))):
+            layer = _plain(model.read(f"layers.{index}"))
+            inputs, seen = observe_all(layer, inputs, observe, lambda first, second: (*first, *second))
+            refuse_infinite(index, jnp.all(jnp.stack([finite for _, finite in seen])))
+            found.append(_channel_quantiles(tuple(keys for keys, _ in seen), jnp.float32(share)))
     return tuple(found)
 
 
-def _histograms(
-    model: Llama, tokens: Int[Array, "samples length"], ranges: tuple[Ranges, ...], share: float, sinks: int
-) -> list[tuple[Histogram, Histogram]]:
-    """Returns, for every layer, the histograms of normalized keys and values weighted by squared gradients."""
-    layers, config = blocks(model), model.config
-    sums: list[tuple[Histogram, Histogram] | None] = [None] * len(layers)
-    for window in tokens:
-        x, inputs = embed(model, window[None]), []
-        for layer in layers:
-            inputs.append(x)
-            x = advance(_plain(layer), x, config)
-        slope = _loss_slope(model, x, window)
-        for index in reversed(range(len(layers))):
-            plain = _plain(layers[index])
-            slope, points = _pull_back(plain, inputs.pop(), slope, ranges[index], config, (share, sinks))
-            keys, values = (count_values(*one) for one in jax.device_get(points))
-            old = sums[index]
-            sums[index] = (keys, values) if old is None else (old[0].plus(keys), old[1].plus(values))
-    return [pair for pair in sums if pair is not None]
+@dataclass(frozen=True)
+class _Work:
+    """What the second pass knows: sizes, thresholds of each layer, share of outliers, sinks."""
+
+    config: LlamaConfig
+    ranges: tuple[Ranges, ...]
+    share: float
+    sinks: int
+
+    def pull(self, layer: Block, index: int, x: Array, slope: Array) -> tuple[Array, Pair]:
+        """Returns the gradient before a block, and the histograms of one window's keys and values in it."""
+        before, points = _pull_back(layer, x, slope, self.ranges[index], self.config, (self.share, self.sinks))
+        keys, values = (count_values(*one) for one in jax.device_get(points))
+        return before, (keys, values)
+
+
+def _by_window(model: Llama, tokens: Int[Array, "samples length"], keeping: Keeping, work: _Work) -> list[Pair]:
+    """Returns the histograms of every layer, weighted by squared gradients: each window forward and back."""
+
+    def lane(own: tuple[Llama, tuple[Ranges, ...]], windows: Array) -> list[Pair | None]:
+        here, layers = replace(work, ranges=own[1]), blocks(own[0])
+        sums: list[Pair | None] = [None] * len(layers)
+        for window in windows:
+            x, inputs = embed(own[0], window[None]), []
+            for layer in layers:
+                inputs.append(x)
+                x = advance(_plain(layer), x, work.config)
+            slope = _loss_slope(_ends(lazily(own[0])), x, window)
+            for index in reversed(range(len(layers))):
+                slope, found = here.pull(_plain(layers[index]), index, inputs.pop(), slope)
+                sums[index] = _plus(sums[index], found)
+        return sums
+
+    lanes = Lanes.make(len(tokens), keeping.devices, lambda run: tokens[run])
+    parts = lanes.map(lane, (model, work.ranges)).parts
+    return [functools.reduce(_plus, pairs) for pairs in zip(*parts, strict=True)]
+
+
+def _by_block(model: LazyModel, tokens: Int[Array, "samples length"], keeping: Keeping, work: _Work) -> list[Pair]:
+    """Returns what `_by_window` does, block by block: all windows forward, then all back."""
+    norm = model.read("norm")
+    table = replace(model.abstract, layers=(), embed_tokens=model.read("embed_tokens"), norm=norm, lm_head=None)
+    windows = Lanes.make(len(tokens), keeping.devices, lambda run: tokens[run])
+    found: list[Pair] = []
+    with contextlib.ExitStack() as files:
+        lanes = windows.map(functools.partial(_begin, len(work.ranges), keeping), table)
+        for trail in lanes.parts:
+            if isinstance(trail.kept, Offloaded):
+                files.enter_context(contextlib.closing(trail.kept.file))
+        del table
+        for index in range(len(work.ranges)):
+            lanes = lanes.map(functools.partial(_forward, index, work), _plain(model.read(f"layers.{index}")))
+        lanes = lanes.map(functools.partial(_turn, len(work.ranges)), _ends(model))
+        for index in reversed(range(len(work.ranges))):
+            own = _plain(model.read(f"layers.{index}")), work.ranges
+            found.append(functools.reduce(_plus, lanes.map(functools.partial(_back, index, work), own).parts))
+    return found[::-1]
+
+
+@final
+@dataclass(frozen=True)
+class _Trail:
+    """One lane's windows, with the inputs of all blocks, and then the gradients there, by block and window."""
+
+    windows: Int[Array, "windows length"]
+    kept: dict[int, Array] | Offloaded
+
+    def keep(self, index: int, row: int, x: Array) -> None:
+        """Keeps what a block sees of a window, or its gradient."""
+        at = index * len(self.windows) + row
+        if isinstance(self.kept, Offloaded):
+            self.kept.put(at, x)
+        else:
+            self.kept[at] = x
+
+    def take(self, index: int, row: int) -> Array:
+        """Returns what is kept."""
+        at = index * len(self.windows) + row
+        return self.kept.get(at) if isinstance(self.kept, Offloaded) else self.kept[at]
+
+    def drop(self, index: int, row: int) -> None:
+        """Forgets what is not needed any more."""
+        if not isinstance(self.kept, Offloaded):
+            del self.kept[index * len(self.windows) + row]
+
+
+def _begin(depth: int, keeping: Keeping, table: Llama, windows: Array) -> _Trail:
+    """Returns a trail with what the first block sees."""
+    kept: dict[int, Array] | Offloaded = {}
+    if keeping.activations != "device":
+        rows, length = windows.shape
+        shape = ((depth + 1) * rows, length, table.config.hidden_size)
+        kept = replace(keeping.room(shape, table.embed_tokens.dtype), piece=1)
+    trail = _Trail(windows, kept)
+    for row, window in enumerate(windows):
+        trail.keep(0, row, embed(table, window[None]))
+    return trail
+
+
+def _forward(index: int, work: _Work, layer: Block, trail: _Trail) -> _Trail:
+    """Runs a block over a lane's windows."""
+    for row in range(len(trail.windows)):
+        trail.keep(index + 1, row, advance(layer, trail.take(index, row), work.config))
+    return trail
+
+
+def _turn(depth: int, ends: Llama, trail: _Trail) -> _Trail:
+    """Puts the gradients of the loss in the place of the last block's outputs."""
+    for row, window in enumerate(trail.windows):
+        trail.keep(depth, row, _loss_slope(ends, trail.take(depth, row), window))
+    return trail
+
+
+def _back(index: int, work: _Work, own: tuple[Block, tuple[Ranges, ...]], trail: _Trail) -> Pair:
+    """Takes the gradients back through a block; returns the histograms of its keys and values."""
+    here, sums = replace(work, ranges=own[1]), None
+    for row in range(len(trail.windows)):
+        slope, found = here.pull(own[0], index, trail.take(index, row), trail.take(index + 1, row))
+        trail.keep(index, row, slope)
+        trail.drop(index + 1, row)
+        sums = _plus(sums, found)
+    assert sums is not None
+    return sums
+
+
+def _plus(old: Pair | None, new: Pair) -> Pair:
+    return new if old is None else (old[0].plus(new[0]), old[1].plus(new[1]))
+
+
+def _ends(model: LazyModel) -> Llama:
+    """Returns what of a model the loss of states needs: norm and head, or the table where it is the head."""
+    tied = model.abstract.lm_head is None
+    table: Any = model.read("embed_tokens") if tied else None
+    head = None if tied else model.read("lm_head")
+    return replace(model.abstract, layers=(), embed_tokens=table, norm=model.read("norm"), lm_head=head)
 
 
 def _plain(layer: Block) -> Block:
@@ -137,11 +288,11 @@ def _no_shifts(tokens: int, config: LlamaConfig, dtype: jax.typing.DTypeLike) ->
     return zeros, zeros
 
 
-@functools.partial(jax.jit, static_argnums=(3, 4))
-def _channel_quantiles(
-    layer: Block, x: Float[Array, "samples tokens hidden"], share: Float[Array, ""], sinks: int, config: LlamaConfig
-) -> tuple[Float[Array, "samples tokens hidden"], Ranges, Bool[Array, ""]]:
-    """Runs a block over all samples, one at a time; also returns the quantiles of its keys, and if all is finite."""
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _observe_keys(
+    layer: Block, x: Float[Array, "samples tokens hidden"], sinks: int, config: LlamaConfig
+) -> tuple[Float[Array, "samples tokens hidden"], Float[Array, "samples rest heads dim"], Bool[Array, ""]]:
+    """Runs a block over some windows, one at a time; also returns their keys, and if all is finite."""
     none = _no_shifts(x.shape[1], config, x.dtype)
 
     def run(sample: Float[Array, "tokens hidden"]) -> tuple[jax.Array, jax.Array]:
@@ -149,9 +300,16 @@ def _channel_quantiles(
         return y[0], keys[0, sinks:]
 
     outputs, keys = jax.lax.map(run, x)
-    channels = keys.astype(jnp.float32).reshape(-1, *keys.shape[2:]).transpose(1, 2, 0)
+    return outputs, keys.astype(jnp.float32), jnp.all(jnp.isfinite(outputs)) & jnp.all(jnp.isfinite(keys))
+
+
+@jax.jit
+def _channel_quantiles(keys: tuple[Float[Array, "_ rest heads dim"], ...], share: Float[Array, ""]) -> Ranges:
+    """Returns the quantiles of each channel over all windows."""
+    together = jnp.concatenate(keys)
+    channels = together.reshape(-1, *together.shape[2:]).transpose(1, 2, 0)
     low, high = jnp.quantile(channels, jnp.stack([share / 2.0, 1.0 - share / 2.0]), axis=-1)
-    return outputs, (low, high), jnp.all(jnp.isfinite(outputs)) & jnp.all(jnp.isfinite(channels))
+    return low, high
 
 
 @jax.jit

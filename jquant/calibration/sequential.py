@@ -10,7 +10,6 @@ import functools
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -29,6 +28,7 @@ from jquant.blocks import (
     summarize,
 )
 from jquant.calibration.store import BlockStore
+from jquant.calibration.walk import Keeping, open_inputs
 from jquant.errors import CalibrationError, RecipeError
 from jquant.formats import QuantizedTensor, compact_outliers
 from jquant.kv import ExactKv
@@ -50,24 +50,6 @@ from jquant.models import (
 from jquant.quantizers import Diagnostics
 from jquant.report import BlockReport, LinearReport, Report
 from jquant.types import Key
-
-
-@dataclass(frozen=True)
-class Keeping:
-    """Where a run keeps what it makes on the way; no choice changes a bit of the result.
-
-    Attributes:
-      store: keeps each finished block on disk; blocks that it already holds are taken from it. None for no store.
-      statistics: keeps what is collected on the source's own activations, for other runs; None to keep nothing.
-      activations: where inputs of blocks are kept between blocks: on the "device", in "host" memory, or on "disk", in
-        a temporary file beside the store.
-      devices: over which windows are spread, of all processes; empty for the first one of this process.
-    """
-
-    store: BlockStore | None = None
-    statistics: StatisticStore | None = None
-    activations: ActivationPlace = "device"
-    devices: Devices = ()
 
 
 def quantize_blocks(
@@ -168,10 +150,9 @@ def solve_blocks(
         )
     last = len(blocks(model.abstract)) - 1
     with contextlib.ExitStack() as open_files:
-        inputs = _first_inputs(model, tokens, keeping) if carried and tokens is not None else None
-        for part in () if inputs is None else inputs.parts:
-            if isinstance(part, Offloaded):
-                open_files.enter_context(contextlib.closing(part.file))
+        inputs: Any = None
+        if carried and tokens is not None:
+            inputs = open_files.enter_context(open_inputs(model, tokens, keeping))
         source_inputs = _embed(model, tokens) if taught and tokens is not None else None
         for index in range(last + 1):
             started, layer = time.monotonic(), model.read(f"layers.{index}")
@@ -195,23 +176,6 @@ def solve_blocks(
 
 def _embed(model: LazyModel, tokens: Int[Array, "samples length"]) -> Float[Array, "samples length hidden"]:
     return embed(dataclasses.replace(model.abstract, embed_tokens=model.read("embed_tokens")), tokens)
-
-
-def _first_inputs(model: LazyModel, tokens: Int[Array, "samples length"], keeping: Keeping) -> Lanes:
-    folder = None if keeping.store is None else keeping.store.path
-    table = dataclasses.replace(model.abstract, embed_tokens=model.read("embed_tokens"))
-
-    def lane(run: slice) -> Any:
-        own = tokens[run]
-        if keeping.activations == "device":
-            return embed(table, own)
-        shape = (own.shape[0], own.shape[1], table.config.hidden_size)
-        kept = Offloaded.empty(shape, table.embed_tokens.dtype, keeping.activations, folder)
-        for index in range(own.shape[0] // kept.piece):
-            kept.put(index, embed(table, own[index * kept.piece : (index + 1) * kept.piece]))
-        return kept
-
-    return Lanes.make(tokens.shape[0], keeping.devices, lane)
 
 
 def advance_all(layer: Block, inputs: Any, config: LlamaConfig) -> Any:

@@ -14,18 +14,19 @@ Xiao et al. 2023, arXiv:2211.10438.
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jquant.activations import ActivationMethod, PerToken
-from jquant.calibration.absmax import measure_absmax, refuse_infinite
+from jquant.blocks import SITES, collect_all
+from jquant.calibration.walk import NOTHING_KEPT, Keeping, all_finite, observe_all, open_inputs, refuse_infinite
 from jquant.errors import RecipeError
 from jquant.formats import UniformFormat
-from jquant.models import BLOCK_LINEARS, Block, Llama, LlamaConfig, blocks, embed, get, prompt_block, put
-from jquant.quantizers import Rtn, WeightQuantizer
+from jquant.models import BLOCK_LINEARS, Block, LazyModel, Llama, LlamaConfig, blocks, get, lazily, prompt_block, put
+from jquant.quantizers import ABSMAX, Rtn, WeightQuantizer
 from jquant.transforms import check_alpha, smooth_block
 from jquant.types import compute_dtype
 
@@ -70,7 +71,7 @@ class AlphaError:
 
 
 def search_alpha(
-    model: Llama, tokens: Int[Array, "samples length"], search: AlphaSearch
+    model: Llama | LazyModel, tokens: Int[Array, "samples length"], search: AlphaSearch, keeping: Keeping = NOTHING_KEPT
 ) -> tuple[tuple[Mapping[str, Float[Array, "_"]], ...], tuple[AlphaError, ...]]:
     """Tries every candidate on every block, in one pass over the model.
 
@@ -78,6 +79,7 @@ def search_alpha(
       model: the full-precision model, its layers a tuple.
       tokens: calibration windows.
       search: candidates and rounding.
+      keeping: where activations are kept, and over which devices windows are spread.
 
     Returns:
       The largest activations, as `collect_absmax` gives them, and the error of each candidate in order.
@@ -86,43 +88,79 @@ def search_alpha(
       CalibrationError: a block gives something that is not finite; it is named.
       FormatError: the layers are stacked.
     """
-    inputs, found, errors = embed(model, tokens), [], []
-    candidates = jnp.asarray(search.candidates, compute_dtype(inputs.dtype))
-    for index, layer in enumerate(blocks(model)):
-        outputs, largest, finite = measure_absmax(layer, inputs, model.config)
-        refuse_infinite(index, finite)
-        errors.append(measure_rounding(layer, inputs, outputs, largest, candidates, search, model.config))
-        found.append(largest)
-        inputs = outputs
+    model, found, errors = lazily(model), [], []
+    config = model.abstract.config
+
+    def observe(own: tuple[Block, Any], windows: Array, before: Any) -> tuple[Array, Any]:
+        wide = compute_dtype(windows.dtype)
+        begun = (jnp.zeros(len(search.candidates), wide), jnp.zeros((), wide)) if before is None else before[0]
+        outputs, sums = measure_rounding(*own, windows, begun, search, config)
+        finite = all_finite(outputs)
+        return outputs, (sums, finite if before is None else before[1] & finite)
+
+    with open_inputs(model, tokens, keeping) as inputs:
+        for index in range(len(blocks(model.abstract))):
+            layer = model.read(f"layers.{index}")
+            largest = collect_all(layer, inputs, tuple(SITES), ABSMAX, config)
+            inputs, ((moved, added), finite) = observe_all((layer, largest), inputs, observe, _sum)
+            refuse_infinite(index, finite)
+            errors.append(moved / added)
+            found.append(largest)
     means = jnp.mean(jnp.stack(errors), axis=0).tolist()
     return tuple(found), tuple(AlphaError(*pair) for pair in zip(search.candidates, means, strict=True))
 
 
-@functools.partial(jax.jit, static_argnums=(5, 6))
+def _sum(first: Any, second: Any) -> Any:
+    """Returns the sums of two lanes, and whether both are of finite activations."""
+    return jax.tree.map(jnp.add, first[0], second[0]), first[1] & second[1]
+
+
+@functools.partial(jax.jit, static_argnums=(4, 5))
 def measure_rounding(
     layer: Block,
-    inputs: Float[Array, "samples tokens hidden"],
-    outputs: Float[Array, "samples tokens hidden"],
     absmax: Mapping[str, Float[Array, "_"]],
-    candidates: Float[Array, "alphas"],
+    inputs: Float[Array, "samples tokens hidden"],
+    begun: tuple[Float[Array, "alphas"], Float[Array, ""]],
     search: AlphaSearch,
     config: LlamaConfig,
-) -> Float[Array, "alphas"]:
-    """Returns |B_alpha(x) - B(x)|^2 / |B(x) - x|^2 of one block for each alpha; one program for all blocks."""
-    wide, lengths = candidates.dtype, jnp.full(1, inputs.shape[1], jnp.int32)
-    added = jnp.sum(jnp.square((outputs - inputs).astype(wide)))
+) -> tuple[Float[Array, "samples tokens hidden"], tuple[Float[Array, "alphas"], Float[Array, ""]]]:
+    """Returns B(x), the sums of |B_alpha(x) - B(x)|^2 for each alpha, and that of |B(x) - x|^2, of some windows.
 
-    def error_of(alpha: Float[Array, ""]) -> Float[Array, ""]:
-        rounded = _round(smooth_block(layer, absmax, alpha), search)
+    One program for all blocks.
+
+    Args:
+      layer: the block B.
+      absmax: the largest magnitudes of its sites.
+      inputs: x.
+      begun: the sums to go on from.
+      search: the alphas, and the rounding.
+      config: the model's sizes.
+    """
+    wide, lengths = begun[1].dtype, jnp.full(1, inputs.shape[1], jnp.int32)
+
+    def run(block: Block, sample: Float[Array, "tokens hidden"]) -> Float[Array, "tokens hidden"]:
+        return prompt_block(block, sample[None], lengths, sample.shape[0], config)[0][0]
+
+    def square(
+        total: Float[Array, ""], found: Float[Array, "tokens hidden"], expected: Float[Array, "tokens hidden"]
+    ) -> Float[Array, ""]:
+        return total + jnp.sum(jnp.square(found.astype(wide) - expected.astype(wide)))
+
+    def first(added: Float[Array, ""], sample: Float[Array, "tokens hidden"]) -> tuple[Array, Array]:
+        output = run(layer, sample)
+        return square(added, output, sample), output
+
+    added, outputs = jax.lax.scan(first, begun[1], inputs)
+
+    def error_of(candidate: tuple[Float[Array, ""], Float[Array, ""]]) -> Float[Array, ""]:
+        rounded = _round(smooth_block(layer, absmax, candidate[0]), search)
 
         def add(total: Float[Array, ""], sample: tuple[Array, Array]) -> tuple[Float[Array, ""], None]:
-            given, expected = sample
-            found = prompt_block(rounded, given[None], lengths, given.shape[0], config)[0][0]
-            return total + jnp.sum(jnp.square(found.astype(wide) - expected.astype(wide))), None
+            return square(total, run(rounded, sample[0]), sample[1]), None
 
-        return jax.lax.scan(add, jnp.zeros((), wide), (inputs, outputs))[0] / added
+        return jax.lax.scan(add, candidate[1], (inputs, outputs))[0]
 
-    return jax.lax.map(error_of, candidates)
+    return outputs, (jax.lax.map(error_of, (jnp.asarray(search.candidates, wide), begun[0])), added)
 
 
 def _round(layer: Block, search: AlphaSearch) -> Block:

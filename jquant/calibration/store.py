@@ -148,6 +148,17 @@ class BlockStore:
         except (OSError, ValueError, AttributeError) as error:
             raise CheckpointError(f"{folder} is damaged ({error}); delete it to compute it again") from error
 
+    def whole(self) -> Any:
+        """Returns the tree that `put_whole` kept of this step.
+
+        Raises:
+          CheckpointError: it is not there, or damaged.
+        """
+        found = self.get_whole()
+        if found is None:
+            raise CheckpointError(f"{self._whole()} is gone; run again to compute it again")
+        return found[0]
+
     def put_whole(self, tree: Any, report: Report) -> None:
         """Keeps what a pass over the whole model computed, so that a run that goes on has the same, bit for bit.
 

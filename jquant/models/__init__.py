@@ -16,9 +16,11 @@ from jquant.models.joined import join_shared as join_shared
 from jquant.models.joined import split_shared as split_shared
 from jquant.models.lazy import LazyModel as LazyModel
 from jquant.models.lazy import in_memory as in_memory
+from jquant.models.lazy import lazily as lazily
 from jquant.models.lazy import rewrite as rewrite
 from jquant.models.lazy import top_nodes as top_nodes
 from jquant.models.lazy import with_blocks as with_blocks
+from jquant.models.lazy import with_head as with_head
 from jquant.models.llama import Cache as Cache
 from jquant.models.llama import decode as decode
 from jquant.models.llama import embed as embed

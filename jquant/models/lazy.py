@@ -39,6 +39,11 @@ def in_memory(model: Llama) -> LazyModel:
     return LazyModel(model, partial(get, model))
 
 
+def lazily(model: Llama | LazyModel) -> LazyModel:
+    """Returns a model to be read by path, whether it is in memory or not."""
+    return model if isinstance(model, LazyModel) else in_memory(model)
+
+
 def top_nodes(model: Llama) -> tuple[str, ...]:
     """Returns the paths of what a model is read by, one at a time: table, blocks, norm and head, if it has one.
 
@@ -101,6 +106,24 @@ def with_blocks(model: LazyModel, abstract: Llama, read_block: Callable[[int], A
             return model.read(path)
         block = read_block(int(parts[1]))
         return get(block, ".".join(parts[2:])) if parts[2:] else block
+
+    return LazyModel(abstract, read)
+
+
+def with_head(model: LazyModel, abstract: Llama, read_head: Callable[[], Any]) -> LazyModel:
+    """Returns a model whose output projection is read elsewhere.
+
+    Args:
+      model: table, blocks and norm.
+      abstract: the new model without its numbers.
+      read_head: returns the projection.
+    """
+
+    def read(path: str) -> Any:
+        parts = path.split(".")
+        if parts[0] != _HEAD:
+            return model.read(path)
+        return get(read_head(), ".".join(parts[1:])) if parts[1:] else read_head()
 
     return LazyModel(abstract, read)
 

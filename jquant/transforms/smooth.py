@@ -55,7 +55,7 @@ def smooth(model: Llama, absmax: Sequence[Mapping[str, Float[Array, "_"]]], alph
     Computed in float32 (float64 for a float64 model) and rounded once, to the dtypes that the arrays have.
 
     Args:
-      model: the model, its layers a tuple.
+      model: the model, its layers a tuple; abstract blocks stay as they are.
       absmax: for each block, the largest magnitude of each channel of "attention_input" and of "mlp_input", [hidden],
         such as `jquant.calibration.collect_absmax` gives for the full-precision model.
       alpha: how much of the difficulty moves to the weights: 0 evens out the weights' rows, 1 the activations.
@@ -83,6 +83,9 @@ def smooth(model: Llama, absmax: Sequence[Mapping[str, Float[Array, "_"]]], alph
         raise FormatError(f"maxima of {len(absmax)} blocks given for {len(layers)}; give one mapping for each block")
     smoothed = []
     for index, (layer, largest) in enumerate(zip(layers, absmax, strict=True)):
+        if isinstance(layer.input_layernorm, jax.ShapeDtypeStruct):
+            smoothed.append(layer)
+            continue
         _check_maxima(layer, largest, f"layers.{index}")
         smoothed.append(_smooth_block_jitted(layer, {pair.site: largest[pair.site] for pair in SMOOTHED}, alpha))
         _check_result(smoothed[-1], f"layers.{index}")

@@ -10,9 +10,10 @@ from jquant.calibration import AlphaSearch, collect_absmax, search_alpha
 from jquant.calibration.sequential import advance
 from jquant.calibration.smoothing import measure_rounding
 from jquant.errors import RecipeError
+from jquant.exact_passes import Smooth
 from jquant.formats import UniformFormat
 from jquant.models import Linear, Llama, embed, get, map_linears, put, random_model, tiny_config
-from jquant.passes import Context, Smooth, run_passes
+from jquant.passes import Context, run_passes
 from jquant.quantizers import Gptq, Rtn
 from jquant.recipe import parse_recipe, to_yaml
 from jquant.report import Report

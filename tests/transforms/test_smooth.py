@@ -12,6 +12,7 @@ from jquant.activations import PerToken
 from jquant.calibration import collect_absmax
 from jquant.calibration.absmax import measure_absmax
 from jquant.errors import CalibrationError, FormatError, RecipeError
+from jquant.exact_passes import Smooth
 from jquant.formats import UniformFormat
 from jquant.models import (
     BLOCK_LINEARS,
@@ -26,7 +27,7 @@ from jquant.models import (
     stack_layers,
     tiny_config,
 )
-from jquant.passes import Context, Smooth, run_passes
+from jquant.passes import Context, run_passes
 from jquant.quantizers import Rtn
 from jquant.recipe import parse_recipe
 from jquant.transforms import smooth, smooth_block, smoothing_scales

@@ -1,13 +1,14 @@
 r"""The same model on one device and on many: codes to the bit, logits to rounding.
 
-For each recipe: the sha256 of the result on 1, 2, 4 and 8 devices; of a run that is stopped after its first block on 8
-devices and goes on with 2; of two processes that share the windows; and how far the logits over meshes are from those
+For each recipe: the sha256 of the result on 1, 2, 4 and 8 devices; of a run that is stopped on 8 devices after some
+blocks and goes on with 2; of two processes that share the windows; and how far the logits over meshes are from those
 of one device.
 
     python benchmarks/mesh_parity.py [--model tiny | FILE.gguf] [--recipes rtn gptq quip spqr quarot kivi] [--layers 4]
-        [--samples 16] [--length 64] [--seconds 600]
+        [--samples 16] [--length 64] [--stop 1] [--prompt 48] [--set PATH=VALUE ..] [--keep FOLDER] [--seconds 600]
 
-JSON lines; the exit code is 1 if a sha256 differs, or logits by more than 2e-5 of the largest.
+JSON lines, each as soon as it is known; the exit code is 1 if a sha256 differs, or logits by more than 2e-5 of the
+largest. Logits of methods that round activations or caches: see `benchmarks/mesh_ties.py`.
 """
 
 import argparse
@@ -32,7 +33,7 @@ import numpy as np
 
 from convert import load_model
 from jquant.calibration import BlockStore
-from jquant.checkpoint import digest
+from jquant.checkpoint import digest, save_model
 from jquant.models import Llama, LlamaConfig, blocks, forward, random_model
 from jquant.passes import Context, run_passes
 from jquant.recipe import Recipe, load_recipe
@@ -71,6 +72,10 @@ def main() -> None:
     parser.add_argument("--layers", type=int)
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--length", type=int, default=64)
+    parser.add_argument("--stop", type=int, default=1, help="blocks after which the run on 8 devices is stopped")
+    parser.add_argument("--prompt", type=int, default=48, help="tokens of each of the 8 rows whose logits are compared")
+    parser.add_argument("--set", nargs="+", default=[], help="of the recipe, such as calibration.samples=8")
+    parser.add_argument("--keep", type=Path, help="folder in which the quantized models are saved, by recipe")
     parser.add_argument("--seconds", type=float, default=3600.0)
     parser.add_argument("--process", type=int, help="of a child: which of two processes it is")
     parser.add_argument("--port", type=int, default=29917)
@@ -91,15 +96,26 @@ def main() -> None:
 
 def _compare(source: Llama, name: str, arguments: argparse.Namespace) -> bool:
     begun = time.monotonic()
-    found = {}
+    found: dict[str, str] = {}
+    seconds: dict[str, float] = {}
     model = source
+
+    def note(way: str, sha256: str) -> None:
+        found[way], seconds[way] = sha256, round(time.monotonic() - begun - sum(seconds.values()), 1)
+        sys.stderr.write(f"{name} {way} {sha256} {seconds[way]} s\n")
+
     for count in arguments.counts:
-        model, found[f"{count} devices"] = _quantize(source, name, arguments, tuple(jax.devices()[:count]))
+        model, sha256 = _quantize(source, name, arguments, tuple(jax.devices()[:count]))
+        note(f"{count} devices", sha256)
+    if arguments.keep is not None:
+        save_model(model, arguments.keep / name)
     if _recipe(name, arguments).calibration is not None:
-        found["stopped on 8, went on with 2"] = _resume(source, name, arguments)
-        found["two processes"] = _two_processes(name, arguments)
-    _say(recipe=name, model=arguments.model, layers=len(blocks(source)), sha256=found, seconds=time.monotonic() - begun)
-    tokens = jnp.asarray(np.random.default_rng(0).integers(0, source.config.vocab_size, (8, 48)), jnp.int32)
+        note(f"stopped on 8 after {arguments.stop}, went on with 2", _resume(source, name, arguments))
+    note("two processes", _two_processes(name, arguments))
+    _say(recipe=name, model=arguments.model, layers=len(blocks(source)), sha256=found, seconds=seconds)
+    tokens = jnp.asarray(
+        np.random.default_rng(0).integers(0, source.config.vocab_size, (8, arguments.prompt)), jnp.int32
+    )
     expected = np.asarray(jax.jit(forward)(model, tokens))
     largest = float(np.abs(expected).max())
     apart = {}
@@ -108,7 +124,7 @@ def _compare(source: Llama, name: str, arguments: argparse.Namespace) -> bool:
         logits = np.asarray(jax.jit(forward)(spread, tokens))
         apart["x".join(map(str, shape))] = float(np.abs(logits - expected).max())
     notes = getattr(spread.layers, "notes", ())
-    _say(recipe=name, largest_logit=largest, apart=apart, whole=notes, seconds=time.monotonic() - begun)
+    _say(recipe=name, largest_logit=largest, apart=apart, whole=notes, prompt=arguments.prompt)
     return len(set(found.values())) == 1 and max(apart.values()) <= LIMIT * max(1.0, largest)
 
 
@@ -128,13 +144,14 @@ def _run(source: Llama, name: str, arguments: argparse.Namespace, devices: tuple
 
 def _resume(source: Llama, name: str, arguments: argparse.Namespace) -> str:
     def stop(report: BlockReport) -> None:
-        raise _StopError
+        if report.index + 1 == arguments.stop:
+            raise _StopError
 
     with tempfile.TemporaryDirectory() as folder:
         store = BlockStore.open(f"{folder}/store", {})
         with contextlib.suppress(_StopError):
             _quantize(source, name, arguments, tuple(jax.devices()), store=store, on_block=stop)
-        assert store.finished() == 1
+        assert store.finished() == arguments.stop
         return _quantize(source, name, arguments, tuple(jax.devices()[:2]), store=store)[1]
 
 
@@ -143,6 +160,7 @@ def _two_processes(name: str, arguments: argparse.Namespace) -> str:
         *("--model", arguments.model, "--recipes", name, "--port", str(arguments.port)),
         *("--samples", str(arguments.samples), "--length", str(arguments.length)),
         *(() if arguments.layers is None else ("--layers", str(arguments.layers))),
+        *(("--set", *arguments.set) if arguments.set else ()),
     ]
     environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
     children = [
@@ -159,7 +177,7 @@ def _two_processes(name: str, arguments: argparse.Namespace) -> str:
 
 
 def _recipe(name: str, arguments: argparse.Namespace) -> Recipe:
-    return load_recipe(RECIPES[name], SMALL.get(name, ()) if arguments.model == "tiny" else ())
+    return load_recipe(RECIPES[name], (*(SMALL.get(name, ()) if arguments.model == "tiny" else ()), *arguments.set))
 
 
 def _open(arguments: argparse.Namespace) -> Llama:

@@ -75,6 +75,6 @@ def test_codes_are_those_of_one_device_on_eight_after_a_stop_and_in_two_processe
     found = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=ROOT)
     assert found.returncode == 0, found.stdout + found.stderr[-2000:]
     codes, logits = (json.loads(line) for line in found.stdout.splitlines())
-    assert set(codes["sha256"]) == {"1 devices", "8 devices", "stopped on 8, went on with 2", "two processes"}
+    assert set(codes["sha256"]) == {"1 devices", "8 devices", "stopped on 8 after 1, went on with 2", "two processes"}
     assert len(set(codes["sha256"].values())) == 1
     assert set(logits["apart"]) == {"2x4", "4x2", "1x8", "8x1"}

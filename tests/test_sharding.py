@@ -70,6 +70,8 @@ def test_logits_and_tokens_are_those_of_one_device(source: Llama) -> None:
     np.testing.assert_allclose(np.asarray(jax.jit(forward)(spread, TOKENS)), expected, rtol=0, atol=LIMIT)
     prompts = TOKENS[:, :9].tolist()
     assert generate(spread, prompts, max_tokens=5).tokens == generate(model, prompts, max_tokens=5).tokens
+    rows = np.asarray(jax.jit(forward)(shard(model, make_mesh(2, 1)), TOKENS))
+    assert (rows == expected).all()  # no device has a part of a sum
     layers: Any = spread.layers
     q, o, down = (layers.layers[1].self_attn.q_proj, layers.layers[1].self_attn.o_proj, layers.layers[1].mlp.down_proj)
     assert q.kernel.codes.shape == (2, 32, 32)  # devices, bytes of 64 inputs, half the outputs
@@ -79,6 +81,13 @@ def test_logits_and_tokens_are_those_of_one_device(source: Llama) -> None:
     assert {leaf.sharding.spec[0] for leaf in jax.tree.leaves(layers)} == {"tensor"}
     assert (layers.config.num_key_value_heads, layers.notes) == (1, ())
     assert "on data 1 x tensor 2 devices" in describe_products(spread)
+
+
+def test_devices_that_have_whole_weights_tell_each_other_nothing(source: Llama) -> None:
+    """A gathered array would be laid out anew, and summed in another order than on one device."""
+    for spread in (shard(mixed(source), make_mesh(2, 1)), shard(mixed(source), make_mesh(1, 2))):
+        told = "all_gather" in str(jax.make_jaxpr(forward)(spread, TOKENS))
+        assert told == (spread.layers.mesh.shape["tensor"] > 1)  # type: ignore[union-attr]
 
 
 def test_rows_are_spread_over_data(source: Llama) -> None:

@@ -56,12 +56,14 @@ class ShardedTensor:
 
     def gather_inputs(self, x: Float[Array, "*batch own"]) -> Float[Array, "*batch in"]:
         """Returns the input that the part multiplies."""
-        if self.inputs == "own":
+        if self.inputs == "own" or _is_alone():
             return x
         return jax.lax.all_gather(x, TENSOR, axis=x.ndim - 1, tiled=True)
 
     def collect(self, y: Float[Array, "*batch part"]) -> Float[Array, "*batch out"]:
         """Returns the outputs that this device goes on with, given the part's product."""
+        if _is_alone():
+            return y
         if self.outputs == "summed":
             return jax.lax.psum(y.astype(compute_dtype(y.dtype)), TENSOR).astype(y.dtype)
         if self.outputs == "gathered":
@@ -70,6 +72,11 @@ class ShardedTensor:
             size = y.shape[-1] // jax.lax.axis_size(TENSOR)
             return jax.lax.dynamic_slice_in_dim(y, jax.lax.axis_index(TENSOR) * size, size, axis=y.ndim - 1)
         return y
+
+
+def _is_alone() -> bool:
+    """Tells that a device has whole weights: XLA would lay a gathered array out anew and sum it in another order."""
+    return bool(jax.lax.axis_size(TENSOR) == 1)
 
 
 def input_cut_fault(weight: Any, parts: int) -> str | None:

@@ -87,6 +87,20 @@ class AttentionCase:
         """Returns the attention of the operands of a seed in float32."""
         return jax.jit(functools.partial(reference.packed_attention, grid=self.grid))(*self.operands(seed))
 
+    def rounded(self, seed: int) -> BFloat16[Array, "rows heads dim"]:
+        """Returns the attention of the operands of a seed by XLA, keys, values, weights and result in bfloat16."""
+        return _rounded(self, jax.random.key(seed))
+
+
+def attend_rounded(
+    queries: BFloat16[Array, "rows heads dim"],
+    keys: Float32[Array, "rows kv_heads context dim"],
+    values: Float32[Array, "rows kv_heads context dim"],
+    lengths: Int32[Array, "rows"],
+) -> BFloat16[Array, "rows heads dim"]:
+    """Returns what `attention_reference.attend` does in bfloat16, products summed in float32."""
+    return _by_heads(queries, keys.astype(jnp.bfloat16), values.astype(jnp.bfloat16), lengths)
+
 
 def bfloat16_attentions() -> dict[str, Callable[..., Any]]:
     """Returns other attentions by name, functions of `bfloat16_operands`, all rows at full length.
@@ -157,6 +171,15 @@ def _operands(case: AttentionCase, key: jax.Array) -> Operands:
     others = jnp.round(others * middle) if case.grid == "zero" else -others * scales * middle
     grids = jnp.stack([scales, others], axis=-1).reshape(*shape, 4).astype(jnp.float16)
     return Operands(queries, PackedCache(key_codes, value_codes, grids), lengths, table)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _rounded(case: AttentionCase, key: jax.Array) -> jax.Array:
+    given = _operands(case, key)
+    keys, values = (
+        reference.in_rows(each, given.table) for each in reference.dense_cache(given.cache, case.dim, case.grid)
+    )
+    return attend_rounded(given.queries, keys, values, given.lengths)
 
 
 def _dot_product(

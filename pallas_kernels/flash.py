@@ -17,6 +17,7 @@ is an array of the layout C: tiles of O, then three: sums that correct O, (m, to
 """
 
 import math
+import struct
 from collections.abc import Sequence
 from typing import Any, Final
 
@@ -80,6 +81,19 @@ def begin(lanes: Lanes, queries: Any, dim: int, share: int, apart: int) -> list[
     state = [*([nothing] * (dim // GROUP + 1)), least, nothing]
     operands = [[pairs[i : i + 2], pairs[i + 2 : i + 4]] for i in range(0, len(pairs), NUMBERS_OF_TILE)]
     return [operands, [[sums[:2], [zero, zero]]], state]
+
+
+def twice(value: float) -> int:
+    """Returns the word that holds a number twice in bfloat16, which has it exactly.
+
+    Example:
+      >>> hex(twice(1.0)), hex(twice(-1.375))
+      ('0x3f803f80', '0xbfb0bfb0')
+    """
+    (word,) = struct.unpack("<I", struct.pack("<f", value))
+    half = word >> 16
+    assert struct.unpack("<f", struct.pack("<I", half << 16)) == (value,)
+    return int(half << 16 | half)
 
 
 def flat(tiles: Registers) -> list[Value]:

@@ -4,12 +4,14 @@ Codes lie in the upper bits of a bfloat16's mantissa, so that what they are too 
 
     (word shifted) & mask | 0x3F803F80    =    1 + code / L,   1 + other code / L
 
-A key's grid multiplies the query, once for a warp's tokens of a step, as they share it; its low enters the scores by a
-product of its own. A value's grid multiplies P, group by group; lows of all groups are rows of one operand:
+A key's grid multiplies the query, once for a warp's tokens of a step, as they share it; its middle enters the scores by
+a product of its own. A value's grid multiplies P, group by group; middles of all groups are rows of one operand. With
+c = 1 + (L - 1) / 2 L, what the middle code is,
 
-    S = K' (L scale q)^T + (low - L scale) q^T         O_g += V'_g^T (L scale_g P),   lows[g] += (low_g - L scale_g) P
+    S = (K' - c) (L scale q)^T + middle q^T         O_g += (V'_g - c)^T (L scale_g P) + middle_g P
 
-so grids are kept as L scale and low - L scale, in bfloat16 (`kivi_layout`).
+L scale q and L scale_g P are rounded to bfloat16: only what a number differs from its middle is off by that, as c is
+taken off by products with the rounded ones. Grids are kept as L scale and middle, in bfloat16 (`kivi_layout`).
 
 Reference: KIVI (arXiv:2402.02750).
 """
@@ -52,6 +54,11 @@ class KiviWalk:
         return self.dim * self.bits // 8
 
     @property
+    def middle(self) -> float:
+        """Returns what the middle of all codes is unpacked to."""
+        return 1.5 - 2.0 ** -(self.bits + 1)
+
+    @property
     def groups(self) -> int:
         """Returns how many grids a token's values have."""
         return self.dim // self.group
@@ -71,6 +78,7 @@ class KiviWalk:
         queries, _, state, limit = registers
         starts, own = range(0, self.tile // WARPS, GROUP), self.tile // WARPS
         scaled, first = self._scaled(lanes, refs[2], flash.flat(queries))
+        middles = self._middles(lanes)
         scores: list[list[Value]] = []
         for start in starts:
             rows, planes, c = flash.token_rows(lanes, start, own), [], first
@@ -87,7 +95,7 @@ class KiviWalk:
         outputs, y = [[*tile[0], *tile[1]] for tile in state[: -flash.ENDS]], [*state[-1][0], *state[-1][1]]
         for index, start in enumerate(starts):
             p = [lanes.transpose(lanes.pack(*row)) for row in weights[2 * index : 2 * index + 2]]
-            y, outputs = self._add(lanes, refs, start, p, y, outputs)
+            y, outputs = self._add(lanes, refs, start, p, middles, (y, outputs))
         lanes.meet()
         return [[*flash.tiled(flash.flat_numbers(outputs)), state[-3], state[-2], [y[:2], y[2:]]]]
 
@@ -99,22 +107,39 @@ class KiviWalk:
         return flash.meet(lanes, refs[0], outputs, (m, total, state[-1][0]), self.group // 8)
 
     def _scaled(self, lanes: Lanes, grids: Any, operands: list[Value]) -> tuple[list[Value], list[Value]]:
-        """Returns the queries times the scales of the warp's tokens, and the scores that the lows make."""
+        """Returns the queries times the scales of the warp's tokens, and the scores that the middles make."""
         ratio = self.key_group * WARPS // self.tile  # warps that share a grid
         mine = lanes.field(lanes.warp, ratio.bit_length() - 1, 0xFF, 0)
         place = lanes.offset(0, (mine, 2 * BFLOAT16 * self.dim), (lanes.quad, BFLOAT16 * self.dim // 4))
         count = len(operands)
         scales = lanes.load(grids, place, count)
         lows = lanes.load(grids, lanes.offset(BFLOAT16 * self.dim, (place, 1)), count)
-        c = [lanes.number(0.0)] * 4
+        scaled = [lanes.multiply_pairs(q, scale) for q, scale in zip(operands, scales, strict=True)]
+        c, off = [lanes.number(0.0)] * 4, [lanes.word(flash.twice(-self.middle))] * 4
         for a in range(0, count, 2):
             c = lanes.mma([lows[a], lows[a], lows[a + 1], lows[a + 1]], operands[a : a + 2], c)
-        return [lanes.multiply_pairs(q, scale) for q, scale in zip(operands, scales, strict=True)], c
+            c = lanes.mma(off, scaled[a : a + 2], c)
+        return scaled, c
+
+    def _middles(self, lanes: Lanes) -> list[Value]:
+        """Returns for each group an operand's word that is -c, twice, in the row of its number, and 0 elsewhere."""
+        nothing, off, found = lanes.word(0), lanes.word(flash.twice(-self.middle)), []
+        for group in range(self.groups):
+            upto = lanes.select(lanes.below(lanes.row, lanes.word(group + 1)), off, nothing)
+            found.append(lanes.select(lanes.below(lanes.row, lanes.word(group)), nothing, upto))
+        return found
 
     def _add(
-        self, lanes: Lanes, refs: Sequence[Any], start: int, p: list[Value], y: list[Value], outputs: list[list[Value]]
+        self,
+        lanes: Lanes,
+        refs: Sequence[Any],
+        start: int,
+        p: list[Value],
+        middles: list[Value],
+        sums: tuple[list[Value], list[list[Value]]],
     ) -> tuple[list[Value], list[list[Value]]]:
-        """Returns the sums with 16 more tokens' values, and those of the lows."""
+        """Returns sums with 16 more tokens in them: what to add to each group, and the values'."""
+        y, outputs = sums
         own, blocks = self.tile // WARPS, start // GROUP
         bytes_of_group = BFLOAT16 * GROUP
         block = ((lanes.warp, 2 * self.groups * bytes_of_group * own // GROUP),)
@@ -131,6 +156,8 @@ class KiviWalk:
         places = [lanes.offset(at + 16 * half, *block, (mine, bytes_of_group), (lanes.quad, 4)) for half in range(2)]
         lows, zero = [lanes.load(refs[3], place, 1)[0] for place in places], lanes.word(0)
         y = lanes.mma([lows[0], zero, lows[1], zero], p, y)
+        for off, weight in zip(middles, weights, strict=True):
+            y = lanes.mma([off, zero, off, zero], weight, y)
         pairs = []
         for tokens in flash.token_pairs(lanes, start, own):
             pairs.append(self._values(lanes, refs[1], tokens))

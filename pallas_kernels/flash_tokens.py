@@ -7,10 +7,12 @@ A word of eight 4-bit codes is four operands of two codes, without a conversion,
 and sums of queries and of P, which the tensor cores make too, take the 128 out again. 8-bit codes are two planes of 4
 bits, the upper times 16 (in S as it is, in O^T by 16 P). Each token's scale and low multiply S, and P:
 
-    s = scale_k (K Q^T)[t] + low_k sum(q)        o = sum_t (p_t scale_v) code[t] + sum_t p_t low_v
+    s = scale_k (K Q^T)[t] + low_k sum(q)        o = sum_t (p_t scale_v) (code[t] - c) + sum_t p_t (low_v + c scale_v)
+
+p_t scale_v is rounded to bfloat16, p_t (..) is not; c, the middle code, leaves of the rounding what a number differs
+from the middle of its grid.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal
@@ -58,6 +60,11 @@ class TokenWalk:
         """Returns what unpacked codes are too large by."""
         return {4: BIAS, 8: BIAS * (1 + UPPER), 16: 0.0}[self.bits]
 
+    @property
+    def middle(self) -> float:
+        """Returns a code in the middle that bfloat16 has exactly, and the sum with the bias too."""
+        return 0.0 if self.bits == 16 else 2.0 ** (self.bits - 1)
+
     def begin(self, lanes: Lanes, refs: Sequence[Any], _: Sequence[Registers]) -> list[Registers]:
         """Returns what `flash.begin` does, from the queries [share, dim]."""
         return flash.begin(lanes, refs[0], self.dim, self.share, 16 // self.bits)
@@ -84,7 +91,7 @@ class TokenWalk:
         for index, start in enumerate(starts):
             p = weights[2 * index : 2 * index + 2]
             for row in range(2 if grids else 0):
-                value, low = self._grid(lanes, grids[2 * index + row])
+                value, low = self._grid(lanes, grids[2 * index + row], self.middle)
                 y = [lanes.fma(p[row][i], low, y[i]) for i in range(2)]
                 p[row] = [lanes.multiply(p[row][i], value) for i in range(2)]
             z, outputs = self._add(lanes, refs[1], start, p, z, outputs)
@@ -126,12 +133,12 @@ class TokenWalk:
             scores[half] = [lanes.select(there, scores[half][i], never) for i in range(2)]
         return scores, of_values
 
-    def _grid(self, lanes: Lanes, word: Value) -> tuple[Value, Value]:
-        """Returns a grid's scale and low."""
+    def _grid(self, lanes: Lanes, word: Value, code: float = 0.0) -> tuple[Value, Value]:
+        """Returns a grid's scale and what a code stands for."""
         scale, other = lanes.halves(word)
         if self.grid == "low":
-            return scale, other
-        return scale, lanes.multiply(lanes.subtract(lanes.number(0.0), scale), other)
+            return scale, lanes.fma(scale, lanes.number(code), other) if code else other
+        return scale, lanes.multiply(scale, lanes.subtract(lanes.number(code), other))
 
     def _add(
         self, lanes: Lanes, values: Any, start: int, p: list[list[Value]], z: list[Value], outputs: list[list[Value]]
@@ -142,7 +149,7 @@ class TokenWalk:
             scaled = [[lanes.multiply(one, lanes.number(factor)) for one in row] for row in p] if factor != 1.0 else p
             weights.append([lanes.transpose(lanes.pack(*row)) for row in scaled])
         if self.bias:
-            z = lanes.mma([lanes.word(_bfloat_pair(self.bias))] * 4, weights[0], z)
+            z = lanes.mma([lanes.word(flash.twice(self.bias + self.middle))] * 4, weights[0], z)
         pairs = []
         for tokens in flash.token_pairs(lanes, start, self.tile // WARPS):
             places = [lanes.offset(0, (token, self.row), (lanes.row, self.row // 8)) for token in tokens]
@@ -154,13 +161,6 @@ class TokenWalk:
                 a = [first[2 * tile], first[2 * tile + 1], second[2 * tile], second[2 * tile + 1]]
                 outputs[tile] = lanes.mma(a, weight, outputs[tile])
         return z, outputs
-
-
-def _bfloat_pair(value: float) -> int:
-    """Returns the word that holds a number of bfloat16 twice: a power of two times at most 255."""
-    mantissa, exponent = math.frexp(value)
-    half = (exponent + 126) << 7 | int((2 * mantissa - 1) * 128)
-    return half << 16 | half
 
 
 def _unpack_keys(lanes: Lanes, words: list[Value], bits: int) -> list[list[Value]]:

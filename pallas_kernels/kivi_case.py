@@ -12,6 +12,7 @@ from jaxtyping import Array, BFloat16, Float32, Int32
 from pallas_kernels import attention_reference as reference
 from pallas_kernels import kivi_layout
 from pallas_kernels.attention import KiviPages, PackedCache, kivi_attention
+from pallas_kernels.attention_case import attend_rounded
 from pallas_kernels.attention_configs import choose_kivi, choose_window
 from pallas_kernels.attention_kernel import AttentionConfig
 
@@ -83,7 +84,11 @@ class KiviCase:
 
     def meaning(self, seed: int) -> Float32[Array, "rows heads dim"]:
         """Returns the attention of the operands of a seed in float32, with grids that are not rounded."""
-        return _meaning(self, jax.random.key(seed))
+        return _attended(self, reference.attend, jax.random.key(seed))
+
+    def rounded(self, seed: int) -> BFloat16[Array, "rows heads dim"]:
+        """Returns the same by XLA, keys, values, weights and result in bfloat16."""
+        return _attended(self, attend_rounded, jax.random.key(seed))
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -109,8 +114,8 @@ def _operands(case: KiviCase, key: jax.Array) -> tuple[KiviOperands, tuple[jax.A
     return given, (scales, lows, of_values, value_lows)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _meaning(case: KiviCase, key: jax.Array) -> jax.Array:
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _attended(case: KiviCase, attend: Callable[..., jax.Array], key: jax.Array) -> jax.Array:
     given, (scales, lows, of_values, value_lows) = _operands(case, key)
     codes = [reference.codes_of(each, case.dim) for each in (given.cache.keys, given.cache.values)]
     wide = [jnp.repeat(each, case.group, axis=2) for each in (scales, lows)]
@@ -122,4 +127,4 @@ def _meaning(case: KiviCase, key: jax.Array) -> jax.Array:
         jnp.concatenate([dense, exact[:, :, :RECENT].astype(jnp.float32)], axis=2)
         for dense, exact in ((keys, window.keys), (values, window.values))
     ]
-    return reference.attend(given.queries, both[0], both[1], given.lengths + given.window_lengths)
+    return attend(given.queries, both[0], both[1], given.lengths + given.window_lengths)

@@ -2,12 +2,13 @@
 
     keys       [tokens, dim bits / 8]        a token's codes in the order of the channels, the lowest bits first
     values     [tokens, dim bits / 8]        in the order of the threads: 8 pieces, each with its part of every group
-    key grids  [tokens / group, 2 dim]       L scale of all channels, then low - L scale; in runs of 32 / bits channels
+    key grids  [tokens / group, 2 dim]       L scale of all channels, then middle; in runs of 32 / bits channels
                                              c, the order c, c + 16 / bits, c + 1, ..
-    value grids [tokens / 16, 2 groups 16]   L scale of each group for 16 tokens, then low - L scale; of these 16, rows
+    value grids [tokens / 16, 2 groups 16]   L scale of each group for 16 tokens, then middle; of these 16, rows
                                              4 to 7 of each 8 are swapped in pairs, as in `flash.token_rows`
 
-L = 2^bits; grids are rounded to bfloat16, which moves a number by 2^-9 of L scale at most.
+L = 2^bits, middle = low + (L - 1) / 2 scale; both are rounded to bfloat16, which moves a number by 2^-9 of its middle
+and of its distance from it at most.
 """
 
 from typing import Final
@@ -112,10 +113,16 @@ def restore_value_grids(
 
 
 def _restored(parts: list[jax.Array], bits: int) -> tuple[jax.Array, jax.Array]:
-    steps, shifted = (part.astype(jnp.float32) for part in parts)
-    return steps * 2.0**-bits, shifted + steps
+    steps, middles = (part.astype(jnp.float32) for part in parts)
+    scales = steps * 2.0**-bits
+    return scales, middles - scales * _middle_code(bits)
 
 
 def _parts(scales: jax.Array, lows: jax.Array, bits: int) -> list[jax.Array]:
-    steps = scales.astype(jnp.float32) * 2.0**bits
-    return [steps.astype(jnp.bfloat16), (lows.astype(jnp.float32) - steps).astype(jnp.bfloat16)]
+    wide = scales.astype(jnp.float32)
+    middles = lows.astype(jnp.float32) + wide * _middle_code(bits)
+    return [(wide * 2.0**bits).astype(jnp.bfloat16), middles.astype(jnp.bfloat16)]
+
+
+def _middle_code(bits: int) -> float:
+    return (2.0**bits - 1) / 2

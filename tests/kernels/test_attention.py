@@ -14,8 +14,8 @@ from pallas_kernels.attention_kernel import AttentionConfig
 from pallas_kernels.kivi_case import KiviCase
 from pallas_kernels.lanes import SimulatedLanes
 
-KIVI_ROUNDING = 2.0**-6  # scales and lows are rounded too, and values average out in the sum that it is relative to
 BF16_ROUNDING = 2.0**-8  # relative, of P or P times a scale, rounded to bfloat16, and of the output
+AS_GOOD = 1.1  # of bfloat16's own error: where both are little more than the output's rounding, chance decides
 
 CASES = {
     "4 bits, pages, two splits of two": (
@@ -39,12 +39,20 @@ SERVED = (  # Llama-3.1-8B and SmolLM2-135M
 )
 
 
+def check(found: jax.Array, case: AttentionCase | KiviCase, seed: int = 0) -> None:
+    """The error against float32 is no larger than that of bfloat16 attention over the same numbers."""
+    expected = case.meaning(seed)
+    error = relative_error(found, expected)
+    assert error < BF16_ROUNDING
+    assert error < AS_GOOD * relative_error(case.rounded(seed), expected)
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_simulated_threads_attend(name: str) -> None:
     case, config = CASES[name]
     given = case.operands(0)
     found = packed_attention(*given, grid=case.grid, config=config, simulate=compat.Simulation(detect_races=True))
-    assert relative_error(found, case.meaning(0)) < BF16_ROUNDING
+    check(found, case)
     assert not compat.races_found()
 
 
@@ -63,7 +71,7 @@ def test_simulated_threads_attend_to_kivi() -> None:
     config, window = AttentionConfig(splits=2, tile=128, stages=1), AttentionConfig(tile=64, stages=3)
     simulation = compat.Simulation(detect_races=True)
     found = kivi_attention(*given, config=config, window_config=window, simulate=simulation)
-    assert relative_error(found, case.meaning(0)) < KIVI_ROUNDING
+    check(found, case)
     assert not compat.races_found()
 
 
@@ -91,9 +99,7 @@ def test_kernel_attends_with_the_same_bits_twice(case: AttentionCase | KiviCase)
     kernel = jax.jit(case.kernel(case.config()))
     given = case.operands(0)
     found = kernel(*given)
-    assert relative_error(found, case.meaning(0)) < (
-        BF16_ROUNDING if isinstance(case, AttentionCase) else KIVI_ROUNDING
-    )
+    check(found, case)
     assert bool(jnp.all(found == kernel(*given)))
 
 

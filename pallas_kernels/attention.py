@@ -33,7 +33,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, BFloat16, Float, Int32, UInt8
 
 from pallas_kernels import compat
-from pallas_kernels.attention_kernel import AttentionConfig, Stream, attend
+from pallas_kernels.attention_kernel import WINDOW_TILE, AttentionConfig, Stream, Window, attend
 from pallas_kernels.flash import GROUP, HEADS, WARPS
 from pallas_kernels.flash_kivi import KiviWalk
 from pallas_kernels.flash_tokens import Grid, TokenWalk
@@ -153,7 +153,7 @@ def kivi_attention(
     table: Int32[Array, "rows slots"] | None = None,
     *,
     config: AttentionConfig,
-    window_config: AttentionConfig,
+    window_config: AttentionConfig | None,
     simulate: compat.Simulation | None = None,
 ) -> BFloat16[Array, "rows heads dim"]:
     """Attends to a KIVI cache: coded tokens, and a window of tokens in bfloat16, in any order.
@@ -166,7 +166,8 @@ def kivi_attention(
       window_lengths: of them, for each row.
       table: the page that holds a row's coded tokens i * page to (i + 1) * page; None if page b is all of row b.
       config: how the work on coded tokens is divided.
-      window_config: how that on the window is.
+      window_config: how that on the window is; None for the blocks of the coded tokens to do it, which no GPU has run
+        yet.
       simulate: run in the interpreter on the CPU with these settings.
 
     Raises:
@@ -177,7 +178,10 @@ def kivi_attention(
     key_group = page // cache.key_grids.shape[2]
     groups = cache.value_grids.shape[3] // (2 * GROUP)
     fault = fault_of_attention(config, dim, share, page)
-    fault = fault or fault_of_attention(window_config, dim, share, window.keys.shape[2])
+    if window_config is not None:
+        fault = fault or fault_of_attention(window_config, dim, share, window.keys.shape[2])
+    elif fault is None and window.keys.shape[2] % WINDOW_TILE:
+        fault = f"a window with room for {window.keys.shape[2]} tokens: give whole {WINDOW_TILE}s"
     fault = fault or fault_of_kivi(config, dim, bits, key_group, dim // groups)
     if fault:
         raise ValueError(f"attention of {heads} heads over {kv_heads} of {dim} with {config}: {fault}")
@@ -188,6 +192,9 @@ def kivi_attention(
         Stream(cache.key_grids, key_group),
         Stream(cache.value_grids, GROUP),
     ]
+    if window_config is None:
+        inside = Window(window.keys, window.values, window_lengths)
+        return attend(queries, walk, streams, lengths, table, config, simulate, window=inside)
     exact = [Stream(window.keys, 1), Stream(window.values, 1)]
     plain = TokenWalk(16, dim, share, window_config.tile, "none", dim // groups)
     extra = attend(queries, plain, exact, window_lengths, None, window_config, simulate, join_later=True)

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from typing import Final
+from typing import Final, Literal
 
 from pallas_kernels import flash
 from pallas_kernels.attention_kernel import AttentionConfig
@@ -10,6 +10,8 @@ from pallas_kernels.configs import MULTIPROCESSORS, ONE_BLOCK
 
 WARPGROUPS: Final = 4  # of a block: 128 registers a thread, and one block for each multiprocessor
 TILES: Final = (128, 64)
+WIDE_TILE: Final = 256  # of KIVI: a warp multiplies the keys' grid once for 64 tokens
+LEAST_GROUP_OF_WIDE: Final = 64
 MOST_STAGES: Final = 4
 MOST_SPLITS: Final = 64
 LEAST_TILES: Final = 2  # of a warpgroup: fewer are not worth a block
@@ -43,11 +45,11 @@ def choose_attention(
 
     Example:
       >>> choose_attention(4, 16, 8, 128, 8192)
-      AttentionConfig(splits=1, tile=128, stages=3, warpgroups=4)
+      AttentionConfig(splits=1, tile=128, stages=3, warpgroups=4, tiles='in runs', join='by heads')
       >>> choose_attention(4, 1, 8, 128, 32768)
-      AttentionConfig(splits=16, tile=64, stages=4, warpgroups=4)
+      AttentionConfig(splits=16, tile=64, stages=4, warpgroups=4, tiles='in runs', join='by heads')
       >>> choose_attention(4, 1, 8, 128, 2048)
-      AttentionConfig(splits=8, tile=128, stages=2, warpgroups=1)
+      AttentionConfig(splits=8, tile=128, stages=2, warpgroups=1, tiles='in runs', join='by heads')
     """
     page = page or tokens
     if dim <= NARROW and page % TILES[0] == 0:
@@ -76,7 +78,15 @@ def choose_attention(
 
 
 @functools.cache
-def choose_kivi(bits: int, rows: int, kv_heads: int, dim: int, tokens: int) -> AttentionConfig:
+def choose_kivi(
+    bits: int,
+    rows: int,
+    kv_heads: int,
+    dim: int,
+    tokens: int,
+    group: int = LEAST_GROUP,
+    window: Literal["apart", "inside"] = "apart",
+) -> AttentionConfig:
     """Returns a configuration for KIVI's coded tokens: as many warpgroups as the shared memory has room for.
 
     Args:
@@ -85,18 +95,25 @@ def choose_kivi(bits: int, rows: int, kv_heads: int, dim: int, tokens: int) -> A
       kv_heads: heads of the cache.
       dim: numbers of a head.
       tokens: that the longest row may have.
+      group: tokens or channels of a grid.
+      window: what walks it: a kernel of its own, or the blocks of the coded tokens, which no GPU has run yet.
 
     Example:
       >>> choose_kivi(2, 16, 8, 128, 32768)
-      AttentionConfig(splits=1, tile=128, stages=2, warpgroups=4)
+      AttentionConfig(splits=1, tile=128, stages=2, warpgroups=4, tiles='in runs', join='by heads')
     """
-    one = TILES[0] * (2 * dim * bits // 8 + MOST_BYTES_OF_KIVI_GRIDS * dim // LEAST_GROUP)
+    inside = window == "inside"
+    wide = inside and group >= LEAST_GROUP_OF_WIDE and tokens % WIDE_TILE == 0
+    tile = WIDE_TILE if wide else TILES[0]
+    grids = MOST_BYTES_OF_KIVI_GRIDS * dim // (group if wide else LEAST_GROUP)
+    one = tile * (2 * dim * bits // 8 + grids)
     result = 4 * math.prod(flash.shape_of_result(dim))
     room = ONE_BLOCK // (STAGES_OF_KIVI * one + flash.bytes_to_meet(dim) + result)
     warpgroups = max(1, min(WARPGROUPS, room))
-    # the window is joined in any case
-    splits = _splits(rows * kv_heads, -(-tokens // TILES[0]), MULTIPROCESSORS, warpgroups, joining=0.0)
-    return AttentionConfig(splits, TILES[0], STAGES_OF_KIVI, warpgroups)
+    joining = COST_OF_JOIN if inside else 0.0  # a window apart is joined in any case
+    splits = _splits(rows * kv_heads, -(-tokens // tile), MULTIPROCESSORS, warpgroups, joining)
+    found = AttentionConfig(splits, tile, STAGES_OF_KIVI, warpgroups)
+    return found.in_turns() if inside else found
 
 
 def choose_window() -> AttentionConfig:

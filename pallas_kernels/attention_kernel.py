@@ -5,12 +5,16 @@
     block (row, head)          warpgroups share the parts of the splits -> join -> the result
 
 No order of additions depends on time.
+
+Three options, which no GPU has run yet and nothing chooses by itself: tiles are taken "in turns", each warpgroup every
+n-th, so that its first one is known, and asked for, before the row's length is; results are joined "by pieces", a block
+(row, head, piece) for a tile of each warp's numbers; and the blocks of coded tokens walk KIVI's window too (`Window`).
 """
 
+import dataclasses
 import functools
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,14 +23,15 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, BFloat16, Float32, Int32
 
 from pallas_kernels import compat, flash
+from pallas_kernels.attention_join import join_warpgroups, joiner, scratch_to_join
 from pallas_kernels.flash_kivi import KiviWalk
 from pallas_kernels.flash_tokens import TokenWalk
 from pallas_kernels.lanes_gpu import run
 
 type Walk = TokenWalk | KiviWalk
 
-JOINERS: Final = (4, 2, 1)  # warpgroups that add splits, each as many
-AT_ONCE: Final = 8  # results that a warpgroup adds at once
+EARLY: Final = 4  # tiles that each warpgroup would have in a full row: one is asked for before the length is known
+WINDOW_TILE: Final = 64  # tokens of a window that a warpgroup walks at once
 
 
 @dataclass(frozen=True)
@@ -38,12 +43,20 @@ class AttentionConfig:
       tile: tokens of one copy, a multiple of 64.
       stages: copies that a warpgroup has under way.
       warpgroups: of a block, each with a part of the block's tokens.
+      tiles: which ones are a warpgroup's: neighbours, or every n-th.
+      join: what adds splits: a block for a head, or for a piece of it.
     """
 
     splits: int = 1
     tile: int = 128
     stages: int = 3
     warpgroups: int = 1
+    tiles: Literal["in runs", "in turns"] = "in runs"
+    join: Literal["by heads", "by pieces"] = "by heads"
+
+    def in_turns(self) -> "AttentionConfig":
+        """Returns the same division with the options that no GPU has run yet."""
+        return dataclasses.replace(self, tiles="in turns", join="by pieces")
 
 
 class Stream(NamedTuple):
@@ -51,6 +64,20 @@ class Stream(NamedTuple):
 
     array: jax.Array
     unit: int
+
+
+class Window(NamedTuple):
+    """Tokens in bfloat16 that are seen beside the coded ones; page b is row b, of whole `WINDOW_TILE`s.
+
+    Attributes:
+      keys: [rows, heads, tokens, dim].
+      values: the same.
+      lengths: tokens of each row.
+    """
+
+    keys: BFloat16[Array, "rows kv_heads tokens dim"]
+    values: BFloat16[Array, "rows kv_heads tokens dim"]
+    lengths: Int32[Array, "rows"]
 
 
 def attend(
@@ -62,6 +89,7 @@ def attend(
     config: AttentionConfig,
     simulate: compat.Simulation | None,
     extra: Float32[Array, "rows kv_heads parts 64 columns"] | None = None,
+    window: Window | None = None,
     *,
     join_later: bool = False,
 ) -> BFloat16[Array, "rows heads dim"] | Float32[Array, "rows kv_heads splits 64 columns"]:
@@ -76,14 +104,15 @@ def attend(
       config: how the work is divided.
       simulate: run in the interpreter on the CPU with these settings.
       extra: parts that another call gave, to be joined with those of this one.
+      window: other tokens to walk, or None.
       join_later: give the parts, for another call.
     """
     rows, heads, dim = queries.shape
     _, kv_heads, page, _ = streams[0].array.shape
     units = tuple(stream.unit for stream in streams)
     whole = config.splits == 1 and extra is None and not join_later
-    kernel = _Kernel(config, walk, page, units, table is not None, whole, simulate is not None)
-    given = [queries.reshape(rows, kv_heads, -1, dim), lengths, *(stream.array for stream in streams)]
+    kernel = _Kernel(config, walk, page, units, table is not None, window is not None, whole, simulate is not None)
+    given = [queries.reshape(rows, kv_heads, -1, dim), lengths, *(window or ()), *(stream.array for stream in streams)]
     result = jax.ShapeDtypeStruct((rows, kv_heads, heads // kv_heads, dim), jnp.bfloat16)
     parts = jax.ShapeDtypeStruct((rows, kv_heads, config.splits, *flash.shape_of_result(dim)), jnp.float32)
     blocks = {"row": rows, "head": kv_heads}
@@ -100,95 +129,20 @@ def attend(
     if join_later:
         return found
     if not whole:
-        warpgroups = next(count for count in JOINERS if config.splits % count == 0)
-        joiner = _Joiner(config.splits // warpgroups, warpgroups, walk, simulate is not None)
+        write = functools.partial(flash.write, shape=(walk.share, dim), group=walk.group)
+        way = config.join if extra is None else "by heads"
+        join = joiner(config.splits, dim, write, way, simulated=simulate is not None)
         call = compat.kernel(
-            joiner.body,
+            join.body,
             out=result,
-            scratch=_scratch_to_join(warpgroups, dim),
-            grid=blocks,
-            warpgroups=warpgroups,
+            scratch=scratch_to_join(join.warpgroups, dim),
+            grid=blocks | join.blocks,
+            warpgroups=join.warpgroups,
             manual_barriers=True,
             simulate=simulate,
         )
         found = call(found, *(() if extra is None else (extra,)))
     return found.reshape(queries.shape)
-
-
-def _scratch_to_join(warpgroups: int, dim: int) -> dict[str, Any]:
-    if warpgroups == 1:
-        return {}
-    return {
-        "results_smem": compat.SharedMemory((warpgroups - 1, *flash.shape_of_result(dim)), jnp.float32),
-        "told": compat.Barrier(num_arrivals=warpgroups - 1),
-    }
-
-
-def _join_warpgroups(
-    mine: Any, extra: list[Any], count: int, memory: dict[str, Any], go_on: Callable[[Any], None], *, simulated: bool
-) -> None:
-    """Calls `go_on` with the sum of all warpgroups' results and `extra` ones, in the first of them alone."""
-    warpgroup = lax.axis_index("wg")
-
-    def join(others: list[Any]) -> None:
-        if not others:
-            go_on(mine)
-            return
-        out = jax.ShapeDtypeStruct(mine.shape, jnp.float32)
-        go_on(run(flash.join, [], [mine, *others], (out,), simulated=simulated)[0])
-
-    if count == 1:
-        join(extra)
-        return
-
-    @pl.when(warpgroup > 0)
-    def _() -> None:
-        memory["results_smem"][warpgroup - 1] = mine
-        compat.commit()
-        compat.arrive(memory["told"])
-
-    @pl.when(warpgroup == 0)
-    def _() -> None:
-        compat.wait(memory["told"])
-        results = memory["results_smem"]
-        join([*extra, *(compat.load(results.at[other], compat.C, checked=False) for other in range(count - 1))])
-
-
-@dataclass(frozen=True)
-class _Joiner:
-    """The program that adds the splits of one KV head."""
-
-    each: int
-    warpgroups: int
-    walk: Walk
-    simulated: bool
-
-    def body(self, parts_gmem: Any, *rest: Any, **memory: Any) -> None:
-        """One block's program."""
-        *extras, out_gmem = rest
-        row, head, warpgroup = (lax.axis_index(name) for name in ("row", "head", "wg"))
-        out = jax.ShapeDtypeStruct(flash.shape_of_result(self.walk.dim), jnp.float32)
-
-        def load(ref: Any, index: Any) -> Any:
-            return compat.load(ref.at[row, head, index], compat.C, checked=False)
-
-        mine: list[Any] = []
-        for start in range(0, self.each, AT_ONCE):
-            some = range(start, min(self.each, start + AT_ONCE))
-            mine += [load(parts_gmem, warpgroup * self.each + index) for index in some]
-            mine = list(run(flash.join, [], mine, (out,), simulated=self.simulated))
-        others = [load(extra, index) for extra in extras for index in range(extra.shape[2])]
-        target = out_gmem.at[row, head]
-
-        def write(whole: Any) -> None:
-            _write(self.walk, target, whole, simulated=self.simulated)
-
-        _join_warpgroups(mine[0], others, self.warpgroups, memory, write, simulated=self.simulated)
-
-
-def _write(walk: Walk, target: Any, result: Any, *, simulated: bool) -> None:
-    program = functools.partial(flash.write, shape=(walk.share, walk.dim), group=walk.group)
-    run(program, [target], [result], (), 1, simulated=simulated)
 
 
 @dataclass(frozen=True)
@@ -200,6 +154,7 @@ class _Kernel:
     page: int
     units: tuple[int, ...]
     paged: bool
+    windowed: bool
     whole: bool
     simulated: bool
 
@@ -220,25 +175,30 @@ class _Kernel:
         found["full"] = compat.Barrier(num_arrivals=copies, num_barriers=c.warpgroups * c.stages)
         if c.stages * c.tile * self.walk.row < flash.bytes_to_meet(dim):
             found["exchange_smem"] = shared((c.warpgroups, flash.bytes_to_meet(dim) // 4), jnp.float32)
-        return found | _scratch_to_join(c.warpgroups, dim)
+        return found | scratch_to_join(c.warpgroups, dim)
+
+    @property
+    def early(self) -> bool:
+        """Tells whether the first copies may start before a row's length is known: few reads in vain, and no page."""
+        parts = self.config.splits * self.config.warpgroups
+        return self.config.tiles == "in turns" and not self.paged and self.page >= EARLY * parts * self.config.tile
 
     def body(self, queries_gmem: Any, lengths_gmem: Any, *rest: Any, **memory: Any) -> None:
         """One block's program."""
         *streams, out_gmem = rest
+        window = [streams.pop(0) for _ in range(3)] if self.windowed else None
         table_gmem = streams.pop() if self.paged else None
         c, walk = self.config, self.walk
         row, head, split, warpgroup = (lax.axis_index(name) for name in ("row", "head", "split", "wg"))
-        length, parts = lengths_gmem[row], c.splits * c.warpgroups
-        tiles = lax.div(length + (c.tile - 1), c.tile)
-        part = split * c.warpgroups + warpgroup
-        first = lax.div(part * tiles, parts)
-        count = lax.div((part + 1) * tiles, parts) - first
+        part, parts = split * c.warpgroups + warpgroup, c.splits * c.warpgroups
         slots = [memory[f"stream{index}_smem"].at[warpgroup] for index in range(len(streams))]
 
-        def fetch(step: Any, slot: Any) -> None:
-            barrier = memory["full"].at[warpgroup * c.stages + slot]
+        def full(slot: Any) -> Any:
+            return memory["full"].at[warpgroup * c.stages + slot]
+
+        def fetch(tile: Any, slot: Any) -> None:
             for start in range(0, c.tile, self.copied):
-                token = (first + step) * c.tile + start
+                token = tile * c.tile + start
                 inside = lax.rem(token, self.page)
                 page = row if table_gmem is None else table_gmem[row, lax.div(token, self.page)]
                 for stream, target, unit in zip(streams, slots, self.units, strict=True):
@@ -246,44 +206,91 @@ class _Kernel:
                         pl.ds(lax.div(inside, unit), self.copied // unit),
                         pl.ds(start // unit, self.copied // unit),
                     )
-                    compat.copy_in(stream.at[page, head, here], target.at[slot, there], barrier)
+                    compat.copy_in(stream.at[page, head, here], target.at[slot, there], full(slot))
 
-        for slot in range(c.stages):
+        if self.early:
+            fetch(part, 0)
+        length = lengths_gmem[row]
+        first, apart, count = self._tiles(length, c.tile, part, parts)
+        for slot in range(int(self.early), c.stages):
 
             @pl.when(slot < count)
             def _(slot: int = slot) -> None:
-                fetch(slot, slot)
+                fetch(first + slot * apart, slot)
 
+        queries, sums, start = self._begin(queries_gmem.at[row, head], window, (row, head, part, parts))
         struct = jax.ShapeDtypeStruct
         state = struct(flash.shape_of_state(walk.dim), jnp.float32)
-        begun = struct(flash.shape_of_queries(walk.dim), jnp.int32), struct((64, 8), jnp.float32), state
-        queries, sums, start = run(walk.begin, [queries_gmem.at[row, head]], [], begun, simulated=self.simulated)
 
         def step(index: Any, carried: Any) -> Any:
             slot = lax.rem(index, c.stages)
-            compat.wait(memory["full"].at[warpgroup * c.stages + slot])
-            limit = jnp.full((64, 8), length - (first + index) * c.tile, jnp.int32)
+            compat.wait(full(slot))
+            limit = _spread(length - (first + index * apart) * c.tile)
             refs = [each.at[slot] for each in slots]
-            given = [queries, sums, carried, compat.cast(limit, compat.C)]
-            (carried,) = run(walk.step, refs, given, (state,), simulated=self.simulated)
+            (carried,) = run(walk.step, refs, [queries, sums, carried, limit], (state,), simulated=self.simulated)
             if self.simulated:  # the program itself waits for all threads
                 compat.commit()
 
             @pl.when(index + c.stages < count)
             def _() -> None:
-                fetch(index + c.stages, slot)
+                fetch(first + (index + c.stages) * apart, slot)
 
             return carried
 
         end = lax.fori_loop(0, count, step, start)
+        if self.early:  # what nobody needed must have arrived before its memory is another's
+
+            @pl.when(count < 1)
+            def _() -> None:
+                compat.wait(full(0))
+
         exchange = memory.get("exchange_smem", memory["stream0_smem"]).at[warpgroup]
         result = struct(flash.shape_of_result(walk.dim), jnp.float32)
         (met,) = run(walk.finish, [exchange], [end], (result,), simulated=self.simulated)
 
+        write = functools.partial(flash.write, shape=(walk.share, walk.dim), group=walk.group, piece=(0, 1))
+
         def store(result: Any) -> None:
             if self.whole:
-                _write(walk, out_gmem.at[row, head], result, simulated=self.simulated)
+                run(write, [out_gmem.at[row, head]], [result], (), 1, simulated=self.simulated)
             else:
                 out_gmem[row, head, split] = result
 
-        _join_warpgroups(met, [], c.warpgroups, memory, store, simulated=self.simulated)
+        join_warpgroups(met, [], c.warpgroups, memory, store, simulated=self.simulated)
+
+    def _tiles(self, length: Any, tile: int, part: Any, parts: int) -> tuple[Any, int, Any]:
+        """Returns the first of a part's tiles, how far they lie apart, and how many there are."""
+        tiles = lax.div(length + (tile - 1), tile)
+        if self.config.tiles == "in turns":
+            return part, parts, lax.div(tiles - part + (parts - 1), parts)
+        first = lax.div(part * tiles, parts)
+        return first, 1, lax.div((part + 1) * tiles, parts) - first
+
+    def _begin(self, queries: Any, window: list[Any] | None, place: tuple[Any, Any, Any, int]) -> Any:
+        """Returns queries, their sums and the state before the first coded token, with the window's tokens in it."""
+        (row, head, part, parts), dim = place, self.walk.dim
+        struct = jax.ShapeDtypeStruct
+        state = struct(flash.shape_of_state(dim), jnp.float32)
+        begun = struct(flash.shape_of_queries(dim), jnp.int32), struct((64, 8), jnp.float32), state
+        walked = None
+        if window is not None:
+            keys, values, lengths = window
+            plain = TokenWalk(16, dim, self.walk.share, WINDOW_TILE, "none", self.walk.group)
+            exact, unused, nothing = run(plain.begin, [queries], [], begun, simulated=self.simulated)
+            length = lengths[row]
+            first, apart, count = self._tiles(length, WINDOW_TILE, part, parts)
+
+            def step(index: Any, carried: Any) -> Any:
+                token = (first + index * apart) * WINDOW_TILE
+                refs = [each.at[row, head, pl.ds(token, WINDOW_TILE)] for each in (keys, values)]
+                given = [exact, unused, carried, _spread(length - token)]
+                return run(plain.step, refs, given, (state,), simulated=self.simulated)[0]
+
+            walked = lax.fori_loop(0, count, step, nothing)
+        coded, sums, start = run(self.walk.begin, [queries], [], begun, simulated=self.simulated)
+        return coded, sums, start if walked is None else walked
+
+
+def _spread(number: Any) -> Any:
+    """Returns a number in every thread's registers."""
+    return compat.cast(jnp.full((64, 8), number, jnp.int32), compat.C)

@@ -226,8 +226,19 @@ def join(lanes: Lanes, _: Sequence[Any], registers: Sequence[Registers]) -> list
     return [[*tiles[:-1], [top, tiles[-1][1]]]]
 
 
+def join_pieces(lanes: Lanes, _: Sequence[Any], registers: Sequence[Registers]) -> list[Registers]:
+    """Returns the sum of pieces of several results: of each a tile of its numbers and its last one, in turn."""
+    tiles = [tile for each in registers for tile in each]
+    return join(lanes, _, [tiles[i : i + 2] for i in range(0, len(tiles), 2)])
+
+
 def write(
-    lanes: Lanes, refs: Sequence[Any], registers: Sequence[Registers], shape: tuple[int, int], group: int
+    lanes: Lanes,
+    refs: Sequence[Any],
+    registers: Sequence[Registers],
+    shape: tuple[int, int],
+    group: int,
+    piece: tuple[int, int],
 ) -> list[Registers]:
     """Stores the result of `meet` or `join`, divided by the total, in a reference to bfloat16 [share, dim].
 
@@ -237,12 +248,13 @@ def write(
       registers: the result.
       shape: (share, dim).
       group: neighbours that share a grid, by which numbers are ordered.
+      piece: which one of how many the result is.
     """
-    (share, dim), per_group = shape, group // 8
+    (share, dim), per_group, (which_piece, pieces) = shape, group // 8, piece
     *tiles, (_, total) = registers[0]
     factor = [lanes.reciprocal(lanes.larger(total[i], lanes.number(TINY))) for i in range(2)]
     for index, tile in enumerate(tiles):
-        number = lanes.offset(2 * index, (lanes.warp, 2 * len(tiles)))
+        number = lanes.offset(2 * (which_piece * len(tiles) + index), (lanes.warp, 2 * pieces * len(tiles)))
         which = lanes.field(number, per_group.bit_length() - 1, 0xFF, 0)
         inside = lanes.field(number, 0, per_group - 1, 0)
         for i in range(2):

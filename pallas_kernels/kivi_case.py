@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -70,9 +70,9 @@ class KiviCase:
         """Returns the bytes of codes and grids of all coded tokens."""
         return self.rows * self.kv_heads * self.tokens * self.dim * (self.bits / 4 + 8 / self.group)
 
-    def config(self) -> AttentionConfig:
-        """Returns what the rule chooses."""
-        return choose_kivi(self.bits, self.rows, self.kv_heads, self.dim, self.tokens)
+    def config(self, window: Literal["apart", "inside"] = "apart") -> AttentionConfig:
+        """Returns what the rule chooses; `kernel` gives the window to the same blocks where it was made for that."""
+        return choose_kivi(self.bits, self.rows, self.kv_heads, self.dim, self.tokens, self.group, window)
 
     def operands(self, seed: int) -> KiviOperands:
         """Returns random operands; all tokens are there, and 129 in the window."""
@@ -80,7 +80,8 @@ class KiviCase:
 
     def kernel(self, config: AttentionConfig) -> Callable[..., Any]:
         """Returns the kernel as a function of the operands."""
-        return functools.partial(kivi_attention, config=config, window_config=choose_window())
+        apart = config.tiles == "in runs"
+        return functools.partial(kivi_attention, config=config, window_config=choose_window() if apart else None)
 
     def meaning(self, seed: int) -> Float32[Array, "rows heads dim"]:
         """Returns the attention of the operands of a seed in float32, with grids that are not rounded."""

@@ -124,10 +124,9 @@ def _check() -> None:
         x, update = (jax.random.normal(key, (rows, 4096), jnp.bfloat16) for key in keys[2:4])
         expected = np.asarray(x, np.float32) @ np.asarray(codes, np.float32).T * np.asarray(scales)
         error = np.asarray(jax.jit(wide.w8a16_decode)(x, weight), np.float32) - expected
-        sums, normed = jax.jit(lambda x, u, s: norm.add_norm(x, u, s, eps=1e-5, ahead=(codes, 2**24)))(
-            x, update, scales.astype(jnp.bfloat16)
-        )
-        sum_, normal = reference.add_norm(x, update, scales.astype(jnp.bfloat16), 1e-5)
+        given = x.astype(jnp.float32), update, scales.astype(jnp.bfloat16)
+        sums, normed = jax.jit(lambda x, u, s: norm.add_norm(x, u, s, eps=1e-5, ahead=(codes, 2**24)))(*given)
+        sum_, normal = reference.add_norm(*given, 1e-5)
         _print(
             rows=rows,
             head=float(np.linalg.norm(error) / np.linalg.norm(expected)),

@@ -1,6 +1,7 @@
 """Measurements of models: perplexity, tasks, statistics, needles, chat. They take a `Llama` and never print."""
 
 from eval.chat import SYSTEM_PROMPT, ChatTokenizer, Message, ReplyTimes, decode_pieces, render, reply
+from eval.choices import OtherChoice, bfloat16_steps, find_other_choices
 from eval.completion import Completion, Ending, complete
 from eval.latency import (
     Latency,
@@ -46,6 +47,7 @@ __all__ = [
     "NeedleGrid",
     "NeedleTest",
     "OnCell",
+    "OtherChoice",
     "Perplexity",
     "Phase",
     "Program",
@@ -57,6 +59,7 @@ __all__ = [
     "TaskResults",
     "TaskScore",
     "Workload",
+    "bfloat16_steps",
     "block_distances",
     "check_tasks",
     "complete",
@@ -64,6 +67,7 @@ __all__ = [
     "divergence",
     "draw_magnitudes",
     "draw_map",
+    "find_other_choices",
     "five_needles",
     "log_likelihoods",
     "lower_latency",

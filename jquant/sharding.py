@@ -208,15 +208,15 @@ def shard(model: Llama, mesh: Mesh, ready: Callable[[Llama], Llama] = lambda own
         for one, part in zip(layers, own, strict=True):
             one.append(part)
     smaller = [ready(dataclasses.replace(model, layers=tuple(one))) for one in layers]
-    vocabulary = _cuts_vocabulary(model, parts)
+    vocabulary, config = _cuts_vocabulary(model, parts), smaller[0].config
     spread = Sharded(
         layers=_place([one.layers for one in smaller], mesh),
         mesh=mesh,
-        config=_own_config(model.config, parts if heads else 1),
+        config=_own_config(config, parts if heads else 1),
         vocabulary=vocabulary,
         notes=_notes(model, cuts, vocabulary=vocabulary),
     )
-    outline = dataclasses.replace(model, layers=spread)
+    outline = dataclasses.replace(model, layers=spread, config=config)
     specs = model_specs(outline)
 
     def put_leaf(leaf: Any, spec: Any) -> Any:

@@ -206,9 +206,13 @@ def prepare(model: Llama, target: Target) -> Llama:
 
     Caches too: where `choose_attention` names a kernel, layers get the codec that keeps them in its order.
 
-    Exact and reversible: a model prepared for REFERENCE is portable again, every bit as it was. Dtypes of activations,
-    norms and embedding stay; kernels round to bfloat16 themselves, so that a model in float32 gets products of
-    bfloat16's precision. What is prepared for a GPU runs there alone; no GPU is needed to prepare it.
+    A model in bfloat16 gets a residual stream in float32 (`LlamaConfig.wide_residual`): rounding the stream at every
+    block is 40 % of what bfloat16 costs the logits, and a step moves a few more kilobytes for it (docs/runtime.md).
+
+    Exact and reversible: a model prepared for REFERENCE is portable again, every bit as it was. Other
+    activations, norms and the embedding keep their dtypes; kernels round to bfloat16 themselves, so that a model in
+    float32 gets products of bfloat16's precision. What is prepared for a GPU runs there alone; no GPU is needed to
+    prepare it.
 
     Args:
       model: portable or prepared for another target; its layers a tuple or stacked.
@@ -236,7 +240,11 @@ def prepare(model: Llama, target: Target) -> Llama:
     head = None if model.lm_head is None else rewrite(model.lm_head, stacked=False)
     changed = any(old is not new for old, new in zip(_changing(model.layers), _changing(layers), strict=True))
     changed = changed or head is not model.lm_head
-    return dataclasses.replace(model, layers=layers, lm_head=head) if changed else model
+    if not changed:
+        return model
+    wide = target is not Target.REFERENCE and model.embed_tokens.dtype == jnp.bfloat16
+    config = dataclasses.replace(model.config, wide_residual=wide)
+    return dataclasses.replace(model, layers=layers, lm_head=head, config=config)
 
 
 def choose_target(name: TargetName, dtype: DType) -> Target:

@@ -1,4 +1,4 @@
-"""The sum of the residual stream and an update, and its RMS norm, in one kernel: what lies between two matrix products.
+"""The sum of the float32 residual stream and an update, and its norm, in one kernel: what lies between two products.
 
     sum = x + update        y = scale * sum / sqrt(mean(sum^2) + eps)
 
@@ -16,11 +16,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jaxtyping import Array, BFloat16, Int
+from jaxtyping import Array, BFloat16, Float32, Int
 
 from pallas_kernels import compat, inline_step
 
-MULTIPLE: Final = inline_step.THREADS * compat.RUN_OF_ROW  # numbers of a row: runs of 16 bytes for each of 128 threads
+MULTIPLE: Final = inline_step.THREADS * compat.RUN_OF_ROW  # numbers of a row: runs of 8 for each of 128 threads
 MOST: Final = 8 * MULTIPLE  # that a warpgroup's registers hold
 ROWS_THAT_LEAVE_ROOM: Final = 64
 REDUCTION_BYTES: Final = 4 * 32  # of a sum over four warps, with room
@@ -29,25 +29,25 @@ REDUCTION_BYTES: Final = 4 * 32  # of a sum over four warps, with room
 def norm_fault(numbers: int, dtype: jax.typing.DTypeLike) -> str | None:
     """Returns why the kernel does not take rows; None where it does.
 
-    >>> norm_fault(4096, jnp.bfloat16), norm_fault(576, jnp.bfloat16)
+    >>> norm_fault(4096, jnp.float32), norm_fault(576, jnp.float32)
     (None, 'rows of 576 numbers, the kernel takes multiples of 1024 up to 8192')
     """
-    if jnp.dtype(dtype) != jnp.bfloat16:
-        return f"{jnp.dtype(dtype)} rows, the kernel takes bfloat16"
+    if jnp.dtype(dtype) != jnp.float32:
+        return f"{jnp.dtype(dtype)} rows, the kernel takes float32"
     if numbers % MULTIPLE or numbers > MOST:
         return f"rows of {numbers} numbers, the kernel takes multiples of {MULTIPLE} up to {MOST}"
     return None
 
 
 def add_norm(
-    x: BFloat16[Array, "rows n"],
+    x: Float32[Array, "rows n"],
     update: BFloat16[Array, "rows n"] | None,
     scale: BFloat16[Array, "n"],
     *,
     eps: float,
     ahead: tuple[Int[Array, "out in"], int] | None = None,
     simulate: compat.Simulation | None = None,
-) -> tuple[BFloat16[Array, "rows n"], BFloat16[Array, "rows n"]]:
+) -> tuple[Float32[Array, "rows n"], BFloat16[Array, "rows n"]]:
     """Returns the sum and its norm: `reference.add_norm`, but for the order of the mean's sums.
 
     Args:
@@ -66,7 +66,7 @@ def add_norm(
     fault = norm_fault(numbers, x.dtype)
     if fault is not None:
         raise ValueError(f"{fault}; let XLA make the norm")
-    out = jax.ShapeDtypeStruct(x.shape, x.dtype)
+    dtypes = {"normed": jnp.bfloat16, "sum": jnp.float32}
     given = {"x": x, "scale": scale} | ({} if update is None else {"update": update})
     blocks = 0
     if ahead is not None and simulate is None and rows <= ROWS_THAT_LEAVE_ROOM:
@@ -76,7 +76,7 @@ def add_norm(
     made = ("normed",) if update is None else ("normed", "sum")
     call = compat.kernel(
         functools.partial(_body, (rows, numbers), eps, (*given, *made)),
-        out=tuple(out for _ in made),
+        out=tuple(jax.ShapeDtypeStruct(x.shape, dtypes[name]) for name in made),
         scratch={},
         grid={"row": rows + blocks},
         reduction_bytes=REDUCTION_BYTES,
@@ -94,12 +94,11 @@ def _body(shape: tuple[int, int], eps: float, names: tuple[str, ...], *reference
     def norm() -> None:
         sums = compat.load(gmem["x"].at[block], layout, checked=False)
         if "update" in gmem:
-            sums = sums + compat.load(gmem["update"].at[block], layout, checked=False)
+            sums = sums + compat.load(gmem["update"].at[block], layout, checked=False).astype(jnp.float32)
             gmem["sum"][block] = sums
-        scale = compat.load(gmem["scale"], layout, checked=False)
-        wide = sums.astype(jnp.float32)
-        mean = jnp.sum(wide * wide) * jnp.float32(1 / numbers)
-        gmem["normed"][block] = (wide * lax.rsqrt(mean + jnp.float32(eps))).astype(jnp.bfloat16) * scale
+        scale = compat.load(gmem["scale"], layout, checked=False).astype(jnp.float32)
+        mean = jnp.sum(sums * sums) * jnp.float32(1 / numbers)
+        gmem["normed"][block] = (sums * lax.rsqrt(mean + jnp.float32(eps)) * scale).astype(jnp.bfloat16)
 
     if "codes" not in gmem:
         norm()

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Int8, Integer, Shaped
+from jaxtyping import Array, Float, Float32, Int, Int8, Integer, Shaped
 
 
 def dense_weight(
@@ -148,19 +148,18 @@ def binary_weight(
 
 
 def add_norm(
-    x: Float[Array, "rows n"], update: Float[Array, "rows n"] | None, scale: Float[Array, "n"], eps: float
-) -> tuple[Float[Array, "rows n"], Float[Array, "rows n"]]:
-    """Returns sum = x + update and scale * sum / sqrt(mean(sum^2) + eps), each rounded as the kernel rounds it.
+    x: Float32[Array, "rows n"], update: Float[Array, "rows n"] | None, scale: Float[Array, "n"], eps: float
+) -> tuple[Float32[Array, "rows n"], Float[Array, "rows n"]]:
+    """Returns sum = x + update and scale * sum / sqrt(mean(sum^2) + eps), the norm rounded once to the scale's dtype.
 
     Example:
       >>> _, normed = add_norm(jnp.full((1, 2), 3.0), jnp.ones((1, 2)), jnp.full(2, 0.5), 0.0)
       >>> normed.tolist()
       [[0.5, 0.5]]
     """
-    sums = x if update is None else x + update
-    wide = sums.astype(jnp.float32)
-    normed = wide / jnp.sqrt(jnp.mean(wide * wide, axis=1, keepdims=True) + eps)
-    return sums, normed.astype(x.dtype) * jnp.broadcast_to(scale, x.shape)
+    sums = x if update is None else x + update.astype(jnp.float32)
+    normed = sums / jnp.sqrt(jnp.mean(sums * sums, axis=1, keepdims=True) + eps)
+    return sums, (normed * jnp.broadcast_to(scale.astype(jnp.float32), x.shape)).astype(scale.dtype)
 
 
 def _spread(of_groups: jax.Array, shape: tuple[int, ...]) -> jax.Array:

@@ -325,6 +325,14 @@ def test_a_head_of_8_bits_has_its_kernel_and_scales_are_kept_once() -> None:
     assert round_scales(model, Target.REFERENCE) is model
 
 
+def test_a_prepared_model_in_bfloat16_has_a_wide_residual_stream() -> None:
+    for dtype, wide in (("bfloat16", True), ("float32", False)):
+        own = jax.tree.map(lambda leaf, dtype=dtype: leaf.astype(dtype) if leaf.dtype == jnp.float32 else leaf, MODEL)
+        prepared = prepare(own, Target.H100)
+        assert prepared.config.wide_residual == wide
+        assert prepare(prepared, Target.REFERENCE).config == own.config
+
+
 @pytest.mark.parametrize(("asked", "count"), [("1", 5), ("", 0)])
 def test_a_step_makes_sums_and_norms_by_one_kernel_each(
     asked: str, count: int, monkeypatch: pytest.MonkeyPatch

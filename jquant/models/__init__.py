@@ -12,6 +12,8 @@ from jquant.models.edit import linears as linears
 from jquant.models.edit import map_linears as map_linears
 from jquant.models.edit import put as put
 from jquant.models.edit import set_kv_codec as set_kv_codec
+from jquant.models.ends import embed as embed
+from jquant.models.ends import head as head
 from jquant.models.joined import join_shared as join_shared
 from jquant.models.joined import split_shared as split_shared
 from jquant.models.lazy import LazyModel as LazyModel
@@ -23,10 +25,8 @@ from jquant.models.lazy import with_blocks as with_blocks
 from jquant.models.lazy import with_head as with_head
 from jquant.models.llama import Cache as Cache
 from jquant.models.llama import decode as decode
-from jquant.models.llama import embed as embed
 from jquant.models.llama import empty_cache as empty_cache
 from jquant.models.llama import forward as forward
-from jquant.models.llama import head as head
 from jquant.models.llama import hidden_states as hidden_states
 from jquant.models.llama import prefill as prefill
 from jquant.models.llama import prompt_block as prompt_block

@@ -65,10 +65,10 @@ def stream_block(
     Returns:
       The block's output, its last update not yet added, what `attend` keeps, and the taps.
     """
-    eps, attention, mlp = config.rms_norm_eps, layer.self_attn, layer.mlp
-    value, normed = add_norm(x, layer.input_layernorm, eps, layout, attention.q_proj)
+    attention, mlp = layer.self_attn, layer.mlp
+    value, normed = add_norm(x, layer.input_layernorm, config, layout, attention.q_proj)
     update, cache, attention_input, attention_output = _attention(attention, normed, valid, attend, config)
-    value, normed = add_norm(Stream(value, update), layer.post_attention_layernorm, eps, layout, mlp.gate_proj)
+    value, normed = add_norm(Stream(value, update), layer.post_attention_layernorm, config, layout, mlp.gate_proj)
     update, mlp_input, mlp_hidden = _mlp(mlp, normed, valid)
     return Stream(value, update), cache, Taps(attention_input, attention_output, mlp_input, mlp_hidden)
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Final, Literal
 
 from jquant.errors import ConversionError
+from jquant.types import DType
 
 type RopeScaling = Literal["default", "linear", "llama3"]
 
@@ -80,6 +81,8 @@ class LlamaConfig:
       output_bias: whether o_proj has one.
       qk_norm: whether each query and key head is RMS-normalised before RoPE (Qwen3).
       sliding_window: tokens that a query sees, itself among them; None for all before it.
+      wide_residual: whether the residual stream of a model in bfloat16 is float32 between blocks and up to the norms,
+        which round once: `jquant.targets.prepare` decides it.
     """
 
     vocab_size: int
@@ -99,6 +102,15 @@ class LlamaConfig:
     tie_word_embeddings: bool = False
     sliding_window: int | None = None
     model_type: str = "llama"
+    wide_residual: bool = False
+
+    def residual_dtype(self, dtype: DType) -> DType:
+        """Returns the dtype of the residual stream of a model whose embedding table has a dtype."""
+        return "float32" if self.wide_residual else dtype
+
+    def norm_dtype(self, dtype: DType) -> DType:
+        """Returns the dtype of what norms give, and so of all activations, of a residual stream of a dtype."""
+        return "bfloat16" if self.wide_residual else dtype
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> "LlamaConfig":

@@ -13,7 +13,7 @@ from jquant.formats import JoinedPart, PreparedRotation, ShardedTensor
 from jquant.matmul import matmul
 from jquant.models.config import RopeConfig
 from jquant.models.tree import Linear
-from jquant.types import compute_dtype
+from jquant.types import DType, compute_dtype
 
 QUERY_CHUNK: Final = 128  # 2-core CPU, 2048 tokens, 9 heads of 64: 0.04 s, 0.07 s by 256, 0.17 s with the scores whole
 
@@ -60,11 +60,21 @@ def _add_bias(y: Float[Array, "*batch out"], layer: Linear) -> Float[Array, "*ba
     return y if layer.bias is None else y + jnp.broadcast_to(layer.bias.astype(y.dtype), y.shape)
 
 
-def rms_norm(x: Float[Array, "*batch dim"], scale: Float[Array, "dim"], eps: float) -> Float[Array, "*batch dim"]:
-    """Returns scale * x / sqrt(mean(x^2) + eps), the mean in float32 or wider, in the dtype of `x`."""
+def rms_norm(
+    x: Float[Array, "*batch dim"], scale: Float[Array, "dim"], eps: float, dtype: DType | None = None
+) -> Float[Array, "*batch dim"]:
+    """Returns scale * x / sqrt(mean(x^2) + eps), the mean in float32 or wider.
+
+    Args:
+      x: what is normed.
+      scale: of each feature.
+      eps: added to the mean of squares.
+      dtype: of the result, rounded once from `x`'s; that of `x` if left out.
+    """
     wide = x.astype(compute_dtype(x.dtype))
     normed = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
-    return normed.astype(x.dtype) * jnp.broadcast_to(scale.astype(x.dtype), x.shape)
+    scaled = normed.astype(x.dtype) * jnp.broadcast_to(scale.astype(x.dtype), x.shape)
+    return scaled if dtype is None else scaled.astype(dtype)
 
 
 def rope_frequencies(rope: RopeConfig, dim: int) -> Float[Array, "half"]:

@@ -21,14 +21,14 @@ from jquant.kv import (
     view_chunk,
     view_prompt,
 )
-from jquant.matmul import matmul
 from jquant.models.block import Taps, make_rope, run_block, stream_block
 from jquant.models.config import LlamaConfig
-from jquant.models.layers import attention, causal_attention, causal_mask, linear, rms_norm, rope_angles
-from jquant.models.mesh import gather_logits, look_up, on_mesh, replicate
+from jquant.models.ends import embed, head, project
+from jquant.models.layers import attention, causal_attention, causal_mask, rope_angles
+from jquant.models.mesh import on_mesh, replicate
 from jquant.models.stream import Stream, add_norm, layout_of_norms
 from jquant.models.tree import Block, Llama, Sharded, Stacked
-from jquant.types import Leaf, compute_dtype
+from jquant.types import Leaf
 
 type Apply = Callable[[Block, Any, Any], tuple[Any, Any]]
 _attend_packed: Final = jax.jit(attend_packed)  # so that layers of one shape share one kernel, traced and lowered once
@@ -49,24 +49,6 @@ class Cache:
     layers: Any
     positions: Leaf
     capacity: int = struct.field(pytree_node=False)
-
-
-def embed(model: Llama, tokens: Int[Array, "batch tokens"]) -> Float[Array, "batch tokens hidden"]:
-    """Looks the tokens up in the embedding table."""
-    return look_up(model.embed_tokens, tokens, model.config.vocab_size)
-
-
-def head(model: Llama, x: Float[Array, "*batch hidden"]) -> Float[Array, "*batch vocab"]:
-    """Returns the logits of hidden states: the final norm, then the output projection, in float32 or wider."""
-    return _project(model, rms_norm(x, model.norm, model.config.rms_norm_eps))
-
-
-def _project(model: Llama, normed: Float[Array, "*batch hidden"]) -> Float[Array, "*batch vocab"]:
-    if model.lm_head is None:
-        logits = matmul(normed, model.embed_tokens.T)
-    else:
-        logits, _ = linear(model.lm_head, normed)
-    return gather_logits(logits.astype(compute_dtype(logits.dtype)), model.config.vocab_size)
 
 
 def forward(model: Llama, tokens: Int[Array, "batch tokens"]) -> Float[Array, "batch tokens vocab"]:
@@ -186,7 +168,7 @@ def _prefill_chunks(
         return jnp.where(((at >= 0) & (at < chunk))[:, None], found, last), layers
 
     rows = tokens.shape[0]
-    states = jnp.zeros((rows, model.config.hidden_size), model.embed_tokens.dtype)
+    states = jnp.zeros((rows, model.config.hidden_size), model.config.residual_dtype(model.embed_tokens.dtype))
     start = states, empty_cache(model, rows, capacity).layers
     last, layers = jax.lax.fori_loop(0, -(-jnp.max(lengths) // chunk), read, start)
     return head(model, last), Cache(layers=layers, positions=lengths.astype(jnp.int32), capacity=capacity)
@@ -241,8 +223,8 @@ def decode(model: Llama, tokens: Int[Array, "batch"], cache: Cache) -> tuple[Flo
     last = model.layers.block if isinstance(model.layers, Stacked) else model.layers[-1]
     x, layers = _through_layers(model, Stream(embed(model, tokens[:, None])), cache.layers, apply)
     layout = layout_of_norms(last.self_attn.kv_codec)
-    _, normed = add_norm(x, model.norm, model.config.rms_norm_eps, layout, model.lm_head)
-    logits = _project(model, normed[:, 0])
+    _, normed = add_norm(x, model.norm, model.config, layout, model.lm_head)
+    logits = project(model, normed[:, 0])
     room = (cache.positions < cache.capacity)[:, None]
     kept = Cache(layers=layers, positions=cache.positions + 1, capacity=cache.capacity)
     return jnp.where(room, logits, jnp.full_like(logits, jnp.nan)), kept

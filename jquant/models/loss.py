@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jquant.models.llama import head
+from jquant.models.ends import head
 from jquant.models.tree import Llama
 
 _POSITIONS: Final = 256  # whose float32 logits are held at once: 0.13 GB for a vocabulary of 128k

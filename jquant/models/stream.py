@@ -5,11 +5,13 @@ from functools import partial
 from typing import Any, Final
 
 import jax
+import jax.numpy as jnp
 from flax import struct
-from jaxtyping import Array, BFloat16, Float, Int
+from jaxtyping import Array, BFloat16, Float, Float32, Int
 
 from jquant.formats import Layout, PreparedFloatTensor, PreparedIntegerTensor, PreparedWideTensor, unproven
 from jquant.kv import KvCodec, attention_kernel
+from jquant.models.config import LlamaConfig
 from jquant.models.layers import rms_norm
 from jquant.models.tree import Linear
 from jquant.types import Leaf
@@ -23,7 +25,7 @@ class Stream:
     """Hidden states whose last update is not yet added.
 
     Attributes:
-      value: [batch, tokens, hidden].
+      value: [batch, tokens, hidden], in the residual stream's dtype.
       update: what is to be added, of the same shape; None for nothing.
     """
 
@@ -32,36 +34,36 @@ class Stream:
 
     def settled(self) -> "Stream":
         """Returns the stream with its update added."""
-        return self if self.update is None else Stream(self.value + self.update)
+        return self if self.update is None else Stream(self.value + self.update.astype(self.value.dtype))
 
 
 def add_norm(
-    x: Stream, scale: Float[Array, "hidden"], eps: float, layout: Layout, reader: Linear | None = None
+    x: Stream, scale: Float[Array, "hidden"], config: LlamaConfig, layout: Layout, reader: Linear | None = None
 ) -> tuple[Float[Array, "batch tokens hidden"], Float[Array, "batch tokens hidden"]]:
     """Returns the hidden states, the update added, and their RMS norm: by one kernel where the layout has one.
 
     Args:
       x: the stream.
       scale: of the norm.
-      eps: added to the mean of squares.
+      config: of the model; with its `wide_residual`, float32 hidden states have a norm in bfloat16.
       layout: of the block that reads the norm: see `layout_of_norms`.
       reader: the linear that reads the norm, whose weight the kernel asks the memory for ahead of time.
 
     Example:
-      >>> import jax.numpy as jnp
-      >>> value, normed = add_norm(Stream(jnp.ones((1, 1, 2)), jnp.ones((1, 1, 2))), jnp.ones(2), 0.0, Layout.PORTABLE)
-      >>> value.tolist(), normed.tolist()
+      >>> x, config = Stream(jnp.ones((1, 1, 2)), jnp.ones((1, 1, 2))), LlamaConfig(8, 2, 4, 1, 1, 1, 2)
+      >>> value, normed = add_norm(x, jnp.ones(2), config, Layout.PORTABLE)
+      >>> value.tolist(), normed.round(3).tolist()
       ([[[2.0, 2.0]]], [[[1.0, 1.0]]])
     """
     value, update = x.value, x.update
     if layout is Layout.PORTABLE or unproven(layout) or not _has_kernel(value, scale):
         value = x.settled().value
-        return value, rms_norm(value, scale, eps)
+        return value, rms_norm(value, scale, config.rms_norm_eps, config.norm_dtype(value.dtype))
     rows = value.reshape(math.prod(value.shape[:-1]), value.shape[-1])
     flat = None if update is None else update.reshape(rows.shape)
     kernel: Any = None if reader is None else reader.kernel
     codes = kernel.codes if AHEAD and isinstance(kernel, _PREPARED) else None
-    sums, normed = _add_norm(rows, flat, scale, codes, eps=eps, layout=layout)
+    sums, normed = _add_norm(rows, flat, scale, codes, eps=config.rms_norm_eps, layout=layout)
     return sums.reshape(value.shape), normed.reshape(value.shape)
 
 
@@ -74,19 +76,19 @@ def layout_of_norms(codec: KvCodec) -> Layout:
 def _has_kernel(value: jax.Array, scale: jax.Array) -> bool:
     from pallas_kernels.norm import norm_fault
 
-    return scale.dtype == value.dtype and value.size > 0 and norm_fault(value.shape[-1], value.dtype) is None
+    return scale.dtype == jnp.bfloat16 and value.size > 0 and norm_fault(value.shape[-1], value.dtype) is None
 
 
 @partial(jax.jit, static_argnames=("eps", "layout"))  # so that all norms share one kernel, traced and lowered once
 def _add_norm(
-    rows: BFloat16[Array, "rows hidden"],
+    rows: Float32[Array, "rows hidden"],
     update: BFloat16[Array, "rows hidden"] | None,
     scale: BFloat16[Array, "hidden"],
     codes: Int[Array, "out in"] | None,
     *,
     eps: float,
     layout: Layout,
-) -> tuple[BFloat16[Array, "rows hidden"], BFloat16[Array, "rows hidden"]]:
+) -> tuple[Float32[Array, "rows hidden"], BFloat16[Array, "rows hidden"]]:
     from pallas_kernels.compat import Simulation
     from pallas_kernels.norm import add_norm as kernel
 

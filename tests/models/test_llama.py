@@ -113,8 +113,27 @@ def test_bfloat16_model_computes_near_float32_and_gives_float32_logits() -> None
     model = shallow(dtype="bfloat16")
     logits = run(model, TOKENS)
     assert logits.dtype == jnp.float32
+    assert np.any(logits != logits.astype(jnp.bfloat16).astype(jnp.float32))  # or the two best would often be equal
     wide = run(jax.tree.map(lambda leaf: leaf.astype(jnp.float32), model), TOKENS)
     assert 0 < np.abs(logits - wide).mean() / np.abs(wide).mean() < 0.02  # 8 bits of mantissa
+
+
+def test_a_wide_residual_is_float32_in_every_form_and_lowers_the_error() -> None:
+    """Prompts, chunks and steps of one model agree to bfloat16's rounding; the logits come nearer to float32's."""
+    config = dataclasses.replace(tiny_config(), num_hidden_layers=8)
+    model = stack_layers(random_model(config, jax.random.key(1), "bfloat16"))
+    wide = dataclasses.replace(model, config=dataclasses.replace(config, wide_residual=True))
+    exact = run(jax.tree.map(lambda leaf: leaf.astype(jnp.float32), model), TOKENS)
+    errors = [float(jnp.linalg.norm(run(one, TOKENS) - exact) / jnp.linalg.norm(exact)) for one in (model, wide)]
+    assert 2**-10 < errors[1] < 0.8 * errors[0]
+    assert embed(wide, TOKENS).dtype == hidden_states(wide, TOKENS).dtype == jnp.float32
+    lengths = jnp.asarray([9, 4])
+    for chunk in (None, 5):
+        logits, cache = jax.jit(prefill, static_argnums=(3, 4))(wide, TOKENS[:, :9], lengths, 12, chunk)
+        assert cache.layers.keys.dtype == jnp.bfloat16  # what linears give is as it was
+        found, _ = jax.jit(decode)(wide, TOKENS[jnp.arange(2), lengths], cache)
+        for one, at in ((logits, lengths - 1), (found, lengths)):
+            np.testing.assert_allclose(one, run(wide, TOKENS)[jnp.arange(2), at], rtol=0, atol=0.05)
 
 
 def test_float64_model_computes_in_float64() -> None:

@@ -14,6 +14,7 @@ import gc
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -116,6 +117,17 @@ def _save(
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return total.hexdigest()
+
+
+def sweep_unfinished(path: Path) -> None:
+    """Removes what killed saves of a checkpoint left beside its place; the caller knows that no other saves there.
+
+    Other checkpoints' unfinished saves stay, also where their names begin with this one's.
+    """
+    if path.parent.is_dir():
+        unfinished = re.compile(rf"\.{re.escape(path.name)}\.[a-z0-9_]{{8}}\.partial")  # as mkdtemp draws names
+        for stale in [one for one in path.parent.iterdir() if unfinished.fullmatch(one.name)]:
+            shutil.rmtree(stale, ignore_errors=True)
 
 
 def _divide(tree: Any, nodes: Sequence[str]) -> list[list[str]]:

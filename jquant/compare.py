@@ -18,7 +18,6 @@ import hashlib
 import importlib.metadata
 import json
 import re
-import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,11 +35,11 @@ from jquant.checkpoint import is_checkpoint, recorded_digest
 from jquant.comparison import VERSIONS, Provenance, Row, block_errors, claim, read_row, write_row, write_tables
 from jquant.data import PYTHON_DOCS
 from jquant.errors import CheckpointError, DataError, JquantError, RecipeError
-from jquant.folders import open_abstract, open_for_use, open_model, read_report, write_text
+from jquant.folders import open_abstract, open_for_use, open_model, read_report, remove_folder, write_text
 from jquant.inspection import inspect_model
 from jquant.measure import ModelFigures, measure, measure_tasks
 from jquant.passes import Sequential
-from jquant.pipeline import WINDOWS, calibration_tokens, quantize
+from jquant.pipeline import WINDOWS, calibration_tokens, quantize, store_of
 from jquant.plan import plan
 from jquant.progress import OnProgress, Progress, ignore
 from jquant.recipe import Calibration, Recipe, digest, to_yaml
@@ -181,11 +180,12 @@ def compare(
                 if not job.file.exists():
                     on_progress(Progress(f"{job.name} ({number} of {len(jobs)})"))
                     write_row(job.file, _run(source, job, evaluation, folder, dtype, on_progress))
-                    shutil.rmtree(job.checkpoint, ignore_errors=True)
-                    shutil.rmtree(_cells(job.checkpoint), ignore_errors=True)
+                for done in (job.checkpoint, store_of(job.checkpoint), _cells(job.checkpoint)):
+                    remove_folder(done)  # also what a run left that was killed behind its row
             pending.remove((number, job))
             _write_tables(out, jobs, evaluation, source)
-    shutil.rmtree(out / _STATISTICS, ignore_errors=True)
+    if not list((out / _WORK).glob("*.lock")):  # of another comparison that is made here, and may use them
+        remove_folder(out / _STATISTICS)
     return tuple(read_row(job.file).figures for job in jobs)
 
 

@@ -3,8 +3,10 @@
 A source is a jquant checkpoint, a Hugging Face folder, a GGUF file or a hub id.
 """
 
+import contextlib
 import dataclasses
 import json
+import secrets
 import shutil
 import tempfile
 from pathlib import Path
@@ -244,15 +246,30 @@ def _require_own_dtype(source: str | Path, dtype: StoredDtype) -> None:
         raise CheckpointError(f"{source} is a jquant checkpoint and keeps its dtypes; leave dtype={dtype!r} out")
 
 
+def remove_folder(folder: Path) -> None:
+    """Removes a folder that others read, if it is there: renamed first, so that a kill meanwhile leaves no half of it.
+
+    What such a kill left goes too. A folder that cannot be renamed stays whole.
+    """
+    stale = folder.with_name(f".{folder.name}.removed.partial")
+    shutil.rmtree(stale, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        folder.replace(stale)
+    shutil.rmtree(stale, ignore_errors=True)
+
+
 def write_text(path: Path, text: str) -> None:
-    """Writes a small file in one step.
+    """Writes a small file in one step, whatever other processes write it at the same time: the last one wins.
 
     Raises:
       CheckpointError: it cannot be written.
     """
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
     try:
-        partial = path.with_name(f".{path.name}.partial")
         partial.write_text(text, "utf-8")
         partial.replace(path)
     except OSError as error:
         raise CheckpointError(f"cannot write {path}: {error}. Choose a folder that you may write to") from error
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink()

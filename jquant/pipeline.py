@@ -8,7 +8,6 @@ import contextlib
 import functools
 import hashlib
 import importlib.metadata
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,7 +24,7 @@ from convert.huggingface import StoredDtype
 from jquant.blocks import ActivationPlace, Devices
 from jquant.budget import ModelPlace, activations_on_disk, available, choose, describe_memory
 from jquant.calibration import BlockStore, WeightFaults
-from jquant.checkpoint import digest, digest_lazily, is_checkpoint, save_lazily
+from jquant.checkpoint import digest, digest_lazily, is_checkpoint, save_lazily, sweep_unfinished
 from jquant.data import TextTokenizer, load_text, load_windows, token_windows
 from jquant.errors import CalibrationError, CheckpointError, DataError, JquantError, RecipeError
 from jquant.folders import (
@@ -37,6 +36,7 @@ from jquant.folders import (
     open_tokenizer,
     other_files,
     prepare_output,
+    remove_folder,
 )
 from jquant.formats import tree_nbytes
 from jquant.models import LazyModel, Llama, LlamaConfig, abstract_llama, in_memory
@@ -170,7 +170,7 @@ def quantize(
         after that, finished blocks are kept and the message says how to go on.
     """
     started = time.monotonic()
-    store_path = out.with_name(out.name + _STORE_SUFFIX)
+    store_path = store_of(out)
     abstract = open_abstract(source, dtype=dtype)
     _check_length(recipe, abstract)
     figures = plan(abstract, recipe)
@@ -190,7 +190,7 @@ def quantize(
     store = _open_store(store_path, fingerprint)
     with store.lock or contextlib.nullcontext(), _kept(store):
         if first:
-            _remove_stale(out)
+            sweep_unfinished(out)
         total = abstract.config.num_hidden_layers
         if store.finished():
             on_progress(Progress(f"resuming: {store.finished()} of {total} blocks are finished"))
@@ -281,17 +281,18 @@ def _check_store(path: Path, *, resume: bool) -> None:
 
 @contextlib.contextmanager
 def _kept(store: BlockStore) -> Iterator[None]:
-    """Adds to an error that finished blocks are kept and how to go on; removes a store that has none."""
+    """Adds to an error that finished work is kept and how to go on; removes a store that has none."""
     try:
         yield
     except JquantError as error:
-        finished = store.finished()
+        finished, measured = store.finished(), store.measured()
         if store.lock is None:
             raise
-        if not finished:
-            _remove(store.path)
+        if not finished and not measured:
+            remove_folder(store.path)
             raise
-        kept = f"{finished} finished blocks are kept in {store.path}; run the same command again to go on"
+        what = f"{finished} finished blocks{' and what was measured before' if measured else ''}"
+        kept = f"{what} are kept in {store.path}; run the same command again to go on"
         raise type(error)(f"{error}\n{kept}") from error
 
 
@@ -306,24 +307,16 @@ def _remove_store(path: Path) -> None:
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("the result is saved")
     if jax.process_index() == 0:
-        _remove(path)
+        remove_folder(path)
 
 
-def _remove(store: Path) -> None:
-    """Renames a store, then deletes it: a kill meanwhile leaves what the next run sweeps up, never a damaged block.
+def store_of(out: Path) -> Path:
+    """Returns where a quantization keeps its finished blocks until its result is saved.
 
-    The name is free: what had it before was swept up when this run began. A store that cannot be renamed stays whole.
+    >>> store_of(Path("models/out")).name
+    'out.partial'
     """
-    stale = store.with_name(f".{store.name.removesuffix(_STORE_SUFFIX)}.finished{_STORE_SUFFIX}")
-    with contextlib.suppress(OSError):
-        store.replace(stale)
-    shutil.rmtree(stale, ignore_errors=True)
-
-
-def _remove_stale(out: Path) -> None:
-    """Removes what a killed run left of a save or of a store; the store's lock says that no other run writes here."""
-    for stale in out.parent.glob(f".{out.name}.*{_STORE_SUFFIX}"):
-        shutil.rmtree(stale, ignore_errors=True)
+    return out.with_name(out.name + _STORE_SUFFIX)
 
 
 def _count_blocks(total: int, on_progress: OnProgress) -> Callable[[BlockReport], None]:

@@ -8,6 +8,7 @@ import json
 import shutil
 import threading
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -122,6 +123,39 @@ def test_recipes_can_share_what_is_collected_on_the_source(source: Path, windows
     own = compare(source, tmp_path / "out", recipes[:1], EVALUATION)
     assert own[1].perplexities != shared[1].perplexities
     assert on_source_inputs(rtn()) == rtn()
+
+
+@pytest.mark.slow
+def test_what_a_kill_behind_a_row_leaves_is_no_damaged_checkpoint(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, remove = tmp_path / "out", shutil.rmtree
+
+    def die(folder: Path, **options: Any) -> None:
+        if Path(folder).parent.name != "work" or not (Path(folder) / "structure.json").exists():
+            remove(folder, **options)
+            return
+        remove(Path(folder) / "arrays")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patches:
+        patches.setattr(shutil, "rmtree", die)
+        with pytest.raises(KeyboardInterrupt):
+            compare(source, out, [rtn()], EVALUATION)
+    (row,) = (out / "rows").glob("rtn-*")
+    expected = row.read_text()
+    assert list((out / "work").iterdir())
+    compare(source, out, [rtn()], EVALUATION)  # the row is there
+    assert not list((out / "work").iterdir())
+    with monkeypatch.context() as patches:
+        patches.setattr(shutil, "rmtree", die)
+        row.unlink()  # to be made again
+        with pytest.raises(KeyboardInterrupt):
+            compare(source, out, [rtn()], EVALUATION)
+        row.unlink()
+    compare(source, out, [rtn()], EVALUATION)
+    assert json.loads(row.read_text())["perplexities"] == json.loads(expected)["perplexities"]
+    assert not list((out / "work").iterdir())
 
 
 def test_failure_names_the_recipe_and_keeps_finished_rows(source: Path, windows: Path, tmp_path: Path) -> None:

@@ -174,9 +174,43 @@ def test_disk_that_fills_up_while_saving_costs_no_finished_block(tmp_path: Path)
 
 
 def test_killed_save_is_swept_up(source: Path, tmp_path: Path) -> None:
-    (tmp_path / ".out.abc.partial").mkdir()
-    quantize(source, tmp_path / "out", rtn())
-    assert not list(tmp_path.glob(".out*"))
+    (tmp_path / ".out.abc_4567.partial").mkdir()
+    (tmp_path / ".out.v2.abc_4567.partial").mkdir()  # of a run to out.v2, which may be saving
+    with pytest.raises(Stop):
+        quantize(source, tmp_path / "out", rtn(), on_progress=stop_after(1))
+    assert [folder.name for folder in tmp_path.glob(".out*")] == [".out.v2.abc_4567.partial"]
+    store = tmp_path / "out.partial"
+    (store / ".block-001.abc_4567.partial").mkdir()
+
+    def look(progress: Progress) -> None:
+        assert not list(store.glob(".block*"))
+
+    quantize(source, tmp_path / "out", rtn(), on_progress=lambda one: look(one) if one.block else None)
+
+
+def test_what_was_measured_is_kept_when_the_first_block_fails(source: Path, tmp_path: Path) -> None:
+    text = """
+name: smoothed
+calibration: {samples: 2, length: 8}
+passes:
+  - smooth: {}
+  - sequential: {passes: [{quantize_weights: {rules: [{match: ".*", quantizer: {rtn: {format: {group_size: 32}}}}]}}]}
+"""
+    recipe = parse_recipe(text)
+
+    def fail(progress: Progress) -> None:
+        if progress.block is not None:
+            shutil.rmtree(tmp_path / "out.partial" / "block-000-pass-1")
+            raise CalibrationError("not finite")
+
+    kept = r"not finite\n0 finished blocks and what was measured before are kept in .*out\.partial; run the same"
+    with pytest.raises(CalibrationError, match=kept):
+        quantize(source, tmp_path / "out", recipe, on_progress=fail)
+    measured = tmp_path / "out.partial" / "whole-pass-0"
+    file = max((one for one in measured.rglob("*") if one.is_file()), key=lambda one: one.stat().st_size)
+    file.write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"whole-pass-0 is damaged .*; delete it to compute it again"):
+        quantize(source, tmp_path / "out", recipe)
 
 
 def test_store_half_removed_is_no_damaged_store(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

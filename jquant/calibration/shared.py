@@ -4,8 +4,10 @@ Each file holds one statistic of all sites of one block. The folder's name is a 
 the calibration windows, versions and device. A file is written whole or not at all; any may be deleted at any time.
 """
 
+import contextlib
 import hashlib
 import json
+import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,7 +86,7 @@ class SharedStatistics(StatisticStore):
         """
         file = self._file(index, name)
         arrays = {str(number): np.asarray(leaf) for number, leaf in enumerate(jax.tree.leaves(statistic))}
-        partial = file.with_name(f".{file.name}.partial")
+        partial = file.with_name(f".{file.name}.{secrets.token_hex(4)}.partial")  # others may collect the same
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             save_file(arrays, partial)
@@ -94,6 +96,9 @@ class SharedStatistics(StatisticStore):
                 f"cannot write {file}: {error}. Statistics take 4 bytes for each pair of inputs of a site; give a "
                 "folder with more room, or share nothing"
             ) from error
+        finally:
+            with contextlib.suppress(OSError):
+                partial.unlink()
 
     def _file(self, index: int, name: str) -> Path:
         return self.path / f"{name}-{index:03d}.safetensors"

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import fcntl
 import json
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,6 +74,8 @@ class BlockStore:
                     "or give another output path"
                 )
             stack.pop_all()
+        for unfinished in path.glob(".*.partial"):  # blocks that were being stored when a run was killed
+            shutil.rmtree(unfinished, ignore_errors=True)
         return cls(path=path, lock=lock)
 
     @classmethod
@@ -145,7 +148,7 @@ class BlockStore:
         try:
             details = json.loads((folder / REPORT).read_text())
             return load_tree(folder), Report(details=tuple(details.items()))
-        except (OSError, ValueError, AttributeError) as error:
+        except (CheckpointError, OSError, ValueError, AttributeError) as error:
             raise CheckpointError(f"{folder} is damaged ({error}); delete it to compute it again") from error
 
     def whole(self) -> Any:
@@ -176,6 +179,10 @@ class BlockStore:
     def finished(self) -> int:
         """Returns how many blocks are in the store."""
         return sum(is_checkpoint(folder) for folder in self.path.glob("block-*"))
+
+    def measured(self) -> int:
+        """Returns how many passes over the whole model have what they computed in the store."""
+        return sum(is_checkpoint(folder) for folder in self.path.glob("whole-*"))
 
     def _has(self, folder: Path) -> bool:
         return is_checkpoint(folder) and (self.known is None or folder.name in self.known)

@@ -51,6 +51,21 @@ def test_kept_statistics_are_used_and_change_nothing(tmp_path: Path) -> None:
     assert SharedStatistics.of(tmp_path, 2, {"model": "other", "windows": "b"}).path != kept.path
 
 
+def test_two_runs_may_collect_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second keeps a block's sums while the first is between its two steps."""
+    kept, step, meanwhile = SharedStatistics.of(tmp_path, 1, {}), Path.replace, [1.0]
+
+    def replace(self: Path, target: Path) -> Path:
+        if meanwhile:
+            kept.put(0, "sums", np.full(3, meanwhile.pop(), np.float32))
+        return step(self, target)
+
+    monkeypatch.setattr(Path, "replace", replace)
+    kept.put(0, "sums", np.full(3, 1.0, np.float32))
+    np.testing.assert_array_equal(kept.get(0, "sums", jax.ShapeDtypeStruct((3,), np.float32)), np.ones(3))
+    assert [file.name for file in kept.path.iterdir()] == ["sums-000.safetensors"]
+
+
 def test_statistics_are_those_of_the_source(tmp_path: Path) -> None:
     """Those of the last block are what the unquantized model gives, not what a quantized first block makes."""
     kept = SharedStatistics.of(tmp_path, 2, {})

@@ -5,7 +5,8 @@ blocks and goes on with 2; of two processes that share the windows; and how far 
 of one device.
 
     python benchmarks/mesh_parity.py [--model tiny | FILE.gguf] [--recipes rtn gptq quip spqr quarot kivi] [--layers 4]
-        [--samples 16] [--length 64] [--stop 1] [--prompt 48] [--set PATH=VALUE ..] [--keep FOLDER] [--seconds 600]
+        [--samples 16] [--length 64] [--stop 1] [--prompt 48] [--set PATH=VALUE ..] [--keep FOLDER]
+        [--logits] [--seconds 600]
 
 JSON lines, each as soon as it is known; the exit code is 1 if a sha256 differs, or logits by more than 2e-5 of the
 largest. Logits of methods that round activations or caches: see `benchmarks/mesh_ties.py`.
@@ -34,7 +35,9 @@ import numpy as np
 from convert import load_model
 from jquant.calibration import BlockStore
 from jquant.checkpoint import digest, save_model
-from jquant.models import Llama, LlamaConfig, blocks, forward, random_model
+from jquant.folders import stack_if_alike
+from jquant.formats import SpqrTensor, align_outliers
+from jquant.models import BLOCK_LINEARS, Llama, LlamaConfig, blocks, forward, get, put, random_model
 from jquant.passes import Context, run_passes
 from jquant.recipe import Recipe, load_recipe
 from jquant.report import BlockReport
@@ -74,6 +77,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=64)
     parser.add_argument("--stop", type=int, default=1, help="blocks after which the run on 8 devices is stopped")
     parser.add_argument("--prompt", type=int, default=48, help="tokens of each of the 8 rows whose logits are compared")
+    parser.add_argument("--logits", action="store_true", help="compare logits alone, of what one device quantizes")
     parser.add_argument("--set", nargs="+", default=[], help="of the recipe, such as calibration.samples=8")
     parser.add_argument("--keep", type=Path, help="folder in which the quantized models are saved, by recipe")
     parser.add_argument("--seconds", type=float, default=3600.0)
@@ -104,28 +108,41 @@ def _compare(source: Llama, name: str, arguments: argparse.Namespace) -> bool:
         found[way], seconds[way] = sha256, round(time.monotonic() - begun - sum(seconds.values()), 1)
         sys.stderr.write(f"{name} {way} {sha256} {seconds[way]} s\n")
 
-    for count in arguments.counts:
+    for count in (1,) if arguments.logits else arguments.counts:
         model, sha256 = _quantize(source, name, arguments, tuple(jax.devices()[:count]))
         note(f"{count} devices", sha256)
     if arguments.keep is not None:
         save_model(model, arguments.keep / name)
-    if _recipe(name, arguments).calibration is not None:
+    if _recipe(name, arguments).calibration is not None and not arguments.logits:
         note(f"stopped on 8 after {arguments.stop}, went on with 2", _resume(source, name, arguments))
-    note("two processes", _two_processes(name, arguments))
+    if not arguments.logits:
+        note("two processes", _two_processes(name, arguments))
     _say(recipe=name, model=arguments.model, layers=len(blocks(source)), sha256=found, seconds=seconds)
     tokens = jnp.asarray(
         np.random.default_rng(0).integers(0, source.config.vocab_size, (8, arguments.prompt)), jnp.int32
     )
-    expected = np.asarray(jax.jit(forward)(model, tokens))
+    model = _align(model)
+    expected = np.asarray(jax.jit(forward)(stack_if_alike(model), tokens))
     largest = float(np.abs(expected).max())
     apart = {}
     for shape in MESHES:
-        spread = shard(model, make_mesh(*shape))
+        spread = shard(model, make_mesh(*shape), stack_if_alike)
         logits = np.asarray(jax.jit(forward)(spread, tokens))
         apart["x".join(map(str, shape))] = float(np.abs(logits - expected).max())
     notes = getattr(spread.layers, "notes", ())
     _say(recipe=name, largest_logit=largest, apart=apart, whole=notes, prompt=arguments.prompt)
     return len(set(found.values())) == 1 and max(apart.values()) <= LIMIT * max(1.0, largest)
+
+
+def _align(model: Llama) -> Llama:
+    """Returns a model whose blocks' lists of outliers are of one length, so that one program serves all blocks."""
+    layers = list(blocks(model))
+    for name in BLOCK_LINEARS:
+        kernels: list[Any] = [get(layer, name).kernel for layer in layers]
+        if all(isinstance(kernel, SpqrTensor) for kernel in kernels):
+            aligned = align_outliers(kernels)
+            layers = [put(layer, f"{name}.kernel", kernel) for layer, kernel in zip(layers, aligned, strict=True)]
+    return dataclasses.replace(model, layers=tuple(layers))
 
 
 def _quantize(

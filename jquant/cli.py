@@ -1,9 +1,8 @@
 """The command line. Each command is a file of `jquant/commands`, imported only when it is called."""
 
 import os
-import sys
 from collections.abc import Sequence
-from typing import Final
+from typing import Final, NoReturn
 
 from cyclopts import App
 from rich.console import Console
@@ -50,9 +49,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         make_app()(arguments)
     except JquantError as error:
         Console(stderr=True, soft_wrap=True).print(f"error: {error}", markup=False, highlight=False)
-        sys.exit(_FAILED)
+        _leave(_FAILED)
     except KeyboardInterrupt:
         Console(stderr=True).print(
             "interrupted; a quantization goes on from its last finished block when it is given again"
         )
-        sys.exit(_INTERRUPTED)
+        _leave(_INTERRUPTED)
+
+
+def _leave(status: int) -> NoReturn:
+    from jquant.processes import leave  # imports JAX, which a command that failed has done
+
+    leave(status)

@@ -33,6 +33,10 @@ class DataError(JquantError, ValueError):
     """Report a data set that is absent, empty, or too short for what was asked of it."""
 
 
+class ProcessError(JquantError, ValueError):
+    """Report that another process of a run in several is gone."""
+
+
 __all__ = [
     "CalibrationError",
     "CheckpointError",
@@ -40,5 +44,6 @@ __all__ = [
     "DataError",
     "FormatError",
     "JquantError",
+    "ProcessError",
     "RecipeError",
 ]

@@ -16,7 +16,6 @@ from typing import Any, Final, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 from jaxtyping import Int32
 
 from convert import Consumer, ExportFormat, Verified, export_model, locate, open_source
@@ -26,7 +25,7 @@ from jquant.budget import ModelPlace, activations_on_disk, available, choose, de
 from jquant.calibration import BlockStore, WeightFaults
 from jquant.checkpoint import digest, digest_lazily, is_checkpoint, save_lazily, sweep_unfinished
 from jquant.data import TextTokenizer, load_text, load_windows, token_windows
-from jquant.errors import CalibrationError, CheckpointError, DataError, JquantError, RecipeError
+from jquant.errors import CalibrationError, CheckpointError, DataError, JquantError, ProcessError, RecipeError
 from jquant.folders import (
     RECIPE,
     REPORT,
@@ -42,13 +41,13 @@ from jquant.formats import tree_nbytes
 from jquant.models import LazyModel, Llama, LlamaConfig, abstract_llama, in_memory
 from jquant.passes import Context, run_passes, stream_passes
 from jquant.plan import Plan, plan
+from jquant.processes import meet
 from jquant.progress import OnProgress, Progress, ignore
 from jquant.recipe import Recipe, to_yaml
 from jquant.recipe import digest as recipe_digest
 from jquant.report import BlockReport, Report
 
 WINDOWS: Final = ".npy"  # ending of a calibration data set that is windows of tokens
-_STORE_SUFFIX: Final = ".partial"
 _STORE_FILES: Final = {"lock", "fingerprint.json", "fingerprint.json.partial"}  # what a store may hold besides blocks
 _STORE_FOLDERS: Final = ("block-", "whole-")  # how the names of its folders begin
 _RESULTS: Final = ("jquant", "jax", "jaxlib", "numpy")  # packages whose version may change a result's bits
@@ -214,7 +213,7 @@ def quantize(
         files |= {RECIPE: to_yaml(recipe).encode()}
         if first:
             save_lazily(result, out, files={**files, REPORT: lambda: finish().to_json().encode()})
-    _remove_store(store_path)
+    _remove_store(store_path, out)
     return finish()
 
 
@@ -302,11 +301,22 @@ def _open_store(path: Path, fingerprint: dict[str, str]) -> BlockStore:
     return own if own is not None and jax.process_count() == 1 else BlockStore.share(path, own)
 
 
-def _remove_store(path: Path) -> None:
-    """Removes the store of a run whose result is saved, which every process waits for."""
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("the result is saved")
-    if jax.process_index() == 0:
+def _remove_store(path: Path, out: Path) -> None:
+    """Removes the store of a run whose result is saved, which every process waits for.
+
+    Raises:
+      ProcessError: another one is gone; of the first process, whose result is there all the same.
+    """
+    first, several = jax.process_index() == 0, jax.process_count() > 1
+    try:
+        if several:
+            meet("the result is saved")
+    except ProcessError as error:
+        if first:
+            remove_folder(path)
+            raise ProcessError(f"{out} is saved and whole, nothing is left to do; but {error}") from error
+        raise
+    if first:
         remove_folder(path)
 
 
@@ -316,7 +326,7 @@ def store_of(out: Path) -> Path:
     >>> store_of(Path("models/out")).name
     'out.partial'
     """
-    return out.with_name(out.name + _STORE_SUFFIX)
+    return out.with_name(out.name + ".partial")
 
 
 def _count_blocks(total: int, on_progress: OnProgress) -> Callable[[BlockReport], None]:

@@ -9,6 +9,7 @@ import json
 import os
 import resource
 import signal
+import socket
 import sys
 import time
 import traceback
@@ -24,10 +25,17 @@ import transformers  # noqa: F401 (imported late where it is used)
 from jquant.checkpoint import _check_files, is_checkpoint, recorded_digest
 from jquant.errors import JquantError
 from jquant.pipeline import export_checkpoint, quantize
+from jquant.processes import meet
 from jquant.recipe import Recipe, parse_recipe
+from jquant.sharding import join_processes
 
 SEED: Final = 20261122
 KILLS: Final = 20
+PAIRS: Final = 6
+SAID: Final = {  # what the other of two processes says: the error's own words, or JAX's where the first was killed
+    "gone": "another process of this run is gone",
+    "ended by JAX": "JAX distributed service detected fatal errors",
+}
 RECIPE: Final = """
 name: faulty
 calibration: {samples: 4, length: 16}
@@ -40,6 +48,7 @@ passes:
               - {match: ".*up_proj", quantizer: {rtn: {format: {group_size: 32}}}}
 """
 _LONGEST: Final = 60.0  # seconds that a run may take at most
+_PATIENCE: Final = 500.0  # seconds after which a process hangs: JAX waits 100 for a lost one, 300 at the end
 
 
 def recipe() -> Recipe:
@@ -50,29 +59,34 @@ def recipe() -> Recipe:
 def run(folder: Path, devices: int = 1, **options: Any) -> None:
     """Quantize, block by block, activations in a file, windows spread over devices."""
     spread = tuple(jax.devices()[:devices]) if devices > 1 else ()
-    quantize(
-        folder / "source", folder / "out", recipe(), memory="blocks", activations="disk", devices=spread, **options
-    )
+    kept: dict[str, Any] = {"memory": "blocks", "activations": "disk"} | options
+    quantize(folder / "source", folder / "out", recipe(), devices=spread, **kept)
+
+
+def start(job: Callable[[], None], out: Path) -> int:
+    """Run a job in a child, whose words go to a file; return its number."""
+    child = os.fork()
+    if child:
+        return child
+    status = 1
+    try:
+        with out.open("w") as words:
+            os.dup2(words.fileno(), 1)
+            os.dup2(words.fileno(), 2)
+        job()
+        status = 0
+    except JquantError as error:
+        os.write(1, str(error).encode())
+        status = 2
+    except BaseException:  # noqa: BLE001 (whatever it is, a fork must not go on as its parent)
+        os.write(1, traceback.format_exc().encode())
+    os._exit(status)
 
 
 def fork(job: Callable[[], None], out: Path, kill_after: float | None = None) -> tuple[int, float]:
-    """Run a job in a child, whose words go to a file; return its exit status, negative for a signal, and seconds."""
+    """Run a job as `start`; return its exit status, negative for a signal, and seconds."""
     started = time.monotonic()
-    child = os.fork()
-    if child == 0:
-        status = 1
-        try:
-            with out.open("w") as words:
-                os.dup2(words.fileno(), 1)
-                os.dup2(words.fileno(), 2)
-            job()
-            status = 0
-        except JquantError as error:
-            os.write(1, str(error).encode())
-            status = 2
-        except BaseException:  # noqa: BLE001 (whatever it is, a fork must not go on as its parent)
-            os.write(1, traceback.format_exc().encode())
-        os._exit(status)
+    child = start(job, out)
     limit = _LONGEST if kill_after is None else kill_after
     while time.monotonic() - started < limit:
         done, status = os.waitpid(child, os.WNOHANG)
@@ -127,6 +141,73 @@ def kills(folder: Path) -> dict[str, Any]:
     found.add(whole(folder / "out"))
     left = [path.name for path in folder.iterdir() if path.name.endswith(".partial")]
     return {"killed": killed, "ended": ended, "blocks": blocks, "digests": len(found), "status": status, "left": left}
+
+
+def pair(folder: Path, victims: tuple[int, ...] = (), after: float = 0.0) -> tuple[list[int | None], float]:
+    """Run in two processes, which talk by gloo; kill some so many seconds after they met.
+
+    Returns:
+      Their exit statuses, None for one that hung; and the seconds from when they met.
+    """
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+
+    def job(process: int) -> None:
+        join_processes(f"localhost:{port}", 2, process)
+        meet("all have begun")
+        (folder / f"met-{process}").touch()
+        run(folder, jax.device_count(), memory="auto")
+
+    children = [start(lambda process=process: job(process), folder / f"words-{process}") for process in range(2)]
+    marks = [folder / f"met-{process}" for process in range(2)]
+    begun, met, statuses = time.monotonic(), 0.0, dict[int, int]()
+    while len(statuses) < 2 and time.monotonic() - begun < _PATIENCE:
+        if not met and all(mark.exists() for mark in marks):
+            met = time.monotonic()
+        for process in victims if met and time.monotonic() - met >= after else ():
+            if process not in statuses:
+                os.kill(children[process], signal.SIGKILL)
+        for process, child in enumerate(children):
+            done, status = os.waitpid(child, os.WNOHANG) if process not in statuses else (0, 0)
+            if done:
+                statuses[process] = os.waitstatus_to_exitcode(status)
+        time.sleep(0.002)
+    for process in {0, 1} - statuses.keys():
+        os.kill(children[process], signal.SIGKILL)
+        os.waitpid(children[process], 0)
+    for mark in marks:
+        mark.unlink(missing_ok=True)
+    return [statuses.get(process) for process in range(2)], time.monotonic() - met
+
+
+def pairs(folder: Path) -> dict[str, Any]:
+    """Kill one of two processes or both at random moments; two go on, and at last one does."""
+    found, answers, killed, hung, blocks = {first(folder)[0]}, set(), 0, 0, []
+    for _ in range(2):  # the second finds its programs compiled
+        statuses, seconds = pair(folder)
+        assert statuses == [0, 0], [(folder / f"words-{process}").read_text() for process in range(2)]
+        found.add(whole(folder / "out"))
+        clear(folder)
+    moments = np.random.default_rng(SEED).uniform(0.1, 0.9, 4 * PAIRS) * seconds
+    for moment, victims in zip(moments, 4 * PAIRS * ((1,), (0,), (0, 1)), strict=False):
+        if killed == PAIRS:
+            break
+        statuses, _ = pair(folder, victims, moment)
+        killed, hung = killed + (-signal.SIGKILL in statuses), hung + (None in statuses)
+        for process in {0, 1} - set(victims):
+            words = (folder / f"words-{process}").read_text()
+            known = [name for name, said in SAID.items() if said in words]
+            answers |= {"ended well" if statuses[process] == 0 else (*known, f"{statuses[process]}: {words[-900:]}")[0]}
+        blocks.append(sum(map(is_checkpoint, (folder / "out.partial").glob("block-*"))))
+        if whole(folder / "out"):
+            found.add(whole(folder / "out"))
+            clear(folder)
+    status, _ = fork(lambda: run(folder), folder / "words")
+    found.add(whole(folder / "out"))
+    left = [path.name for path in folder.iterdir() if path.name.endswith(".partial")]
+    found_digests = {"digests": len(found), "status": status, "left": left}
+    return {"killed": killed, "hung": hung, "answers": sorted(answers), "blocks": blocks} | found_digests
 
 
 def disks(folder: Path) -> dict[str, Any]:
@@ -216,7 +297,7 @@ def exports(folder: Path) -> dict[str, Any]:
     return {"halves": halves}
 
 
-SCENARIOS: Final = {"kills": kills, "disks": disks, "clocks": clocks, "exports": exports}
+SCENARIOS: Final = {"kills": kills, "pairs": pairs, "disks": disks, "clocks": clocks, "exports": exports}
 
 
 def main() -> None:

@@ -15,6 +15,7 @@ PACKAGES: Final = ("jquant", "pallas_kernels", "convert", "eval")
 # From the ground up. A module may import its own entry and the lower rows: nothing sideways, nothing upward.
 FLOORS: Final = (
     ("pallas_kernels", "jquant.types", "jquant.errors"),
+    ("jquant.processes",),
     ("jquant.numerics", "jquant.report", "jquant.charts", "jquant.data", "jquant.sampling", "jquant.schema"),
     ("jquant.formats", "jquant.page"),
     ("jquant.matmul",),

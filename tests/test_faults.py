@@ -59,6 +59,14 @@ def test_a_run_killed_at_twenty_random_moments_gives_the_same_bits(folder: Path,
 
 
 @pytest.mark.slow
+def test_two_processes_of_which_some_are_killed_end_and_give_the_same_bits(folder: Path, cache: Path) -> None:
+    found = play(folder, "pairs", cache)
+    assert (found["killed"], found["hung"]) == (faulty_run.PAIRS, 0), found
+    assert set(found["answers"]) <= {*faulty_run.SAID, "ended well"}, found["answers"]
+    assert (found["digests"], found["status"], found["left"]) == (1, 0, [])
+
+
+@pytest.mark.slow
 def test_a_full_disk_and_a_locked_folder_are_named_and_cost_nothing(folder: Path, cache: Path) -> None:
     found = play(folder, "disks", cache)
     for limit in ("16384", "65536"):

@@ -20,11 +20,11 @@ from typing import Any, Final, final
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 from jaxtyping import Array, Float
 
 from jquant.blocks.offloaded import Offloaded
 from jquant.errors import CalibrationError
+from jquant.processes import gather_from_all
 
 LANES: Final = 8  # the most devices that calibration can use; more lanes would hold more sums
 
@@ -79,6 +79,9 @@ class Lanes:
           function: returns statistics, given a block and one lane's windows.
           block: what the windows go through.
           combine: of two statistics; a function that lives as long as the program, as it is compiled.
+
+        Raises:
+          ProcessError: another process is gone.
         """
         total: Any = None
         results = self._each(function, block)
@@ -157,8 +160,8 @@ def _exchange(results: list[Any]) -> Iterator[Any]:
     for result in results:
         mine = jax.tree.map(np.asarray, known if result is None else result)
         owner = np.asarray(jax.process_index() if result is not None else -1)
-        owners = np.asarray(multihost_utils.process_allgather(owner)).ravel()
-        everyone = multihost_utils.process_allgather(mine)
+        owners = np.asarray(gather_from_all(owner)).ravel()
+        everyone = gather_from_all(mine)
         at = int(np.argmax(owners >= 0))
         yield jax.tree.map(lambda leaf, at=at: leaf[at], everyone)
 

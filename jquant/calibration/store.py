@@ -10,11 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Final
 
-from jax.experimental import multihost_utils
-
 from jquant.checkpoint import abstract_tree, is_checkpoint, load_tree, save_tree
 from jquant.errors import CheckpointError
 from jquant.models import Block
+from jquant.processes import meet
 from jquant.report import BlockReport, Report, block_report_from_dict
 
 FINGERPRINT: Final = "fingerprint.json"
@@ -85,10 +84,13 @@ class BlockStore:
         Args:
           path: the folder, which all processes see.
           own: the store that the first process opened; None in the others.
+
+        Raises:
+          ProcessError: another process is gone.
         """
-        multihost_utils.sync_global_devices("the store is open")
+        meet("the store is open")
         names = frozenset(folder.name for folder in Path(path).iterdir() if is_checkpoint(folder))
-        multihost_utils.sync_global_devices("all know what is in the store")
+        meet("all know what is in the store")
         return dataclasses.replace(own or cls(path=Path(path), lock=None), known=names)
 
     def get(self, index: int) -> tuple[Block, BlockReport] | None:

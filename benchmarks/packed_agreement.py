@@ -1,31 +1,35 @@
 r"""A packed model on a GPU's kernels beside the same weights in float32 arithmetic: logits, perplexity, greedy tokens.
 
 SmolLM2-135M-Instruct is quantized by recipes that need no calibration. The reference is the portable tree with float32
-activations through XLA at full precision, on the same GPU: the first line says how far it is from the same on the CPU.
-Figures of a recipe:
+activations through XLA: on the same GPU at full precision, for every number; and as `packed_reference.py` made it on a
+CPU. Figures of a recipe:
 
-1. "logits", all windows, their queries seeing what the recipe shows a prompt: the difference's norm over that of the
-   reference's logits, the largest difference over the largest logit, perplexities; beside it, of a few windows, what
-   XLA makes of the portable tree in bfloat16. Codes of caches and of activations in few bits fall elsewhere wherever
-   bfloat16 rounds across a boundary, by whatever kernel;
-2. "steps": tokens one by one behind each prompt, greedily by the packed model, and for each the reference's logits over
-   *the same packed bytes*: what the kernels themselves are off by;
-3. "greedy": `generate` by both. Where tokens part, the line says how far apart the two tokens' logits are in the
-   reference, in steps of bfloat16 (below one or two it is a tie in bfloat16). Of steps, too.
+1. "tokens": the packed model reads, one by one, the tokens that the CPU's reference wrote behind each prompt, and for
+   each token the reference's logits over *the same packed bytes*: what the kernels themselves are off by. Then the
+   tokens that `begin` and `advance` write beside the CPU's, prompt by prompt; where they first part, the two tokens'
+   logits in both paths: how many steps of bfloat16 each prefers its own by, and whether that is a tie;
+2. "logits" and perplexities of all windows, their queries seeing what the recipe shows a prompt: the difference's norm
+   over that of the reference's logits, losses beside those of both references.
 
-Layers are stacked, which compiles in a fraction of the time; with --apart they lie as `jquant generate` has them.
+Codes of caches and of activations in few bits fall elsewhere wherever bfloat16 rounds across a boundary, by whatever
+kernel: only steps over the same bytes hold such recipes to bfloat16's rounding. Prompts have the widths and caches that
+`generate` gives them. Layers are stacked: seven programs a recipe, compiled in threads, the first needed first.
 
-    JAX_PLATFORMS=cuda,cpu python benchmarks/packed_agreement.py --model FILE.gguf --windows FILE.npy [--recipes ...]
+    JAX_PLATFORMS=cuda,cpu PYTHONPATH=. python benchmarks/packed_agreement.py --model FILE.gguf --windows FILE.npy \
+        --reference FOLDER [--recipes ...] [--seconds 150]
 
-Prompts are the first tokens of windows. JSON lines, one as each figure comes.
+JSON lines, one as each figure comes.
 """
 
 import argparse
+import concurrent.futures
 import dataclasses
 import json
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, final
 
@@ -33,22 +37,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from packed_reference import PROMPT, PROMPTS, RECIPES, TOKENS, digest, in_float32, quantized
 
-from convert import default_cache, demo_model, load_model
+from eval import OtherChoice, bfloat16_steps, find_other_choices
 from jquant import models
-from jquant.folders import stack_if_alike
+from jquant.folders import round_scales, stack_if_alike
 from jquant.formats import Layout
 from jquant.kv import KvCodec, attention_kernel
 from jquant.models import Block, Llama, Stacked, blocks
-from jquant.passes import Context, run_passes
-from jquant.recipe import load_recipe
-from jquant.runtime import generate
+from jquant.runtime import advance, begin, token_stride
 from jquant.targets import Target, describe_products, prepare
 
-RECIPES: Final = ("rtn-w4g64", "rtn-w4g64+kv4", "rtn-w4g64+kivi-2", "quarot-w4a4-rtn+kv4")
-FIGURES: Final = ("logits", "steps", "greedy")
-BFLOAT16_STEP: Final = 2.0**-7  # between neighbours, relative to the power of two below
-OF_CPU: Final = 256  # tokens whose logits the CPU computes too
+FIGURES: Final = ("tokens", "logits")
+WIDTH: Final = 256  # that `generate` pads the prompts to, and the capacity it gives their caches
+CAPACITY: Final = 512
+THREADS: Final = 12
 
 
 @final
@@ -84,145 +87,255 @@ class _AsGiven(KvCodec):
         return self.inner.exact_from(position)
 
 
+@dataclass(frozen=True)
+class Case:
+    """Hold what one recipe is compared with.
+
+    Attributes:
+      name: of the recipe.
+      packed: as the target's kernels read it.
+      reference: portable, in float32.
+      beside: the reference with codecs that read the packed model's caches.
+      truth: the CPU's file.
+      programs: name -> compiled, or being so.
+    """
+
+    name: str
+    packed: Llama
+    reference: Llama
+    beside: Llama
+    truth: Any
+    programs: dict[str, Any]
+
+    def run(self, name: str, *given: Any) -> Any:
+        """Runs a program when it is compiled."""
+        return self.programs[name].result()(*given)
+
+
 def main() -> None:
     """Compares every recipe that is asked for."""
     arguments = _arguments()
-    end = time.monotonic() + arguments.seconds
-    print(json.dumps({"device": jax.devices()[0].device_kind, "jax": jax.__version__}), flush=True)
-    source = load_model(arguments.model or demo_model(default_cache()), dtype="bfloat16")
-    windows = np.load(arguments.windows).astype(np.int32)[: arguments.count, : arguments.length]
-    for name in arguments.recipes:
-        started = time.monotonic()
-        model = source
-        for part in name.split("+"):
-            recipe = load_recipe(part)
-            model, _ = run_passes(recipe.passes, model, Context(jax.random.key(recipe.seed)))
-        packed = prepare(model if arguments.apart else stack_if_alike(model), Target(arguments.target))
-        about = {"recipe": name, "products": describe_products(packed)}
-        for figures in _compare(packed, model, windows, arguments):
-            print(json.dumps({**about, **figures, "t": round(time.monotonic() - started, 1)}), flush=True)
+    began = time.monotonic()
+    _print(device=jax.devices()[0].device_kind, jax=jax.__version__, target=arguments.target)
+    end, windows = began + arguments.seconds, np.load(arguments.windows).astype(np.int32)
+    pool = concurrent.futures.ThreadPoolExecutor(THREADS)
+    cases, sources = [], quantized(arguments.recipes, arguments.model)
+    for _ in arguments.recipes:
+        with jax.default_device(jax.devices("cpu")[0]):  # the codes are the CPU's
+            name, model = next(sources)
+        model = _first_layers(model, arguments.layers)
+        truth = np.load(arguments.reference / f"{name}.npz")
+        cases.append(_begin_case(name, model, truth, windows[: arguments.batch], pool, arguments))
+        same = bool(np.array_equal(digest(model), truth["digest"]))
+        products = describe_products(cases[-1].packed)
+        _print(recipe=name, products=products, same_codes_as_the_cpu=same, t=round(time.monotonic() - began, 1))
+    for case in cases:
+        for figures in _compare(case, windows, arguments, end):
+            _print(recipe=case.name, **figures, t=round(time.monotonic() - began, 1))
             if time.monotonic() > end:
-                print(json.dumps({**about, "stopped": "no time is left; see --seconds"}), flush=True)
+                _print(recipe=case.name, stopped="no time is left; see --seconds")
+                pool.shutdown(wait=False, cancel_futures=True)
                 return
 
 
-def _compare(packed: Llama, model: Llama, windows: np.ndarray, arguments: argparse.Namespace) -> Iterator[Any]:
-    portable = stack_if_alike(model)
-    prompts = windows[: arguments.prompts, : arguments.prompt]
+def _compare(case: Case, windows: np.ndarray, arguments: argparse.Namespace, end: float) -> Iterator[dict[str, Any]]:
+    if "tokens" in arguments.figures:
+        yield from _write(case, windows[:PROMPTS, :PROMPT])
     if "logits" in arguments.figures:
-        yield _on_the_cpu(portable, windows)
-        yield from _logits(packed, portable, windows, arguments.batch)
-    if "steps" in arguments.figures:
-        yield from _steps(packed, model if arguments.apart else portable, prompts, arguments.tokens)
-    if "greedy" in arguments.figures:
-        yield from _greedy(packed, portable, prompts, arguments.tokens)
+        yield from _read(case, windows[: arguments.count], arguments.batch, end)
 
 
-def _on_the_cpu(portable: Llama, windows: np.ndarray) -> dict[str, Any]:
-    reference, ids = _float32(portable), jnp.asarray(windows[:1, :OF_CPU])
+def _begin_case(name: str, model: Llama, truth: Any, ids: np.ndarray, pool: Any, arguments: argparse.Namespace) -> Case:
+    """Prepares a recipe's models, lowers its programs and has them compiled, the first needed first."""
+    target, model = Target(arguments.target), jax.device_put(model, jax.devices()[0])
+    packed = prepare(stack_if_alike(round_scales(model, target)), target)
+    reference = in_float32(stack_if_alike(model))
+    case = Case(name, packed, reference, _over_the_bytes_of(packed, reference), truth, {})
+    for one, trace in _traced(case, ids, arguments.figures).items():
+        case.programs[one] = pool.submit(trace().lower().compile)
+    return case
+
+
+def _traced(case: Case, ids: np.ndarray, figures: Sequence[str]) -> dict[str, Callable[[], Any]]:
+    """Returns what traces each of a case's programs."""
+    packed, stops, key, stride = case.packed, jnp.zeros(0, jnp.int32), jax.random.key(0), token_stride()
+    rows = jax.ShapeDtypeStruct((PROMPTS,), jnp.int32)
+    prompts = jax.ShapeDtypeStruct((PROMPTS, WIDTH), jnp.int32)
+    writing = jax.eval_shape(partial(begin, capacity=CAPACITY), packed, prompts, rows, stops, key)
+    logits = jax.ShapeDtypeStruct((*ids.shape, packed.config.vocab_size), jnp.float32)
+    tokens: dict[str, Callable[[], Any]] = {
+        "begin": lambda: begin.trace(packed, prompts, rows, stops, key, capacity=CAPACITY),
+        "step": lambda: jax.jit(models.decode).trace(packed, rows, writing.cache),
+        "step beside": lambda: _exactly(lambda *given: models.decode(*given)[0], case.beside, rows, writing.cache),
+        "advance": lambda: advance.trace(
+            packed, writing, jnp.int32(TOKENS), stops, key, room=TOKENS + stride - 1, stride=stride
+        ),
+    }
+    windows: dict[str, Callable[[], Any]] = {
+        "read": lambda: jax.jit(models.forward).trace(packed, ids),
+        "read exactly": lambda: _exactly(models.forward, case.reference, ids),
+        "distances": lambda: jax.jit(_distances).trace(logits, logits, ids),
+    }
+    return (tokens if "tokens" in figures else {}) | (windows if "logits" in figures else {})
+
+
+def _exactly(function: Any, *given: Any) -> Any:
     with jax.default_matmul_precision("highest"):
-        ours = np.asarray(jax.jit(models.forward)(reference, ids))
-    truth = np.asarray(jax.jit(models.forward)(*jax.device_put((reference, ids), jax.devices("cpu")[0])))
-    return {"figure": "reference on this device, relative to the CPU's", "logits": _relative(ours, truth)}
+        return jax.jit(function).trace(*given)
 
 
-def _logits(packed: Llama, portable: Llama, windows: np.ndarray, batch: int) -> Iterator[dict[str, Any]]:
-    forward, reference = jax.jit(models.forward), _float32(portable)
-    found: list[dict[str, Any]] = []
+def _write(case: Case, prompts: np.ndarray) -> Iterator[dict[str, Any]]:
+    """Yields what tokens come of prompts, and how far steps along the reference's tokens are from the reference's."""
+    padded = jnp.asarray(np.pad(prompts, ((0, 0), (0, WIDTH - PROMPT))))
+    lengths, stops, key = jnp.full(PROMPTS, PROMPT, jnp.int32), jnp.zeros(0, jnp.int32), jax.random.key(0)
+    writing = case.run("begin", case.packed, padded, lengths, stops, key)
+    first = np.asarray(writing.tokens)
+    rest, _, _ = case.run("advance", case.packed, writing, jnp.int32(TOKENS), stops, key)
+    ours = np.concatenate([first[:, None], np.asarray(rest)], axis=1)[:, :TOKENS]
+    theirs = case.truth["tokens"]
+
+    cache = case.run("begin", case.packed, padded, lengths - 1, stops, key).cache
+    given, rows, steps = prompts[:, -1], np.arange(PROMPTS), _Steps([], [], [])
+    best, values = np.zeros((PROMPTS, TOKENS), np.int32), np.zeros((PROMPTS, TOKENS, 3))
+    for at in range(TOKENS):
+        positions = cache.positions
+        logits, cache = case.run("step", case.packed, jnp.asarray(given), cache)
+        before = dataclasses.replace(cache, positions=positions)
+        found, truth = np.asarray(logits), np.asarray(case.run("step beside", case.beside, jnp.asarray(given), before))
+        steps.add(found, truth)
+        best[:, at], given = found.argmax(-1), theirs[:, at]
+        values[:, at] = np.stack([found[rows, one] for one in (best[:, at], given, ours[:, at])], axis=1)
+    yield steps.summary()
+    yield from _compare_tokens(case, ours, best, values)
+
+
+@dataclass(frozen=True)
+class _Steps:
+    """Collect how far steps are from the reference's over the same bytes, and the choices that differ."""
+
+    apart: list[np.ndarray]
+    norm: list[np.ndarray]
+    others: list[OtherChoice]
+
+    def add(self, found: np.ndarray, truth: np.ndarray) -> None:
+        self.apart.append(np.square(found - truth).sum(-1))
+        self.norm.append(np.square(truth).sum(-1))
+        self.others.extend(find_other_choices(found, truth))
+
+    def summary(self) -> dict[str, Any]:
+        apart, norm = np.stack(self.apart), np.stack(self.norm)
+        return {
+            "figure": "steps over the same bytes",
+            "relative": math.sqrt(apart.sum() / norm.sum()),
+            "relative, worst token": float(np.sqrt(np.max(apart / norm))),
+            "steps": apart.size,
+            "other choices": len(self.others),
+            "of these no ties": sorted((max(one.gaps) for one in self.others if not one.is_tie()), reverse=True)[:8],
+        }
+
+
+def _compare_tokens(case: Case, ours: np.ndarray, best: np.ndarray, values: np.ndarray) -> Iterator[dict[str, Any]]:
+    """Yields where tokens of `begin` and `advance` first part from the reference's, and from those of `decode`."""
+    theirs, top, logits = (case.truth[name] for name in ("tokens", "top", "top_logits"))
+    lines, early = [], []
+    for row, at in enumerate(_first_differences(ours, theirs)):
+        for index in np.flatnonzero(ours[row, : at + 1] != best[row, : at + 1])[:1]:
+            gap = bfloat16_steps(values[row, index, 0], values[row, index, 2])
+            early.append({"prompt": row, "at": int(index), "bfloat16 steps": gap})
+        line: dict[str, Any] = {"figure": "greedy", "prompt": row, "same": int(at)}
+        if at < TOKENS:
+            mine = int(ours[row, at])
+            known = np.flatnonzero(top[row, at] == mine)  # beyond the best eight: farther than the eighth
+            other = logits[row, at, known[0] if len(known) else -1]
+            gaps = (
+                bfloat16_steps(values[row, at, 2], values[row, at, 1]),
+                bfloat16_steps(float(logits[row, at, 0]), float(other)),
+            )
+            found = OtherChoice(row, (mine, int(theirs[row, at])), gaps)
+            line |= {"tokens": found.tokens, "bfloat16 steps, packed and reference": gaps, "tie": found.is_tie()}
+        lines.append(line)
+    yield from lines
+    yield {
+        "figure": "greedy, all prompts",
+        "whole": sum(line["same"] == TOKENS for line in lines),
+        "ties": sum(line.get("tie", False) for line in lines),
+        "no ties": sum(not line.get("tie", True) for line in lines),
+        "`advance` and `decode` first part": early,
+        "choices along the reference's tokens alike": float(np.mean(best == theirs)),
+    }
+
+
+def _first_differences(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
+    differs = ours != theirs
+    return np.where(differs.any(axis=1), differs.argmax(axis=1), ours.shape[1])
+
+
+def _read(case: Case, windows: np.ndarray, batch: int, end: float) -> Iterator[dict[str, Any]]:
+    """Yields how far the logits of windows are from both references', and the perplexities."""
+    parts: list[dict[str, Any]] = []
+    places, kept = case.truth["places"], []
     for start in range(0, len(windows), batch):
-        ids = jnp.asarray(windows[start : start + batch])
-        with jax.default_matmul_precision("highest"):
-            truth = forward(reference, ids)
-        found.append(jax.device_get(_distances(forward(packed, ids), truth, ids)))
-        if start == 0:
-            rounded = jax.device_get(_distances(forward(portable, ids), truth, ids))
-            yield {"figure": "logits", "of": "XLA in bfloat16", **_summary([rounded])}
-            yield {"figure": "logits", "of": "packed", **_summary(found)}
-    yield {"figure": "logits", "of": "packed", **_summary(found)}
+        if time.monotonic() > end:
+            break
+        some = windows[start : start + batch]
+        ids = jnp.asarray(np.concatenate([some, np.repeat(some[:1], batch - len(some), axis=0)]))
+        truth = case.run("read exactly", case.reference, ids)
+        found = case.run("read", case.packed, ids)
+        sums = jax.device_get(case.run("distances", found, truth, ids))
+        parts.append({name: values[: len(some)] for name, values in sums.items()})
+        here = [(at, *place) for at, place in enumerate(places) if start <= place[0] < start + len(some)]
+        kept += [
+            (at, *(np.asarray(one[window - start, place]) for one in (found, truth))) for at, window, place in here
+        ]
+    if not parts:
+        return
+    whole = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    yield {
+        "figure": "logits",
+        "windows": len(whole["apart"]),
+        "relative": math.sqrt(whole["apart"].sum() / whole["norm"].sum()),
+        "largest of largest": float(whole["most"].max() / whole["largest"].max()),
+        "same first choice": float(whole["same"].mean()),
+    }
+    if kept:
+        cpu = np.stack([case.truth["logits"][at] for at, *_ in kept]).astype(np.float32)
+        ours, theirs = (_relative(np.stack([one[index] for one in kept]), cpu) for index in (1, 2))
+        yield {"figure": "logits beside the CPU's", "tokens": len(kept), "packed": ours, "reference here": theirs}
+    yield _perplexities(whole["losses"], whole["true losses"], case.truth["losses"])
 
 
-@jax.jit
+def _perplexities(losses: np.ndarray, here: np.ndarray, cpu: np.ndarray) -> dict[str, Any]:
+    """Returns perplexities: of the packed model and of the reference, here and for what windows the CPU read."""
+    ours, truth, count = losses.astype(np.float64), here.astype(np.float64), min(len(losses), len(cpu))
+    apart = ours - truth
+    return {
+        "figure": "perplexity",
+        "windows": len(ours),
+        "packed": math.exp(ours.mean()),
+        "reference here": math.exp(truth.mean()),
+        "ratio": math.exp(apart.mean()),
+        "standard error of the ratio": float(apart.std(ddof=1) / math.sqrt(len(apart))) if len(apart) > 1 else None,
+        "windows of the CPU": count,
+        "ratio to the CPU's": math.exp(ours[:count].mean() - cpu[:count].mean()),
+        "reference here to the CPU's": math.exp(truth[:count].mean() - cpu[:count].mean()),
+    }
+
+
 def _distances(found: jax.Array, truth: jax.Array, ids: jax.Array) -> dict[str, jax.Array]:
-    """Returns sums and maxima over the logits of some windows, and each window's mean losses."""
+    """Returns sums and maxima over the logits of each window, and mean losses."""
     apart = found - truth
     losses = [
         -jnp.mean(jnp.take_along_axis(jax.nn.log_softmax(each[:, :-1]), ids[:, 1:, None], axis=-1), axis=(1, 2))
         for each in (found, truth)
     ]
     return {
-        "apart": jnp.sum(jnp.square(apart)),
-        "norm": jnp.sum(jnp.square(truth)),
-        "most": jnp.max(jnp.abs(apart)),
-        "largest": jnp.max(jnp.abs(truth)),
+        "apart": jnp.sum(jnp.square(apart), axis=(1, 2)),
+        "norm": jnp.sum(jnp.square(truth), axis=(1, 2)),
+        "most": jnp.max(jnp.abs(apart), axis=(1, 2)),
+        "largest": jnp.max(jnp.abs(truth), axis=(1, 2)),
         "same": jnp.mean((found.argmax(-1) == truth.argmax(-1)).astype(jnp.float32), axis=1),
         "losses": losses[0],
         "true losses": losses[1],
-    }
-
-
-def _summary(parts: list[dict[str, Any]]) -> dict[str, Any]:
-    total = {name: sum(float(part[name]) for part in parts) for name in ("apart", "norm")}
-    whole = {name: np.concatenate([part[name] for part in parts]) for name in ("same", "losses", "true losses")}
-    ours, theirs = (float(np.exp(whole[name].astype(np.float64).mean())) for name in ("losses", "true losses"))
-    return {
-        "windows": len(whole["same"]),
-        "relative": math.sqrt(total["apart"] / total["norm"]),
-        "largest of largest": max(float(part["most"]) for part in parts)
-        / max(float(part["largest"]) for part in parts),
-        "same first choice": float(whole["same"].mean()),
-        "perplexity": ours,
-        "reference's": theirs,
-        "ratio": ours / theirs,
-    }
-
-
-def _greedy(packed: Llama, portable: Llama, prompts: np.ndarray, tokens: int) -> Iterator[dict[str, Any]]:
-    """Yields where what `generate` writes by both parts."""
-    given, reference = [prompt.tolist() for prompt in prompts], _float32(portable)
-    started = time.monotonic()
-    ours = generate(packed, given, max_tokens=tokens).tokens
-    yield {"figure": "generated", "tokens": len(ours) * tokens, "seconds, compilation too": time.monotonic() - started}
-    with jax.default_matmul_precision("highest"):
-        theirs = generate(reference, given, max_tokens=tokens).tokens
-    prefill = jax.jit(lambda model, ids, length: models.prefill(model, ids, length, ids.shape[1])[0])
-    for index, (prompt, mine, other) in enumerate(zip(given, ours, theirs, strict=True)):
-        at = _first_difference(mine, other)
-        line: dict[str, Any] = {"figure": "greedy", "prompt": index, "same": tokens if at is None else at}
-        if at is not None:
-            seen = np.zeros((1, len(prompt) + tokens), np.int32)
-            read = prompt + list(other[:at])
-            seen[0, : len(read)] = read
-            with jax.default_matmul_precision("highest"):
-                row = np.asarray(prefill(reference, jnp.asarray(seen), jnp.asarray([len(read)], jnp.int32)))[0]
-            line["bfloat16 steps between the two"] = _steps_between(row, other[at], mine[at])
-        yield line
-
-
-def _steps(packed: Llama, model: Llama, prompts: np.ndarray, tokens: int) -> Iterator[dict[str, Any]]:
-    """Yields how far steps are from those of the reference over the same bytes, and where choices part."""
-    reference = _over_the_bytes_of(packed, _float32(model))
-    decode, length = jax.jit(models.decode), prompts.shape[1]
-    lengths = jnp.full(len(prompts), length, jnp.int32)
-    read = jax.jit(lambda model, ids, lengths: models.prefill(model, ids, lengths, length + tokens))
-    logits, cache = read(packed, jnp.asarray(prompts), lengths)
-    chosen, apart, norm, gaps = np.asarray(logits).argmax(-1), [], [], []
-    for _ in range(1, tokens):
-        given, positions = jnp.asarray(chosen, jnp.int32), cache.positions
-        logits, cache = decode(packed, given, cache)
-        with jax.default_matmul_precision("highest"):
-            truth = np.asarray(decode(reference, given, dataclasses.replace(cache, positions=positions))[0])
-        found = np.asarray(logits)
-        chosen, best = found.argmax(-1), truth.argmax(-1)
-        apart.append(np.square(found - truth).sum(-1))
-        norm.append(np.square(truth).sum(-1))
-        gaps += [_steps_between(truth[row], best[row], chosen[row]) for row in np.flatnonzero(chosen != best)]
-    yield {
-        "figure": "steps over the same bytes",
-        "relative": math.sqrt(np.sum(apart) / np.sum(norm)),
-        "relative, worst token": float(np.sqrt(np.max(np.asarray(apart) / np.asarray(norm)))),
-        "steps": (tokens - 1) * len(prompts),
-        "other choices": len(gaps),
-        "bfloat16 steps between the two, largest first": sorted(gaps, reverse=True)[:8],
     }
 
 
@@ -235,46 +348,39 @@ def _over_the_bytes_of(packed: Llama, reference: Llama) -> Llama:
             codec = dataclasses.replace(codec, layout=Layout.PORTABLE)
         return dataclasses.replace(own, self_attn=dataclasses.replace(own.self_attn, kv_codec=_AsGiven(codec)))
 
-    if isinstance(reference.layers, Stacked) and isinstance(packed.layers, Stacked):
-        block = with_codec(reference.layers.block, packed.layers.block)
-        return dataclasses.replace(reference, layers=dataclasses.replace(reference.layers, block=block))
-    pairs = zip(blocks(reference), blocks(packed), strict=True)
-    return dataclasses.replace(reference, layers=tuple(with_codec(*pair) for pair in pairs))
+    assert isinstance(reference.layers, Stacked)
+    assert isinstance(packed.layers, Stacked)
+    block = with_codec(reference.layers.block, packed.layers.block)
+    return dataclasses.replace(reference, layers=dataclasses.replace(reference.layers, block=block))
 
 
-def _steps_between(row: np.ndarray, best: int, other: int) -> float:
-    step = BFLOAT16_STEP * 2.0 ** math.floor(math.log2(abs(row[best])))
-    return float((row[best] - row[other]) / step)
+def _first_layers(model: Llama, count: int | None) -> Llama:
+    if count is None:
+        return model
+    config = dataclasses.replace(model.config, num_hidden_layers=count)
+    return dataclasses.replace(model, layers=blocks(model)[:count], config=config)
 
 
 def _relative(found: np.ndarray, truth: np.ndarray) -> float:
     return float(np.linalg.norm(found - truth) / np.linalg.norm(truth))
 
 
-def _first_difference(left: Sequence[int], right: Sequence[int]) -> int | None:
-    return next((at for at, pair in enumerate(zip(left, right, strict=True)) if pair[0] != pair[1]), None)
-
-
-def _float32(model: Llama) -> Llama:
-    """Returns the model with activations in float32; scales stay as they are stored."""
-    return jax.tree.map(lambda leaf: leaf.astype(jnp.float32) if leaf.dtype == jnp.bfloat16 else leaf, model)
+def _print(**line: Any) -> None:
+    print(json.dumps(line), flush=True)
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--recipes", nargs="*", default=RECIPES)
+    parser.add_argument("--recipes", nargs="*", default=list(RECIPES))
     parser.add_argument("--figures", nargs="*", choices=FIGURES, default=FIGURES)
-    parser.add_argument("--apart", action="store_true", help="layers of the packed model as generation has them")
     parser.add_argument("--model", type=Path, help="the GGUF file; the demo's if left out")
-    parser.add_argument("--windows", type=Path, required=True, help="a .npy file of token ids")
-    parser.add_argument("--count", type=int, help="windows of the perplexity; all if left out")
-    parser.add_argument("--length", type=int, default=2048, help="tokens of a window")
+    parser.add_argument("--windows", type=Path, required=True, help="a .npy file of token ids, that of the reference")
+    parser.add_argument("--reference", type=Path, required=True, help="the folder that packed_reference.py wrote")
+    parser.add_argument("--count", type=int, help="windows of logits and perplexity; all if left out")
     parser.add_argument("--batch", type=int, default=4, help="windows at once")
-    parser.add_argument("--prompts", type=int, default=10)
-    parser.add_argument("--prompt", type=int, default=160, help="tokens of a prompt")
-    parser.add_argument("--tokens", type=int, default=128, help="tokens to write")
+    parser.add_argument("--layers", type=int, help="only the first so many, to try the script")
     parser.add_argument("--target", choices=[target.value for target in Target], default=Target.H100.value)
-    parser.add_argument("--seconds", type=float, default=300.0, help="after which no figure is begun")
+    parser.add_argument("--seconds", type=float, default=150.0, help="after which no figure is begun")
     return parser.parse_args()
 
 

@@ -1,14 +1,21 @@
 """Rows of the benchmark for decode attention: errors, times, issue 7's targets; `bench.py --kinds attention`."""
 
 import dataclasses
-import itertools
+import functools
+import json
 import math
+import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, Final
 
 import jax
+import jax.numpy as jnp
 
+from pallas_kernels import grid
 from pallas_kernels.attention_case import (
     AttentionCase,
     bfloat16_attentions,
@@ -18,15 +25,19 @@ from pallas_kernels.attention_case import (
 )
 from pallas_kernels.kivi_case import KiviCase
 
+# Processes share the cases and take turns on the GPU, as in `grid`: lowering keeps Python busy.
+
 type AnyCase = AttentionCase | KiviCase
 type Times = Callable[[Callable[..., Any], list[tuple[Any, ...]]], tuple[float, int]]
 
 BEYOND_CACHE: Final = 120e6  # bytes of caches that one round reads
 LARGEST_DENSE: Final = 3e9  # bytes of keys and values in bfloat16 that are compared with
-WRONG: Final = {
-    "kv": 2.0**-8,
-    "ki": 2.0**-6,
-}  # relative errors that are too large, as in tests/kernels/test_attention.py
+WRONG: Final = 2.0**-8  # relative errors that are too large, as in tests/kernels/test_attention.py
+AS_GOOD: Final = 1.1  # of bfloat16's own error, likewise
+THREADS: Final = 3  # of a process
+FAILURES: Final = (ValueError, RuntimeError)  # of compiling and running
+SEED: Final = jax.ShapeDtypeStruct((), jnp.int32)
+NAMES: Final = ("kind", "rows", "heads", "kv_heads", "dim", "tokens", "page", "group")
 LLAMA: Final = (32, 8, 128)  # query heads, KV heads and numbers of a head of Llama-3.1-8B
 SMOLLM2: Final = (9, 3, 64)
 TARGETS: Final[tuple[tuple[AnyCase, float | None, float | None, float | None], ...]] = (
@@ -47,42 +58,128 @@ TARGETS: Final[tuple[tuple[AnyCase, float | None, float | None, float | None], .
 )
 
 
-def rows(times: Times, copy: Callable[[], float], check: int, end: float) -> Iterator[dict[str, Any]]:
-    """Yields a row for each random legal shape to check and for each case with or beside a target.
+def rows_by_processes(check: int, end: float, *, untried: bool) -> Iterator[dict[str, Any]]:
+    """Yields the rows of all cases, made by processes, and what is missing last.
+
+    Args:
+      check: how many random shapes, as of `rows`.
+      end: when to begin nothing new, by `time.monotonic`.
+      untried: whether to take the options too that no GPU has run yet.
+    """
+    count, found = check + len(TARGETS), []
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "pallas_kernels.bench", "--kinds", "attention", "--check", str(check)]
+        command += ["--turns", f"{folder}/turns", "--results", folder, "--seconds", str(end - time.monotonic())]
+        command += ["--untried"] if untried else []
+        shared = [range(first, count, grid.PROCESSES) for first in range(min(grid.PROCESSES, count))]
+        for text in grid.lines_of([[*command, "--cases", *map(str, own)] for own in shared], end):
+            if text.startswith("{"):
+                found.append(json.loads(text))
+                yield found[-1]
+    yield {"missing": missing(found)}
+
+
+def rows(
+    times: Times, copy: Callable[[], float], check: int, end: float, own: Sequence[int], turns: Path, *, untried: bool
+) -> Iterator[dict[str, Any]]:
+    """Yields rows of cases with or beside a target and of random legal shapes, one for each way of dividing them.
 
     Args:
       times: measures a call over sets of operands: microseconds and kernels.
       copy: gives the bandwidth of a copy in GB/s.
-      check: how many random shapes.
+      check: how many random shapes there are, behind those with a target.
       end: when to begin nothing new, by `time.monotonic`.
+      own: which cases.
+      turns: the file whose lock lets one process at a time measure.
+      untried: whether to take the options too that no GPU has run yet.
     """
-    others: dict[Any, dict[str, float]] = {}
-    asked = {case: least for case, *least in TARGETS}
-    for case in itertools.chain(random_legal_attention(0, check), asked):
-        if time.monotonic() > end:
-            return
-        row: dict[str, Any] = {"kind": case.kind, **dataclasses.asdict(case)}
+    every: list[AnyCase] = [*(case for case, *_ in TARGETS), *random_legal_attention(0, check)]
+    with ThreadPoolExecutor(THREADS) as pool:
+        programs = [_Programs(every[index], TARGETS[index][1:] if index < len(TARGETS) else None) for index in own]
+        compiling = [pool.submit(each.compile, untried=untried) for each in programs]
+        for program, compiled in zip(programs, compiling, strict=True):
+            failed = compiled.exception()
+            if time.monotonic() > end:
+                pool.shutdown(wait=False, cancel_futures=True)
+                return
+            if failed is not None:
+                yield program.row | {"failure": f"{type(failed).__name__}: {failed}"[:300]}
+                continue
+            with grid.turn(turns):
+                yield from program.rows(times, copy)
+
+
+class _Programs:
+    """One case's programs and rows."""
+
+    def __init__(self, case: AnyCase, targets: Sequence[float | None] | None) -> None:
+        self.case, self.targets = case, targets
+        self.row: dict[str, Any] = {"kind": case.kind, **dataclasses.asdict(case)}
+        self.shape = (case.rows, case.heads, case.kv_heads, case.dim, case.tokens)
+        self.dense = 4.0 * case.rows * case.kv_heads * case.dim * case.tokens
+
+    def compile(self, *, untried: bool) -> None:
+        """Compiles everything; this needs the processor alone."""
+        case, configs = self.case, [self.case.config()]
+        if untried:
+            configs.append(case.config("inside") if isinstance(case, KiviCase) else configs[0].in_turns())
+        given = jax.eval_shape(lambda: case.operands(0))
+        self.kernels = [(config, jax.jit(case.kernel(config)).lower(*given).compile()) for config in configs]
+        self.operands, self.meaning, self.rounded = (
+            jax.jit(each).lower(SEED).compile() for each in (case.operands, case.meaning, case.rounded)
+        )
+        self.others: dict[str, tuple[Any, Any]] = {}
+        if self.targets and any(self.targets[1:]) and self.dense <= LARGEST_DENSE:
+            for name, function in bfloat16_attentions().items():
+                make = jax.jit(functools.partial(bfloat16_operands, self.shape, name)).lower(SEED).compile()
+                like = jax.eval_shape(functools.partial(bfloat16_operands, self.shape, name), 0)
+                self.others[name] = make, jax.jit(function).lower(*like).compile()
+
+    def rows(self, times: Times, copy: Callable[[], float]) -> Iterator[dict[str, Any]]:
+        """Yields a row for each configuration."""
+        of_others: dict[str, float] = {}
         try:
-            config = case.config()
-            row |= {"config": dataclasses.asdict(config)}
-            sets = [tuple(case.operands(seed)) for seed in range(_copies(case.bytes_of_cache) if case in asked else 1)]
-            call = jax.jit(case.kernel(config)).lower(*sets[0]).compile()
-            found = call(*sets[0])
-            row |= {"error": relative_error(found, case.meaning(0)), "same_bits": bool((found == call(*sets[0])).all())}
-            if not row["same_bits"] or not row["error"] < WRONG[case.kind[:2]]:
-                row["target"] = "WRONG"
-            elif case in asked:
-                row["microseconds"], row["kernels"] = times(call, sets)
-                del sets
-                row |= _compared(case, row["microseconds"], copy(), others, times)
-                row |= _verdict(row, asked[case])
-        except (ValueError, RuntimeError) as error:
-            row["failure"] = f"{type(error).__name__}: {error}"[:300]
-        yield row
+            for name, (make, call) in self.others.items():
+                others = [make(jnp.int32(seed)) for seed in range(_copies(self.dense))]
+                of_others[name] = times(call, others)[0]
+                del others
+            count = 1 if self.targets is None else _copies(self.case.bytes_of_cache)
+            sets = [tuple(self.operands(jnp.int32(seed))) for seed in range(count)]
+            expected = self.meaning(jnp.int32(0))
+            own = relative_error(self.rounded(jnp.int32(0)), expected)
+        except FAILURES as error:
+            yield self.row | {"failure": f"{type(error).__name__}: {error}"[:300]}
+            return
+        for config, call in self.kernels:
+            row = self.row | {"config": dataclasses.asdict(config), "bf16_error": own, "microseconds_of": of_others}
+            try:
+                found = call(*sets[0])
+                row |= {"error": relative_error(found, expected), "same_bits": bool((found == call(*sets[0])).all())}
+                if not row["same_bits"] or not row["error"] < min(WRONG, AS_GOOD * own):
+                    row["target"] = "WRONG"
+                elif self.targets is not None:
+                    row["microseconds"], row["kernels"] = times(call, sets)
+                    row["rate"] = self.case.bytes_of_cache / row["microseconds"] / 1e3
+                    row |= {"peak": copy(), "of_peak": row["rate"] / copy()}
+                    row |= _verdict(row, self.targets)
+            except FAILURES as error:
+                row["failure"] = f"{type(error).__name__}: {error}"[:300]
+            yield row
+
+
+def missing(found: Sequence[dict[str, Any]]) -> list[str]:
+    """Returns the cases with or beside a target of which no row has a time."""
+    timed = {tuple(row.get(name) for name in NAMES) for row in found if "microseconds" in row}
+    every = {
+        tuple(({"kind": case.kind} | dataclasses.asdict(case)).get(name) for name in NAMES) for case, *_ in TARGETS
+    }
+    return [str(each) for each in sorted(every - timed, key=str)]
 
 
 def line(row: dict[str, Any]) -> str:
     """Returns a row in words."""
+    if "missing" in row:
+        return f"rows missing: {len(row['missing'])} " + ", ".join(row["missing"])
     text = f"{row['kind']} {row['rows']} x {row['heads']}/{row['kv_heads']} x {row['dim']}, {row['tokens']}".ljust(34)
     if "failure" in row:
         return f"{text} FAILED: {row['failure'][:200]}"
@@ -91,22 +188,10 @@ def line(row: dict[str, Any]) -> str:
             f"{name} {row['microseconds_of'][name] / row['microseconds']:.2f}" for name in row["microseconds_of"]
         )
         text += f"{row['microseconds']:8.1f} {row['of_peak']:7.0%}  times {over or '-'} "
-    return f"{text}   {row['error']:.2e} {row.get('target', 'right')} {row['config']}"
+    return f"{text}   {row['error']:.2e} {row['bf16_error']:.2e} {row.get('target', 'right')} {row['config']}"
 
 
-def _compared(case: AnyCase, microseconds: float, peak: float, others: dict[Any, Any], times: Times) -> dict[str, Any]:
-    shape = (case.rows, case.heads, case.kv_heads, case.dim, case.tokens)
-    dense = 4.0 * case.rows * case.kv_heads * case.dim * case.tokens
-    if shape not in others and dense <= LARGEST_DENSE:
-        others[shape] = {}
-        for name, function in bfloat16_attentions().items():
-            sets = [bfloat16_operands(shape, name, seed) for seed in range(_copies(dense))]
-            others[shape][name] = times(jax.jit(function).lower(*sets[0]).compile(), sets)[0]
-    rate = case.bytes_of_cache / microseconds / 1e3
-    return {"rate": rate, "peak": peak, "of_peak": rate / peak, "microseconds_of": others.get(shape, {})}
-
-
-def _verdict(row: dict[str, Any], least: list[float | None]) -> dict[str, Any]:
+def _verdict(row: dict[str, Any], least: Sequence[float | None]) -> dict[str, Any]:
     """Returns which of the issue's targets a row meets or misses."""
     figures = {"of_peak": row["of_peak"]}
     figures |= {name: row["microseconds_of"].get(name, math.nan) / row["microseconds"] for name in ("xla", "cudnn")}

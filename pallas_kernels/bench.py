@@ -5,7 +5,8 @@
     python -m pallas_kernels.bench --kinds binary4 binary3 --shapes 8192x32768 --tokens 1
     python -m pallas_kernels.bench --kinds attention --check 20     decode attention over packed caches
     python -m pallas_kernels.bench --check 20                       random legal shapes, errors alone
-    python -m pallas_kernels.bench --grid --seconds 300             every kernel and shape
+    python -m pallas_kernels.bench --grid --seconds 400             every kernel and shape; then what is missing
+    python -m pallas_kernels.bench --grid --untried --kinds w4a16 --shapes 8192x8192 --tokens 1 16 --seconds 60
 
 Needs jax, numpy and jaxtyping alone. Times are kernel times by CUPTI, the sum over a call's kernels, the median over
 calls whose weights rotate beyond the second cache. "of peak": bytes of codes over the copy of 512 MiB that this run
@@ -38,6 +39,7 @@ from pallas_kernels.outlier_case import FEATURES, SHAPE, OutlierCase
 from pallas_kernels.prefill import PrefillConfig
 from pallas_kernels.rotation_case import ORDERS, TOKENS, RotationCase
 from pallas_kernels.targets import TARGETS, verdict
+from pallas_kernels.untried import untried
 
 type Work = Case | NarrowCase
 
@@ -50,6 +52,7 @@ OUTLIERS: Final = "outliers"  # likewise: int8 products with features kept as nu
 ROTATION: Final = "rotation"  # a kind of its own: activations rotated and quantized, no product
 HEAD: Final = f"{'kernel':34s}      us  of peak  x bf16  x best XLA  error    bf16's   target"
 FAILURES: Final = (ValueError, RuntimeError)  # of compiling and running; a kernel that fails is a row that says so
+RESERVED: Final = 60.0  # seconds of `--grid` that are kept for what is no product of a weight
 SERVED: Final = ((1, 8), (9, 16), (17, 64), (65, 512), (513, 4096), (4097, 1 << 30))  # tokens, by a row of the table
 
 
@@ -61,9 +64,11 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", help="weights as OUTPUTSxINPUTS; by default Llama-3.1 and LUT-GEMM's")
     parser.add_argument("--tokens", nargs="+", type=int)
     parser.add_argument("--tune", type=int, default=0, help="configurations to try where the table has no row")
+    parser.add_argument("--untried", action="store_true", help="beside each, configurations that no GPU has run")
     parser.add_argument("--check", type=int, default=0, help="random legal shapes whose errors to compute first")
     parser.add_argument("--grid", action="store_true", help="all kinds, shapes and tokens, or those named, by weights")
     parser.add_argument("--turns", type=Path, help="file whose lock lets one process at a time measure")
+    parser.add_argument("--cases", nargs="+", type=int, default=[], help="of attention, with --turns: which ones")
     parser.add_argument("--seconds", type=float, default=600.0, help="begin nothing new after so long")
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results"), help="folder for the JSON lines")
     parser.add_argument("--table", type=Path, help="a copy of the package's table to write, what was measured in it")
@@ -91,11 +96,21 @@ def main() -> None:
 def _run(arguments: argparse.Namespace, end: float, write: Callable[[dict[str, Any]], None]) -> list[configs.Row]:
     """Writes and prints all rows; returns those of the table for what was timed."""
     bench, chosen = Bench(), []
+    if arguments.cases:
+        own = arguments.check, end, arguments.cases, arguments.turns
+        for row in attention_bench.rows(kernel_microseconds, bench.peaks.copy_rate, *own, untried=arguments.untried):
+            print(json.dumps(row), flush=True)
+        return []
+    if arguments.grid and arguments.turns:
+        return _shape(arguments, end, write)
     if arguments.grid:
-        return _grid(arguments, end, write) if len(_sizes(arguments)) > 1 else _shape(arguments, end, write)
+        chosen = _grid(arguments, end - (0.0 if arguments.kinds else RESERVED), write)
+        if not arguments.kinds:
+            _others(bench, arguments, end, write)
+        return chosen
     jobs: list[tuple[Work, list[configs.Config]]]
     jobs = [(case, [case.config()]) for case in random_legal_cases(0, arguments.check)]
-    jobs += [(case, _tried(case, arguments.tune)) for case in _chosen(arguments)]
+    jobs += [(case, _tried(case, arguments.tune, untested=arguments.untried)) for case in _chosen(arguments)]
     print(HEAD)
     with ThreadPoolExecutor(6) as pool:
         compiled = [(case, [(config, pool.submit(_compile, case, config)) for config in tried]) for case, tried in jobs]
@@ -113,6 +128,12 @@ def _run(arguments: argparse.Namespace, end: float, write: Callable[[dict[str, A
                 write({**dataclasses.asdict(case), "failure": repr(error)})
                 print(f"{case} FAILED before its kernel ran: {error!r}"[:300], flush=True)
         pool.shutdown(wait=False, cancel_futures=True)
+    _others(bench, arguments, end, write)
+    return chosen
+
+
+def _others(bench: "Bench", arguments: argparse.Namespace, end: float, write: Callable[[dict[str, Any]], None]) -> None:
+    """Writes and prints the rows of kernels that are no product of a weight."""
     asked = arguments.kinds or arguments.shapes or arguments.tokens or arguments.check
     if OUTLIERS in (arguments.kinds or ()) or not asked:
         for features in FEATURES:
@@ -126,10 +147,9 @@ def _run(arguments: argparse.Namespace, end: float, write: Callable[[dict[str, A
                 write(row := bench.rotation(turn))
                 print(_rotation_line(turn, row), flush=True)
     if ATTENTION in (arguments.kinds or ()) or not asked:
-        for row in attention_bench.rows(kernel_microseconds, bench.peaks.copy_rate, arguments.check, end):
+        for row in attention_bench.rows_by_processes(arguments.check, end, untried=arguments.untried):
             write(row)
             print(attention_bench.line(row), flush=True)
-    return chosen
 
 
 def _served(case: Case, row: dict[str, Any]) -> configs.Row:
@@ -160,6 +180,12 @@ def _grid(arguments: argparse.Namespace, end: float, write: Callable[[dict[str, 
     """Writes and prints the rows of all shapes, each made by a process; returns those of the table."""
     print(HEAD, flush=True)
     found: dict[Any, configs.Row] = {}
+    missing = {
+        (case.kind, count, outputs, inputs): None
+        for outputs, inputs in _sizes(arguments)
+        for case, tokens in _weights(arguments, outputs, inputs)
+        for count in tokens
+    }
     with tempfile.TemporaryDirectory() as folder:
         commands = []
         for outputs, inputs in _sizes(arguments):
@@ -167,6 +193,7 @@ def _grid(arguments: argparse.Namespace, end: float, write: Callable[[dict[str, 
             given += ["--kinds", *(arguments.kinds or (*KINDS, *narrow_case.KINDS))]
             given += ["--tokens", *_tokens(arguments, outputs, inputs)]
             given += ["--results", folder, "--seconds", end - time.monotonic()]
+            given += ["--untried"] if arguments.untried else []
             commands.append([sys.executable, "-m", "pallas_kernels.bench", "--grid", *map(str, given)])
         for line in grid.lines_of(commands, end):
             if not line.startswith("{"):
@@ -175,16 +202,24 @@ def _grid(arguments: argparse.Namespace, end: float, write: Callable[[dict[str, 
             of_kind = Case if row["kind"] in KINDS else NarrowCase
             case = of_kind(**{field.name: row[field.name] for field in dataclasses.fields(of_kind)})
             print(_line(case, row), flush=True)
+            if "microseconds" in row:
+                missing.pop((case.kind, case.tokens, case.outputs, case.inputs), None)
             if "chosen" in row and isinstance(case, Case):
                 served = _served(case, row)
                 found.setdefault((case.kind, case.outputs, case.inputs, served.least), served)
+    write({"missing": [list(each) for each in missing]})
+    print(f"rows missing: {len(missing)}", *missing, sep="\n", flush=True)
     return list(found.values())
 
 
 def _shape(arguments: argparse.Namespace, end: float, write: Callable[[dict[str, Any]], None]) -> list[configs.Row]:
     """Writes and prints the rows of one shape, as JSON; returns none for the table: its parent makes it."""
-    peaks, tried = Peaks(functools.partial(print, flush=True)), functools.partial(_tried, count=arguments.tune)
-    for case, row in grid.rows(list(_weights(arguments)), tried, _beside, peaks, end, arguments.turns):
+    peaks, tried = (
+        Peaks(functools.partial(print, flush=True)),
+        functools.partial(_tried, count=arguments.tune, untested=arguments.untried),
+    )
+    ((outputs, inputs),) = _sizes(arguments)
+    for case, row in grid.rows(list(_weights(arguments, outputs, inputs)), tried, _beside, peaks, end, arguments.turns):
         row |= verdict(case, row) if "chosen" in row else {}
         write(row)
         print(json.dumps(row), flush=True)
@@ -204,9 +239,9 @@ def _tokens(arguments: argparse.Namespace, outputs: int, inputs: int) -> tuple[i
     return tuple(sorted(arguments.tokens or (shapes.TOKENS[:1] if alone else shapes.TOKENS)))
 
 
-def _weights(arguments: argparse.Namespace) -> Iterator[tuple[Work, tuple[int, ...]]]:
+def _weights(arguments: argparse.Namespace, outputs: int, inputs: int) -> Iterator[tuple[Work, tuple[int, ...]]]:
     """Yields a case of most tokens for each weight of a shape, and the numbers of tokens."""
-    ((outputs, inputs),), kinds = _sizes(arguments), arguments.kinds or (*KINDS, *narrow_case.KINDS)
+    kinds = arguments.kinds or (*KINDS, *narrow_case.KINDS)
     tokens = _tokens(arguments, outputs, inputs)
     for kind in (kind for kind in KINDS if kind in kinds):
         yield _case(kind, tokens[-1], outputs, inputs), tokens
@@ -224,12 +259,13 @@ def _case(kind: configs.Kind, tokens: int, outputs: int, inputs: int) -> Case:
     return Case(kind, tokens, outputs, inputs, inputs // GROUP if kind == "w4a16" else 1)
 
 
-def _tried(case: Work, count: int) -> list[configs.Config]:
-    """Returns the configuration in use, and others where it comes from the rule and tuning is wanted."""
-    if isinstance(case, NarrowCase):
-        return [case.config()]
-    found = configs.candidates(case.kind, case.tokens, case.outputs, case.inputs, case.groups)
-    return found[: 1 if configs.in_table(found[0]) else 1 + count]
+def _tried(case: Work, count: int, *, untested: bool = False) -> list[configs.Config]:
+    """Returns the configuration in use, others where it comes from the rule and tuning is wanted, and untested ones."""
+    found: list[configs.Config] = [case.config()]
+    if isinstance(case, Case):
+        found = configs.candidates(case.kind, case.tokens, case.outputs, case.inputs, case.groups)
+        found = found[: 1 if configs.in_table(found[0]) else 1 + count]
+    return list(dict.fromkeys([*found, *(untried(case, found[0]) if untested else [])]))
 
 
 def _compile(case: Any, config: configs.Config) -> Product:

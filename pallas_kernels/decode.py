@@ -43,6 +43,7 @@ from pallas_kernels import compat, inline, meet, order
 MOST_TOKENS: Final = 64
 PADDED: Final = 8  # the least number of columns of the instruction, and what they are a multiple of
 LEAST_PIECE: Final = 64  # codes, 32 bytes
+WIDEST_BOX: Final = 256  # numbers along each axis of a copy without a layout of its own
 SIXTEENTH: Final = 1 / 16  # int4 codes are unpacked as 16 times themselves
 
 
@@ -62,6 +63,8 @@ class DecodeConfig:
         differs by shape, by some 3 %.
       instruction: what multiplies: wgmma, of a warpgroup, or mma.sync, of each warp; the second no GPU has run yet.
       pieces: of binary codes alone: what makes integers of the activations; the kernel no GPU has run yet.
+      early: of `decode` alone: start while the kernel before ends (programmatic dependent launch), and bring the first
+        weights into the second cache meanwhile; no GPU has run either yet.
     """
 
     depth: int = 256
@@ -74,6 +77,7 @@ class DecodeConfig:
     barriers: Literal["by step", "by copy"] = "by copy"
     instruction: Literal["warpgroup", "warp"] = "warpgroup"
     pieces: Literal["by XLA", "by kernel"] = "by XLA"
+    early: Literal["no", "launch", "weights"] = "no"
 
     def fault(self, outputs: int, inputs: int, groups: int) -> str | None:
         """Returns why a weight cannot be multiplied with this configuration; None where it can."""
@@ -270,6 +274,14 @@ class _Kernel:
 
         def full(slot: Any) -> Any:
             return memory["full"].at[warpgroup * self.stages + slot]
+
+        if c.early != "no" and not self.simulated:  # nothing is read or written that kernels before may have to do with
+            compat.may_start_next()
+            for slot in range(self.stages if c.early == "weights" else 0):
+                for part in range(0, c.depth, WIDEST_BOX):
+                    inputs = pl.ds((first + slot) * c.depth + part, min(c.depth, WIDEST_BOX))
+                    compat.prefetch(codes_gmem.at[outputs, inputs])
+            compat.wait_for_earlier()
 
         def begun() -> Any:
             if self.tokens:

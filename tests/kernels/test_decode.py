@@ -1,5 +1,7 @@
 """Products of a few tokens, simulated on the CPU with detection of races, against their meaning in float32."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -64,6 +66,19 @@ def test_products_of_warps_lower_to_cuda(kind: configs.Kind) -> None:
     kernel = jax.jit(case.kernel(DecodeConfig(depth=256, stages=2, instruction="warp")))
     traced = kernel.trace(given.x, given.steps, given.shift, weight)
     assert "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+def test_a_chain_of_products_may_start_early() -> None:
+    case = Case("w4a16", 1, 256, 256, 2)
+    given = jax.eval_shape(lambda: case.operands(0))
+    weight = jax.eval_shape(case.prepare, given)
+    texts = []
+    for early in ("no", "weights"):
+        config = DecodeConfig(depth=256, stages=1, instruction="warp", barriers="by step", early=early)
+        product = functools.partial(w4a16_matmul, config=config)
+        chain = jax.jit(lambda x, w, product=product: product(product(x, w), w))
+        texts.append(chain.trace(given.x, weight).lower(lowering_platforms=("cuda",)).as_text())
+    assert texts[0] != texts[1]
 
 
 def test_what_does_not_fit_is_refused() -> None:

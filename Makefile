@@ -34,9 +34,12 @@ test-slow: $(ready) ## the slow tests: a real model, torch beside us, whole comp
 
 gpu_tests := tests/kernels tests/formats/test_prepared.py tests/models/test_layers.py tests/test_targets.py
 
-test-gpu: $(ready) ## the tests that need an H100 or H200: ten processes share it, XLA tries no variants
+seconds := 600
+lines := gpu-tests.jsonl
+
+test-gpu: $(ready) ## the tests that need an H100 or H200, by ten processes, begun within seconds=600; results in lines=
 	@JAX_PLATFORMS=cuda,cpu XLA_PYTHON_CLIENT_PREALLOCATE=false XLA_FLAGS="--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false" \
-	  $(python) -m pytest --numprocesses 10 --dist worksteal -m gpu $(gpu_tests)
+	  $(python) -m pytest --numprocesses 10 --dist worksteal -m gpu --seconds $(seconds) --lines $(lines) $(gpu_tests)
 
 lint: $(ready) ## ruff, formatting and types
 	@$(python) -m ruff check .

@@ -1,6 +1,8 @@
-"""What every test runs under: no implicit casts or broadcasts, checked shapes, two CPU devices."""
+"""What every test runs under: no implicit casts or broadcasts, checked shapes, two CPU devices; lines of JSON."""
 
+import json
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from jaxtyping import install_import_hook
 
 PACKAGES = ("jquant", "pallas_kernels", "convert", "eval")
 ROOT = Path(__file__).resolve().parent.parent
+STARTED = time.monotonic()
 MOST_MAPS = 30_000  # about three for each program; Linux allows a process 65,530 (vm.max_map_count)
 
 jax.config.update("jax_num_cpu_devices", 2)
@@ -63,7 +66,40 @@ def smollm2() -> Path:
         pytest.skip(f"no SmolLM2-135M-Instruct: {error}")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add what a run on a lent GPU needs: an end, and a file that has every result as it comes."""
+    parser.addoption(
+        "--seconds", type=float, default=float("inf"), help="skip the tests that would begin after so long"
+    )
+    parser.addoption("--lines", type=Path, help="a file to which a line of JSON is added for each test")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Write lines from the process that hears of all tests."""
+    if config.getoption("lines") is not None and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(Lines(config.getoption("lines")))
+
+
+class Lines:
+    """Adds a line of JSON for each test to a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Write what a test said, once: when it was called, or did not get so far."""
+        if report.when != "call" and (report.when == "teardown" or report.passed):
+            return
+        row = {"test": report.nodeid, "outcome": report.outcome, "seconds": round(report.duration, 1)}
+        if not report.passed:
+            row["said"] = str(report.longrepr)[-300:]
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Skip what is marked `gpu` where JAX has no GPU."""
+    """Skip what is marked `gpu` where JAX has no GPU, and what there is no time for."""
+    if time.monotonic() - STARTED > item.config.getoption("seconds"):
+        pytest.skip("no time left of --seconds")
     if item.get_closest_marker("gpu") and jax.default_backend() != "gpu":
         pytest.skip("needs a GPU: run with JAX_PLATFORMS=cuda,cpu on a machine that has one")

@@ -19,16 +19,27 @@ BF16_ROUNDING = 2.0**-8  # relative, of the output's one rounding; sums are floa
     ids=["two warpgroups", "padded tokens, two splits"],
 )
 def test_w8a16_is_the_product(tokens: int, outputs: int, inputs: int, config: DecodeConfig) -> None:
+    check(tokens, outputs, inputs, config, compat.Simulation(detect_races=True))
+    assert not compat.races_found()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [1, 8, 16, 64])
+@pytest.mark.parametrize(("outputs", "inputs"), [(8192, 4096), (49152, 576)])
+def test_w8a16_on_a_gpu_is_the_product(tokens: int, outputs: int, inputs: int) -> None:
+    check(tokens, outputs, inputs, choose_wide(tokens, inputs), None)
+
+
+def check(tokens: int, outputs: int, inputs: int, config: DecodeConfig, simulate: compat.Simulation | None) -> None:
     x = jnp.asarray(RNG.standard_normal((tokens, inputs)), jnp.bfloat16)
     codes = jnp.asarray(RNG.integers(-128, 128, (outputs, inputs)), jnp.int8)
     scales = jnp.asarray(RNG.uniform(0.5, 1.5, outputs), jnp.float32)
     weight = prepare_w8a16(codes, scales)
     np.testing.assert_array_equal(restore_w8a16(weight)[0], codes)
-    found = w8a16_decode(x, weight, config=config, simulate=compat.Simulation(detect_races=True))
+    found = w8a16_decode(x, weight, config=config, simulate=simulate)
     expected = reference.float_matmul(x, codes, scales[None])
     error = jnp.linalg.norm(found.astype(jnp.float32) - expected) / jnp.linalg.norm(expected)
     assert float(error) < BF16_ROUNDING
-    assert not compat.races_found()
 
 
 def test_every_number_of_tokens_has_a_configuration_that_lowers() -> None:

@@ -26,6 +26,7 @@ from jquant.targets import Target, prepare
 
 ROPE = RopeConfig(theta=1e4)
 CAPACITY = 130
+SHARE_OF_NEIGHBOURS = 0.01  # of numbers or bytes that are not the same
 # codec, numbers of a head, query heads, KV heads, rotation; the last has more heads than a warpgroup takes at once
 CASES: dict[str, tuple[KvCodec, int, int, int, OnlineRotation | None]] = {
     "4 bits": (PerTokenKv(bits=4), 64, 6, 2, None),
@@ -35,8 +36,8 @@ CASES: dict[str, tuple[KvCodec, int, int, int, OnlineRotation | None]] = {
 }
 
 
-def packed_codec(codec: KvCodec) -> PackedKv:
-    packed = attention_kernel(pack_codec(codec, Layout.SIMULATED))
+def packed_codec(codec: KvCodec, layout: Layout = Layout.SIMULATED) -> PackedKv:
+    packed = attention_kernel(pack_codec(codec, layout))
     assert packed is not None
     return packed
 
@@ -45,8 +46,21 @@ def packed_codec(codec: KvCodec) -> PackedKv:
     "name", [name if index < 2 else pytest.param(name, marks=pytest.mark.slow) for index, name in enumerate(CASES)]
 )
 def test_the_kernel_writes_what_push_writes(name: str) -> None:
+    for found, pushed in written_and_pushed(name, Layout.SIMULATED):
+        np.testing.assert_array_equal(found, pushed)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", CASES)
+def test_the_kernel_writes_what_push_writes_but_for_chance(name: str) -> None:
+    """XLA fuses products and sums of RoPE on a GPU, so that a number may be the next one, and so may its code."""
+    for found, pushed in written_and_pushed(name, Layout.HOPPER):
+        assert np.mean(np.asarray(found) != np.asarray(pushed)) < SHARE_OF_NEIGHBOURS
+
+
+def written_and_pushed(name: str, layout: Layout) -> list[tuple[Any, Any]]:
     own, dim, heads, kv_heads, rotation = CASES[name]
-    codec, rng = packed_codec(own), np.random.default_rng(0)
+    codec, rng = packed_codec(own, layout), np.random.default_rng(0)
     token = tuple(jnp.asarray(rng.normal(size=(2, count, dim)), jnp.bfloat16) for count in (heads, kv_heads, kv_heads))
     positions = jnp.array([CAPACITY - 1, 0])
 
@@ -65,8 +79,7 @@ def test_the_kernel_writes_what_push_writes(name: str) -> None:
 
     empty, pushed, queries, angles = prepared()
     found, kept = append_packed(codec, empty, token, angles, positions, rotation)
-    jax.tree.map(np.testing.assert_array_equal, kept, pushed)
-    np.testing.assert_array_equal(found, queries)
+    return list(zip([*jax.tree.leaves(kept), found], [*jax.tree.leaves(pushed), queries], strict=True))
 
 
 def test_a_step_is_two_kernels_a_layer(monkeypatch: pytest.MonkeyPatch) -> None:

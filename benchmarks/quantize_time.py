@@ -5,7 +5,9 @@ one more block apart: what collects statistics (with the Hessian's sums by thems
 Prints JSON lines: each block, the programs that were compiled, the parts, and the sum for the model's whole depth,
 which is extrapolated from the last block where fewer layers were asked for or the time ran out.
 
-    python benchmarks/quantize_time.py [--recipe gptq-w4g128] [--layers 32] [--seconds 180]
+    python benchmarks/quantize_time.py [--recipe gptq-w4g128] [--layers 32] [--seconds 180] [--compilers 8]
+
+Seconds of compilation are of all threads together, with more than one compiler more than passes by the clock.
 
 docs/solvers.md quotes lines that this script printed.
 """
@@ -23,6 +25,7 @@ import jax.numpy as jnp
 
 from jquant.blocks import SITES, QuantizeWeights
 from jquant.blocks.weights import collect, solve_jointly
+from jquant.calibration import compilers
 from jquant.calibration.sequential import advance, dense_kernels
 from jquant.formats import split_outputs
 from jquant.models import SHAPES, Block, LlamaConfig, abstract_llama, blocks, embed, get, put, random_like
@@ -71,7 +74,8 @@ def main() -> None:
             raise OutOfTime
 
     try:
-        run_passes(recipe.passes, model, Context(key=jax.random.key(0), tokens=tokens, on_block=on_block))
+        context = Context(jax.random.key(0), tokens, compilers=arguments.compilers, on_block=on_block)
+        run_passes(recipe.passes, model, context)
     except OutOfTime:
         show(stopped=len(times))
     whole = time.monotonic() - began
@@ -154,6 +158,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--length", type=int, default=2048)
+    parser.add_argument("--compilers", type=int, default=compilers(), help="programs compiled at once; 0 for in turn")
     parser.add_argument("--seconds", type=float, default=600.0, help="no block is begun after so many")
     parser.add_argument("--parts", action="store_true", help="time the parts of a block too")
     return parser.parse_args()

@@ -46,6 +46,8 @@ class Context:
       activations: where the inputs of blocks are kept between blocks; no choice changes a bit of the result.
       devices: over which calibration windows are spread, of all processes; no choice changes a bit of the result.
         Empty for the first one of this process.
+      compilers: programs of a block that are compiled at the same time before it is begun (`calibration.compilers`);
+        0 to compile each as it is used. No choice changes a bit of the result.
       on_block: called after each block, for progress.
     """
 
@@ -55,11 +57,12 @@ class Context:
     statistics: Path | None = None
     activations: ActivationPlace = "device"
     devices: Devices = ()
+    compilers: int = 0
     on_block: Callable[[BlockReport], None] = lambda report: None
 
     def keeping(self, statistics: SharedStatistics | None = None) -> Keeping:
         """Returns where calibration keeps what it makes on the way."""
-        return Keeping(self.store, statistics, self.activations, self.devices)
+        return Keeping(self.store, statistics, self.activations, self.devices, self.compilers)
 
     def resumed[T](self, compute: Callable[[], tuple[T, Report]]) -> tuple[T, Report]:
         """Returns what a pass computes of the whole model: from the store if it is there, else computed and kept."""
@@ -134,6 +137,7 @@ class Sequential(ModelPass):
             statistics=self._shared(in_memory(model), context),
             activations=context.activations,
             devices=context.devices,
+            compilers=context.compilers,
             on_block=context.on_block,
         )
 
@@ -208,6 +212,7 @@ class QuantizeActivations(ModelPass):
             store=context.store if self.needs_tokens() else None,
             activations=context.activations,
             devices=context.devices,
+            compilers=context.compilers,
         )
         return model, Report()
 

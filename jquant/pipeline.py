@@ -22,7 +22,7 @@ from convert import Consumer, ExportFormat, Verified, export_model, locate, open
 from convert.huggingface import StoredDtype
 from jquant.blocks import ActivationPlace, Devices
 from jquant.budget import ModelPlace, activations_on_disk, available, choose, describe_memory
-from jquant.calibration import BlockStore, WeightFaults
+from jquant.calibration import BlockStore, WeightFaults, compilers
 from jquant.checkpoint import digest, digest_lazily, is_checkpoint, save_lazily, sweep_unfinished
 from jquant.data import TextTokenizer, load_text, load_windows, token_windows
 from jquant.errors import CalibrationError, CheckpointError, DataError, JquantError, ProcessError, RecipeError
@@ -200,6 +200,7 @@ def quantize(
             statistics=statistics,
             activations=way.activations,
             devices=devices,
+            compilers=compilers(),
             on_block=_count_blocks(total, on_progress),
         )
         result, report = _run(recipe, model, context)

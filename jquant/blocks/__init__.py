@@ -4,8 +4,10 @@ from jquant.blocks.activations import ActivationRule as ActivationRule
 from jquant.blocks.activations import InputQuantizers as InputQuantizers
 from jquant.blocks.base import BlockData as BlockData
 from jquant.blocks.base import BlockPass as BlockPass
+from jquant.blocks.base import Programs as Programs
 from jquant.blocks.base import StatisticStore as StatisticStore
 from jquant.blocks.base import Teacher as Teacher
+from jquant.blocks.base import outline as outline
 from jquant.blocks.base import summarize as summarize
 from jquant.blocks.distill import Distill as Distill
 from jquant.blocks.distill import Training as Training

@@ -10,11 +10,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jquant.activations import ActivationMethod, ActivationQuantizer
-from jquant.blocks.base import BlockData, BlockPass, StatisticStore
+from jquant.blocks.base import BlockData, BlockPass, Programs, StatisticStore, outline
 from jquant.blocks.rules import check_pattern, first_match, refuse_unused
-from jquant.blocks.weights import SITES, collect_all
+from jquant.blocks.weights import SITES, collect_all, programs_of_collect
 from jquant.errors import CalibrationError, FormatError
-from jquant.models import Block, Llama, get, linear_paths, put
+from jquant.models import BLOCK_LINEARS, Block, Llama, get, linear_paths, put
 from jquant.quantizers import ABSMAX, Diagnostics
 from jquant.types import Key
 
@@ -89,9 +89,7 @@ class InputQuantizers(BlockPass):
           CalibrationError: the calibration text overflows the model; the linear is named.
         """
         del key
-        sites = tuple(
-            site for site, names in SITES.items() if any(self._calibrated(data.index, name) for name in names)
-        )
+        sites = self._sites(data.index)
         largest = collect_all(block, data.inputs, sites, ABSMAX, data.config) if sites else {}
         for site, seen in largest.items():
             if not bool(jnp.isfinite(seen).all()):
@@ -116,6 +114,20 @@ class InputQuantizers(BlockPass):
                     fitted = fit_method(rule.quantizer, largest.get(site) if rule.quantizer.needs_absmax() else None)
                     block = put(block, f"{name}.input_quantizer", fitted)
         return block
+
+    def programs(self, block: Block, data: BlockData, key: Key) -> Programs:
+        """Yields what finds the largest magnitudes."""
+        del key
+        block, sites, largest = outline(block), self._sites(data.index), {}
+        if sites:
+            largest = yield from programs_of_collect(block, data.inputs, sites, ABSMAX, data.config)
+        placed = jax.eval_shape(lambda own, seen: self.place(own, data.index, seen), block, largest)
+        for name in BLOCK_LINEARS:
+            block = put(block, f"{name}.input_quantizer", get(placed, name).input_quantizer)
+        return block
+
+    def _sites(self, index: int) -> tuple[str, ...]:
+        return tuple(site for site, names in SITES.items() if any(self._calibrated(index, name) for name in names))
 
     def _calibrated(self, index: int, name: str) -> bool:
         rule = first_match(self.rules, f"layers.{index}.{name}")

@@ -1,6 +1,7 @@
 """The contract of a block pass: it rewrites one decoder block, given the inputs that the block will see."""
 
 import abc
+from collections.abc import Generator
 from typing import Any
 
 import jax
@@ -11,6 +12,10 @@ from jaxtyping import Array, Float
 from jquant.models import Block, Llama, LlamaConfig
 from jquant.quantizers import Diagnostics
 from jquant.types import Key, Leaf
+
+# The programs that a pass will run, traced, in the order of use; at its end the outline of the block that the pass
+# leaves, None if it does not tell.
+type Programs = Generator[jax.stages.Traced, None, Block | None]
 
 
 @struct.dataclass
@@ -89,6 +94,41 @@ class BlockPass(abc.ABC):
 
         A pass that learns adds an entry by the block's own path, `layers.3`, whose "losses" are one for each step.
         """
+
+    @abc.abstractmethod
+    def programs(self, block: Block, data: BlockData, key: Key) -> Programs:
+        """Yields the programs that a call with these arguments will run, for the caller to compile ahead.
+
+        Whether they are compiled ahead changes no result: a call that finds its program compiled runs it, any other
+        compiles its own. So a pass may leave out programs that are small, or that only its work decides.
+
+        Args:
+          block: the block, or its `outline`.
+          data: as for the call.
+          key: likewise; it is not used up.
+        """
+
+
+def outline(tree: Any, device: Any | None = None) -> Any:
+    """Returns the shapes and dtypes of a tree, and where its arrays are if they are bound to a device.
+
+    Args:
+      tree: of arrays, or an outline.
+      device: to which all are bound; None to leave them as they are.
+
+    Example:
+      >>> outline(jnp.ones((2, 3)))
+      ShapeDtypeStruct(shape=(2, 3), dtype=float32)
+    """
+    bound = None if device is None else jax.sharding.SingleDeviceSharding(device)
+
+    def one(leaf: Any) -> jax.ShapeDtypeStruct:
+        known = isinstance(leaf, jax.ShapeDtypeStruct)
+        own = leaf.sharding if known or leaf.committed else None
+        weak = leaf.weak_type if known else jax.typeof(leaf).weak_type
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=bound or own, weak_type=bool(weak))
+
+    return jax.tree.map(one, tree)
 
 
 def summarize(diagnostics: Diagnostics) -> dict[str, Float[Array, ""]]:

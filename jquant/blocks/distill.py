@@ -30,7 +30,7 @@ from flax import struct
 from jaxtyping import Array, Bool, Float
 
 from jquant.activations import ActivationMethod, ActivationQuantizer
-from jquant.blocks.base import BlockData, BlockPass, StatisticStore
+from jquant.blocks.base import BlockData, BlockPass, Programs, StatisticStore
 from jquant.blocks.lanes import Lanes
 from jquant.blocks.weights import QuantizeWeights, Rule
 from jquant.errors import CalibrationError, RecipeError
@@ -138,6 +138,12 @@ class Distill(BlockPass):
         trained, losses = train_block(block, inputs, data.teacher.outputs, quantizers, self.training, data.config)
         packed, report = self.packing()(_restore(block, trained, {name for name, _ in quantizers}), data, key)
         return packed, {f"layers.{data.index}": {"losses": losses}} | report
+
+    def programs(self, block: Block, data: BlockData, key: Key) -> Programs:
+        """Tells nothing: its training is one program, and what follows is small."""
+        del block, data, key
+        yield from ()
+        return None
 
     def _quantizers(self, index: int) -> tuple[tuple[str, WeightQuantizer], ...]:
         rules = {name: self.packing().rule_for(f"layers.{index}.{name}") for name in BLOCK_LINEARS}

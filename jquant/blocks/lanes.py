@@ -113,6 +113,15 @@ class Lanes:
         home = jax.local_devices()[0]
         return jnp.concatenate([_put(part, home) for part in self.parts])
 
+    def samples(self) -> list[tuple[Any, Any]]:
+        """Returns a device and one of its lanes for each program that a function of a lane takes on this process."""
+        kinds = {
+            (device, part.shape, part.dtype): part
+            for device, part in zip(self.devices, self.parts, strict=True)
+            if part is not None and not isinstance(part, Offloaded)
+        }
+        return [(device, part) for (device, _, _), part in kinds.items()]
+
     def _each(self, function: Callable[[Any, Any], Any], block: Any) -> Iterator[Any]:
         """Yields each lane's result in order, None for another process's; devices work at the same time."""
         here = [device for device in dict.fromkeys(self.devices) if _is_here(device)]

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Literal, final
 
@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jquant.blocks.base import BlockData, BlockPass, StatisticStore, split_diagnostics
+from jquant.blocks.base import BlockData, BlockPass, Programs, StatisticStore, outline, split_diagnostics
 from jquant.blocks.lanes import Lanes
 from jquant.blocks.offloaded import Offloaded
 from jquant.blocks.rules import check_pattern, first_match, refuse_unused
@@ -131,6 +131,32 @@ class QuantizeWeights(BlockPass):
                         report[f"layers.{data.index}.{name}"] = diagnostics
         return block, report
 
+    def programs(self, block: Block, data: BlockData, key: Key) -> Programs:
+        """Yields what collects and what solves, linears of equal shape being one program."""
+        block, key = outline(block), outline(key)
+        whole = {}
+        if self.sequence == "per_block":
+            inputs = data.inputs if self.inputs == "quantized" else None
+            for one in self.wanted():
+                whole[one.name] = yield from programs_of_collect(block, inputs, tuple(SITES), one, data.config)
+        for site, names in SITES.items():
+            for quantizer, group in self._groups(names, data.index):
+                sums, statistic = None, quantizer.statistic
+                if statistic is not None and self.sequence == "per_block":
+                    sums = whole[statistic.name][site]
+                elif statistic is not None:
+                    found = yield from programs_of_collect(block, data.inputs, (site,), statistic, data.config)
+                    sums = found[site]
+                for part in [group] if quantizer.separable else [(name,) for name in group]:
+                    kernels = tuple(get(block, name).kernel for name in part)
+                    traced = solve_jointly.trace(quantizer, kernels, sums, key)
+                    yield traced
+                    sizes = tuple(kernel.shape[1] for kernel in kernels)
+                    tensors = jax.eval_shape(functools.partial(split_outputs, sizes=sizes), traced.out_info[0])
+                    for name, tensor in zip(part, tensors, strict=True):
+                        block = put(block, f"{name}.kernel", tensor)
+        return block
+
     def _of_source(self, block: Block, data: BlockData, statistic: Statistic) -> dict[str, Any]:
         """Returns a statistic of all sites on the source's activations: the one that is kept, or a new one, kept."""
         if data.statistics is not None:
@@ -186,6 +212,17 @@ def collect_all(
     return sums
 
 
+def programs_of_collect(
+    block: Block, inputs: Any, sites: tuple[str, ...], statistic: Statistic, config: LlamaConfig
+) -> Generator[jax.stages.Traced, None, dict[str, Any]]:
+    """Yields the programs that `collect_all` runs on inputs in lanes on devices; returns the outline of its sums."""
+    for device, part in inputs.samples() if isinstance(inputs, Lanes) else ():
+        yield collect.trace(outline(block, device), outline(part), sites, statistic, config)
+    features = {site: get(block, SITES[site][0]).kernel.shape[0] for site in sites}
+    sums = {site: jax.eval_shape(functools.partial(statistic.init, count)) for site, count in features.items()}
+    return outline(sums, jax.local_devices()[0] if isinstance(inputs, Lanes) else None)
+
+
 @functools.cache
 def _combine_sites(statistic: Statistic) -> Callable[[Any, Any], Any]:
     """Returns what combines a statistic of each site; one function for each, as it is compiled."""
@@ -236,7 +273,9 @@ def _solve(
     yield from zip(names, parts, split_diagnostics(diagnostics, sizes), strict=True)
 
 
-@functools.partial(jax.jit, static_argnums=0)
+# For each float32 product of a solve XLA would compile and try Triton's kernels, beside cuBLAS, which without them is
+# all that is left: on an H100 that took 10 to 20 s for each shape (docs/solvers.md). Of no effect on other machines.
+@functools.partial(jax.jit, static_argnums=0, compiler_options={"xla_gpu_enable_triton_gemm": False})
 def solve_jointly(
     quantizer: WeightQuantizer, kernels: tuple[Float[Array, "in _"], ...], statistics: Any, key: Key
 ) -> tuple[QuantizedTensor, Diagnostics]:

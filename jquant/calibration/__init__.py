@@ -1,6 +1,7 @@
 """Calibration: block by block through the model, with finished blocks kept on disk."""
 
 from jquant.calibration.absmax import collect_absmax as collect_absmax
+from jquant.calibration.ahead import compilers as compilers
 from jquant.calibration.kv import KvRange as KvRange
 from jquant.calibration.kv import calibrate_float8_kv as calibrate_float8_kv
 from jquant.calibration.kv import calibrate_razor_kv as calibrate_razor_kv

@@ -23,10 +23,13 @@ from jquant.blocks import (
     Devices,
     Lanes,
     Offloaded,
+    Programs,
     StatisticStore,
     Teacher,
+    outline,
     summarize,
 )
+from jquant.calibration.ahead import compile_ahead
 from jquant.calibration.store import BlockStore
 from jquant.calibration.walk import Keeping, open_inputs
 from jquant.errors import CalibrationError, RecipeError
@@ -62,6 +65,7 @@ def quantize_blocks(
     statistics: StatisticStore | None = None,
     activations: ActivationPlace = "device",
     devices: Devices = (),
+    compilers: int = 0,
     on_block: Callable[[BlockReport], None] = lambda report: None,
 ) -> tuple[Llama, Report]:
     """Rewrites the blocks in order.
@@ -71,10 +75,11 @@ def quantize_blocks(
       tokens: calibration windows; None if no pass needs inputs or a teacher.
       passes: what is done to each block, in order.
       key: random key of the run.
-      store: see `Keeping`, as the next three.
+      store: see `Keeping`, as the next four.
       statistics: what other runs collected.
       activations: where inputs of blocks are kept.
       devices: over which windows are spread.
+      compilers: programs that are compiled at the same time.
       on_block: called with each block's report, also for blocks from the store.
 
     Returns:
@@ -86,7 +91,7 @@ def quantize_blocks(
     """
     blocks(model)
     layers, reports = [], []
-    keeping = Keeping(store, statistics, activations, devices)
+    keeping = Keeping(store, statistics, activations, devices, compilers)
     for layer, report in solve_blocks(in_memory(model), tokens, passes, key=key, keeping=keeping):
         layers.append(layer)
         reports.append(report)
@@ -163,7 +168,10 @@ def solve_blocks(
                 solved = layer
             else:
                 data = BlockData(inputs, config, index, teacher, keeping.statistics)
-                solved, rows, losses = _run(passes, layer, data, jax.random.fold_in(key, index))
+                own = jax.random.fold_in(key, index)
+                if keeping.compilers:
+                    compile_ahead(_programs(passes, layer, data, own, advanced=index < last), keeping.compilers)
+                solved, rows, losses = _run(passes, layer, data, own)
                 layer = compact_outliers(jax.block_until_ready(solved))
                 report = BlockReport(index=index, linears=rows, seconds=time.monotonic() - started, losses=losses)
                 if store:
@@ -172,6 +180,20 @@ def solve_blocks(
                 inputs = advance_all(dense_kernels(solved), inputs, config)
             source_inputs = None if teacher is None else teacher.outputs
             yield layer, report
+
+
+def _programs(passes: Sequence[BlockPass], layer: Block, data: BlockData, key: Key, *, advanced: bool) -> Programs:
+    """Yields what a block will run, as far as its passes tell; what they share with other blocks included."""
+    block: Block | None = outline(layer)
+    for number, one in enumerate(passes):
+        if block is None:
+            return None
+        block = yield from one.programs(block, data, jax.random.fold_in(key, number))
+    if advanced and block is not None and isinstance(data.inputs, Lanes):
+        dense = jax.eval_shape(dense_kernels, block)
+        for device, part in data.inputs.samples():
+            yield advance.trace(outline(dense, device), outline(part), data.config)
+    return block
 
 
 def _embed(model: LazyModel, tokens: Int[Array, "samples length"]) -> Float[Array, "samples length hidden"]:

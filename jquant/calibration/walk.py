@@ -34,12 +34,15 @@ class Keeping:
       activations: where inputs of blocks are kept between blocks: on the "device", in "host" memory, or on "disk", in
         a temporary file beside the store.
       devices: over which windows are spread, of all processes; empty for the first one of this process.
+      compilers: programs of a block that are compiled at the same time before it is begun; 0 to compile each as it is
+        used.
     """
 
     store: BlockStore | None = None
     statistics: StatisticStore | None = None
     activations: ActivationPlace = "device"
     devices: Devices = ()
+    compilers: int = 0
 
     def here(self) -> "Keeping":
         """Returns this with devices of this process alone, each of which then does all of the work."""

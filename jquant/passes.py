@@ -13,7 +13,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
-from jquant.blocks import SITES, ActivationPlace, ActivationRule, BlockPass, Devices, InputQuantizers
+from jquant.blocks import (
+    SITES,
+    ActivationPlace,
+    ActivationRule,
+    BlockPass,
+    Devices,
+    InputQuantizers,
+    calibration_attention,
+)
 from jquant.calibration import (
     BlockStore,
     Keeping,
@@ -165,6 +173,7 @@ def _shared(model: LazyModel, context: Context) -> SharedStatistics | None:
         "model": digest_lazily(model),
         "windows": hashlib.sha256(np.ascontiguousarray(np.asarray(context.tokens)).tobytes()).hexdigest(),
         "device": jax.devices()[0].device_kind,
+        **calibration_attention(model.abstract),
         "jax": jax.__version__,
     }
     return SharedStatistics.of(context.statistics, model.abstract.config.num_hidden_layers, origin)

@@ -20,7 +20,7 @@ from jaxtyping import Int32
 
 from convert import Consumer, ExportFormat, Verified, export_model, locate, open_source
 from convert.huggingface import StoredDtype
-from jquant.blocks import ActivationPlace, Devices
+from jquant.blocks import ActivationPlace, Devices, calibration_attention
 from jquant.budget import ModelPlace, activations_on_disk, available, choose, describe_memory
 from jquant.calibration import BlockStore, WeightFaults, compilers
 from jquant.checkpoint import digest, digest_lazily, is_checkpoint, save_lazily, sweep_unfinished
@@ -341,6 +341,7 @@ def _fingerprint(model: Llama | LazyModel, recipe: Recipe, tokens: np.ndarray | 
         "model": _look_through(model) if isinstance(model, LazyModel) else digest(model),
         "calibration tokens": hashlib.sha256(windows).hexdigest(),
         "device": jax.devices()[0].device_kind,
+        **calibration_attention(model.abstract if isinstance(model, LazyModel) else model),
         **{f"{name} version": importlib.metadata.version(name) for name in _RESULTS},
     }
 

@@ -2,6 +2,8 @@
 
 from jquant.blocks.activations import ActivationRule as ActivationRule
 from jquant.blocks.activations import InputQuantizers as InputQuantizers
+from jquant.blocks.attention import calibrated as calibrated
+from jquant.blocks.attention import calibration_attention as calibration_attention
 from jquant.blocks.base import BlockData as BlockData
 from jquant.blocks.base import BlockPass as BlockPass
 from jquant.blocks.base import Programs as Programs

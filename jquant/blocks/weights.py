@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jquant.blocks.attention import calibrated
 from jquant.blocks.base import BlockData, BlockPass, Programs, StatisticStore, outline, split_diagnostics
 from jquant.blocks.lanes import Lanes
 from jquant.blocks.offloaded import Offloaded
@@ -252,9 +253,10 @@ def collect(
       The sum for each site.
     """
     lengths = jnp.full(1, inputs.shape[1], jnp.int32)
+    attending = calibrated(block, config, inputs.dtype)
 
     def step(sums: dict[str, Any], sample: Float[Array, "tokens hidden"]) -> tuple[dict[str, Any], None]:
-        taps = prompt_block(block, sample[None], lengths, sample.shape[0], config)[2]
+        taps = prompt_block(attending, sample[None], lengths, sample.shape[0], config)[2]
         return {site: statistic.update(sums[site], getattr(taps, site)[0]) for site in sites}, None
 
     features = {site: get(block, SITES[site][0]).kernel.shape[0] for site in sites}

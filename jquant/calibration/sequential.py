@@ -26,6 +26,8 @@ from jquant.blocks import (
     Programs,
     StatisticStore,
     Teacher,
+    calibrated,
+    calibration_attention,
     outline,
     summarize,
 )
@@ -96,7 +98,7 @@ def quantize_blocks(
         layers.append(layer)
         reports.append(report)
         on_block(report)
-    return dataclasses.replace(model, layers=tuple(layers)), Report(blocks=tuple(reports))
+    return dataclasses.replace(model, layers=tuple(layers)), _report(model, tokens, reports)
 
 
 def stream_blocks(
@@ -133,7 +135,12 @@ def stream_blocks(
         on_block(report)
     layers = tuple(store.abstract(index) for index in range(len(reports)))
     abstract = dataclasses.replace(model.abstract, layers=layers)
-    return with_blocks(model, abstract, store.block), Report(blocks=tuple(reports))
+    return with_blocks(model, abstract, store.block), _report(model.abstract, tokens, reports)
+
+
+def _report(model: Llama, tokens: Int[Array, "samples length"] | None, reports: Sequence[BlockReport]) -> Report:
+    attention = {} if tokens is None else calibration_attention(model)
+    return Report(blocks=tuple(reports), details=tuple(attention.items()))
 
 
 def solve_blocks(
@@ -232,6 +239,7 @@ def advance(
 ) -> Float[Array, "samples tokens hidden"]:
     """Returns what a block makes of all samples, one sample at a time."""
     lengths = jnp.full(1, inputs.shape[1], jnp.int32)
+    layer = calibrated(layer, config, inputs.dtype)
     return jax.lax.map(lambda x: prompt_block(layer, x[None], lengths, x.shape[0], config)[0][0], inputs)
 
 

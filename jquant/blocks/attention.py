@@ -1,0 +1,76 @@
+"""What attends while a block is calibrated: the model's own attention, or on Hopper GPUs, where asked for, cuDNN's.
+
+Calibration reads whole windows, keeps no cache, and needs nothing but what the linears multiply. Where keys and values
+stay exact, bfloat16 and causal, cuDNN gives the same attention in other roundings; each window goes alone through one
+program, so that results are those of any number of devices, as before. No GPU has calibrated so yet: it is taken where
+`jquant.formats.unproven` says. The choice is made when a program is traced.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from jquant.formats import UNPROVEN, Layout, hopper_card, unproven
+from jquant.kv import ExactKv, pack_codec
+from jquant.kv.packed import WIDEST_PROMPT
+from jquant.models import Block, Llama, LlamaConfig, blocks, put
+from jquant.types import DType
+
+
+def cudnn_fault(block: Block, config: LlamaConfig, dtype: DType, device_kind: str) -> str | None:
+    """Returns why cuDNN does not attend for a block in calibration; None where it does.
+
+    Args:
+      block: with its codec of keys and values.
+      config: the model's sizes.
+      dtype: of the activations.
+      device_kind: JAX's name of the device.
+
+    Example:
+      >>> from jquant.models import abstract_llama, blocks, tiny_config
+      >>> block = blocks(abstract_llama(tiny_config(), "bfloat16"))[0]
+      >>> cudnn_fault(block, tiny_config(), "bfloat16", "cpu")
+      'cpu is no Hopper GPU'
+    """
+    codec = block.self_attn.kv_codec
+    if hopper_card(device_kind) is None:
+        return f"{device_kind} is no Hopper GPU"
+    if not isinstance(codec, ExactKv):
+        return f"keys and values are rounded by {type(codec).__name__}"
+    if jnp.dtype(dtype) != jnp.bfloat16:
+        return f"activations are {jnp.dtype(dtype)}, cuDNN takes bfloat16"
+    if config.head_dim > WIDEST_PROMPT:
+        return f"heads have {config.head_dim} numbers, cuDNN takes {WIDEST_PROMPT}"
+    if config.sliding_window is not None:
+        return "a sliding window"
+    return UNPROVEN if unproven(Layout.HOPPER) else None
+
+
+def calibration_attention(model: Llama) -> dict[str, str]:
+    """Returns what a run has to say of its attention, for its report and for who goes on with it: nothing of the usual.
+
+    Example:
+      >>> from jquant.models import abstract_llama, tiny_config
+      >>> calibration_attention(abstract_llama(tiny_config(), "bfloat16"))
+      {}
+    """
+    kind, dtype = jax.devices()[0].device_kind, model.embed_tokens.dtype
+    taken = [cudnn_fault(block, model.config, dtype, kind) is None for block in blocks(model)]
+    return {"calibration attention": f"cuDNN in {sum(taken)} of {len(taken)} blocks"} if any(taken) else {}
+
+
+def calibrated(block: Block, config: LlamaConfig, dtype: DType, layout: Layout | None = None) -> Block:
+    """Returns a block that attends as calibration shall; for `prompt_block`, not to be kept.
+
+    Args:
+      block: as it is.
+      config: the model's sizes.
+      dtype: of the activations.
+      layout: whose attention; None for what JAX's first device serves.
+    """
+    if layout is None:
+        fault = cudnn_fault(block, config, dtype, jax.devices()[0].device_kind)
+        layout = Layout.PORTABLE if fault else Layout.HOPPER
+    if layout is Layout.PORTABLE:
+        return block
+    attending: Block = put(block, "self_attn.kv_codec", pack_codec(block.self_attn.kv_codec, layout))
+    return attending

@@ -48,10 +48,12 @@ def main() -> None:
     """Prints JSON lines."""
     arguments = _arguments()
     compiled: dict[str, float] = collections.defaultdict(float)
+    ends: list[float] = []  # of compilations, by the clock
 
     def count(event: str, duration_secs: float, **details: str | int) -> None:
         if event.startswith(COMPILING):
             compiled[str(details.get("fun_name"))] += duration_secs
+            ends.append(time.monotonic())
 
     jax.monitoring.register_event_duration_secs_listener(count)
     config = dataclasses.replace(SHAPES[arguments.shape], num_hidden_layers=arguments.layers)
@@ -69,7 +71,13 @@ def main() -> None:
         now = time.monotonic() - began
         times.append(now - sum(times))
         own = {name: compiled[name] - before.get(name, 0.0) for name in compiled}
-        show(block=report.index, seconds=round(times[-1], 2), compiling=round(sum(own.values()), 2))
+        show(
+            block=report.index,
+            seconds=round(times[-1], 2),
+            compiling=round(sum(own.values()), 2),
+            compiled_at=round(max(ends) - began, 1),
+            programs=len(ends),
+        )
         if now > arguments.seconds:
             raise OutOfTime
 

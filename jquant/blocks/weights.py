@@ -30,6 +30,10 @@ SITES: Final[Mapping[str, tuple[str, ...]]] = {
     "mlp_hidden": ("mlp.down_proj",),
 }
 
+# Of XLA, for solves. For each of their float32 products it would compile and try Triton's kernels, beside cuBLAS, which
+# is all that is left without: on an H100 a shape took 10 to 20 s (docs/solvers.md). Of no effect on other machines.
+OPTIONS: Final = {"xla_gpu_enable_triton_gemm": False}
+
 
 @dataclass(frozen=True)
 class Rule:
@@ -275,9 +279,7 @@ def _solve(
     yield from zip(names, parts, split_diagnostics(diagnostics, sizes), strict=True)
 
 
-# For each float32 product of a solve XLA would compile and try Triton's kernels, beside cuBLAS, which without them is
-# all that is left: on an H100 that took 10 to 20 s for each shape (docs/solvers.md). Of no effect on other machines.
-@functools.partial(jax.jit, static_argnums=0, compiler_options={"xla_gpu_enable_triton_gemm": False})
+@functools.partial(jax.jit, static_argnums=0, compiler_options=OPTIONS)
 def solve_jointly(
     quantizer: WeightQuantizer, kernels: tuple[Float[Array, "in _"], ...], statistics: Any, key: Key
 ) -> tuple[QuantizedTensor, Diagnostics]:

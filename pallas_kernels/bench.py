@@ -2,7 +2,6 @@
 
     python -m pallas_kernels.bench                                  the products that issue 6 sets targets for
     python -m pallas_kernels.bench --kinds w4a16 --shapes 4096x4096 --tokens 1 16 --tune 8
-    python -m pallas_kernels.bench --kinds binary4 binary3 --shapes 8192x32768 --tokens 1
     python -m pallas_kernels.bench --kinds attention --check 20     decode attention over packed caches
     python -m pallas_kernels.bench --check 20                       random legal shapes, errors alone
     python -m pallas_kernels.bench --grid --seconds 400             every kernel and shape; then what is missing
@@ -326,6 +325,7 @@ class Bench:
             found = case.differences(call, sets[0])
             row |= found._asdict() | {"target": "right" if found.right() else "WRONG"}
             row["microseconds"], row["kernels"] = kernel_microseconds(call, sets)
+            row["microseconds_in_cache"] = kernel_microseconds(call, sets[:1])[0]  # as behind the kernel that made x
             row["xla"] = kernel_microseconds(jax.jit(case.xla()).lower(*sets[0]).compile(), sets)[0]
             row["rate"] = case.bytes_moved / row["microseconds"] / 1e3
             row["of_peak"] = row["rate"] / self.peaks.copy_rate()

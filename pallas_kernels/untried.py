@@ -14,6 +14,8 @@ from pallas_kernels.narrow_case import NarrowCase
 
 COLUMNS: Final = 16  # tokens, up to which a warp's instruction costs less than a warpgroup's by count
 SHAPES: Final = ((512, 2, 4, 1), (256, 4, 4, 1), (256, 3, 4, 1), (256, 4, 2, 1), (512, 2, 2, 1), (256, 4, 2, 2))
+SHAPES_OF_MORE: Final = ((256, 3, 4, 1), (256, 2, 4, 1), (256, 4, 2, 1), (512, 2, 2, 1), (256, 4, 2, 2))
+FEW: Final = 8  # tokens, with which the deepest copies have room
 MANY_WEIGHTS: Final = 4e7  # from where on a tile's inputs are not divided between blocks
 
 
@@ -34,16 +36,15 @@ def untried(case: Any, chosen: Config) -> list[Config]:
         return []
     warps = dataclasses.replace(chosen, rows=64, together=1, instruction="warp")
     if isinstance(case, NarrowCase):
-        found = (
-            [warps]
-            if case.kind == "spqr3"
-            else [dataclasses.replace(each, pieces="by kernel") for each in (warps, chosen)]
-        )
-        return [*found, dataclasses.replace(warps, depth=256, stages=3)] if chosen.depth > 256 else [*found]
+        found = [warps]
+        if case.kind != "spqr3":
+            found = [dataclasses.replace(each, pieces="by kernel") for each in (warps, chosen)]
+        return [*found, dataclasses.replace(warps, depth=256, stages=3)]
     large = case.outputs * case.inputs >= MANY_WEIGHTS
+    shapes = SHAPES if case.tokens <= FEW else SHAPES_OF_MORE
     tried = [
         DecodeConfig(depth, stages, warpgroups, splits, 64, splits > 1, barriers="by step", instruction="warp")
-        for depth, stages, warpgroups, splits in SHAPES
+        for depth, stages, warpgroups, splits in shapes
         if not (large and splits > 1)
     ]
     return [each for each in tried if each.fault(case.outputs, case.inputs, case.groups) is None]

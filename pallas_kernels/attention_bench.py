@@ -36,6 +36,7 @@ WRONG: Final = 2.0**-8  # relative errors that are too large, as in tests/kernel
 AS_GOOD: Final = 1.1  # of bfloat16's own error, likewise
 THREADS: Final = 3  # of a process
 FAILURES: Final = (ValueError, RuntimeError)  # of compiling and running
+UNTRIED: Final[dict[str, Any]] = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}  # no measuring
 SEED: Final = jax.ShapeDtypeStruct((), jnp.int32)
 NAMES: Final = ("kind", "rows", "heads", "kv_heads", "dim", "tokens", "page", "group")
 LLAMA: Final = (32, 8, 128)  # query heads, KV heads and numbers of a head of Llama-3.1-8B
@@ -126,23 +127,23 @@ class _Programs:
         given = jax.eval_shape(lambda: case.operands(0))
         self.kernels = [(config, jax.jit(case.kernel(config)).lower(*given).compile()) for config in configs]
         self.operands, self.meaning, self.rounded = (
-            jax.jit(each).lower(SEED).compile() for each in (case.operands, case.meaning, case.rounded)
+            jax.jit(each).lower(SEED).compile(UNTRIED) for each in (case.operands, case.meaning, case.rounded)
         )
-        self.others: dict[str, tuple[Any, Any]] = {}
+
+    def _of_others(self, times: Times) -> dict[str, float]:
+        """Returns microseconds of attention in bfloat16 by name, which XLA compiles by measuring."""
+        found = {}
         if self.targets and any(self.targets[1:]) and self.dense <= LARGEST_DENSE:
             for name, function in bfloat16_attentions().items():
-                make = jax.jit(functools.partial(bfloat16_operands, self.shape, name)).lower(SEED).compile()
-                like = jax.eval_shape(functools.partial(bfloat16_operands, self.shape, name), 0)
-                self.others[name] = make, jax.jit(function).lower(*like).compile()
+                make = jax.jit(functools.partial(bfloat16_operands, self.shape, name))
+                sets = [make(jnp.int32(seed)) for seed in range(_copies(self.dense))]
+                found[name] = times(jax.jit(function).lower(*sets[0]).compile(), sets)[0]
+        return found
 
     def rows(self, times: Times, copy: Callable[[], float]) -> Iterator[dict[str, Any]]:
         """Yields a row for each configuration."""
-        of_others: dict[str, float] = {}
         try:
-            for name, (make, call) in self.others.items():
-                others = [make(jnp.int32(seed)) for seed in range(_copies(self.dense))]
-                of_others[name] = times(call, others)[0]
-                del others
+            of_others = self._of_others(times)
             count = 1 if self.targets is None else _copies(self.case.bytes_of_cache)
             sets = [tuple(self.operands(jnp.int32(seed))) for seed in range(count)]
             expected = self.meaning(jnp.int32(0))

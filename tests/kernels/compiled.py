@@ -54,7 +54,7 @@ def programs() -> Iterator[tuple[str, Any, tuple[Any, ...]]]:
             narrow = next(narrow_cases((kind,), [(8192, 8192)], [tokens]))
             yield str(narrow), narrow.kernel(narrow.config()), _arguments(narrow)
     for case in (Case("w4a16", 16, 8192, 8192, 64, zeros=True), Case("w4a8", 8, 8192, 8192, 1)):
-        config = DecodeConfig(stages=3, warpgroups=4, instruction="warp")
+        config = DecodeConfig(stages=3, warpgroups=4, instruction="warp", early="weights")
         yield f"{case} {config}", case.kernel(config), _arguments(case)
     for kind in ("binary3", "spqr3"):
         narrow = next(narrow_cases((kind,), [(8192, 8192)], [1]))
@@ -68,9 +68,12 @@ def programs() -> Iterator[tuple[str, Any, tuple[Any, ...]]]:
             return rotate_quantize(x, *matrices, order=order, config=config)
 
         yield f"rotation {order}", turn, (jax.ShapeDtypeStruct((64, order), jnp.bfloat16), *rotation)
-    for attention in (AttentionCase("kv4", 16, 32, 8, 128, 8192), KiviCase(2, 16, 32, 8, 128, 8192)):
+    long, grouped = AttentionCase("kv4", 1, 32, 8, 128, 32768), KiviCase(2, 16, 32, 8, 128, 32768, group=128)
+    proven = AttentionCase("kv4", 16, 32, 8, 128, 8192), KiviCase(2, 16, 32, 8, 128, 8192)
+    attentions = [(case, case.config()) for case in proven]
+    for attention, chosen in (*attentions, (long, long.config().in_turns()), (grouped, grouped.config("inside"))):
         given = jax.eval_shape(lambda attention=attention: attention.operands(0))
-        yield str(attention), attention.kernel(attention.config()), given
+        yield f"{attention} {chosen}", attention.kernel(chosen), given
 
 
 def _arguments(case: Any) -> tuple[Any, ...]:

@@ -113,29 +113,37 @@ class Case:
 
 
 def main() -> None:
-    """Compares every recipe that is asked for."""
+    """Compares every recipe that is asked for; while one is compared, the next one's programs are compiled."""
     arguments = _arguments()
     began = time.monotonic()
     _print(device=jax.devices()[0].device_kind, jax=jax.__version__, target=arguments.target)
     end, windows = began + arguments.seconds, np.load(arguments.windows).astype(np.int32)
     pool = concurrent.futures.ThreadPoolExecutor(THREADS)
-    cases, sources = [], quantized(arguments.recipes, arguments.model)
+    cases = _cases(windows[: arguments.batch], pool, arguments)
+    now = next(cases, None)
+    while now is not None and time.monotonic() < end:
+        following = next(cases, None)
+        for figures in _compare(now, windows, arguments, end):
+            _print(recipe=now.name, **figures, t=round(time.monotonic() - began, 1))
+        now = following
+    if now is not None:
+        _print(recipe=now.name, stopped="no time is left; see --seconds")
+    pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _cases(ids: np.ndarray, pool: Any, arguments: argparse.Namespace) -> Iterator[Case]:
+    """Yields each recipe's case, its programs being compiled."""
+    began, sources = time.monotonic(), quantized(arguments.recipes, arguments.model)
     for _ in arguments.recipes:
         with jax.default_device(jax.devices("cpu")[0]):  # the codes are the CPU's
             name, model = next(sources)
         model = _first_layers(model, arguments.layers)
         truth = np.load(arguments.reference / f"{name}.npz")
-        cases.append(_begin_case(name, model, truth, windows[: arguments.batch], pool, arguments))
+        case = _begin_case(name, model, truth, ids, pool, arguments)
         same = bool(np.array_equal(digest(model), truth["digest"]))
-        products = describe_products(cases[-1].packed)
-        _print(recipe=name, products=products, same_codes_as_the_cpu=same, t=round(time.monotonic() - began, 1))
-    for case in cases:
-        for figures in _compare(case, windows, arguments, end):
-            _print(recipe=case.name, **figures, t=round(time.monotonic() - began, 1))
-            if time.monotonic() > end:
-                _print(recipe=case.name, stopped="no time is left; see --seconds")
-                pool.shutdown(wait=False, cancel_futures=True)
-                return
+        products, seconds = describe_products(case.packed), round(time.monotonic() - began, 1)
+        _print(recipe=name, products=products, same_codes_as_the_cpu=same, lowered=len(case.programs), t=seconds)
+        yield case
 
 
 def _compare(case: Case, windows: np.ndarray, arguments: argparse.Namespace, end: float) -> Iterator[dict[str, Any]]:

@@ -26,14 +26,14 @@ def test_sum_and_norm_are_the_reference_s(rows: int) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("size", [1024, 4096, 8192])
 def test_sum_and_norm_on_a_gpu_are_the_reference_s(size: int) -> None:
-    x, update = (jnp.asarray(RNG.standard_normal((16, size)), jnp.bfloat16) for _ in range(2))
+    x, update = (jnp.asarray(RNG.standard_normal((16, size)), dtype) for dtype in (jnp.float32, jnp.bfloat16))
     scale = jnp.asarray(RNG.uniform(0.5, 1.5, size), jnp.bfloat16)
     following = jnp.zeros((4096, 4096), jnp.int8), 1 << 20
     for added, ahead in ((update, None), (None, None), (update, following)):
         found = add_norm(x, added, scale, eps=1e-5, ahead=ahead)
         expected = reference.add_norm(x, added, scale, 1e-5)
         np.testing.assert_array_equal(found[0], expected[0])
-        np.testing.assert_allclose(found[1].astype(jnp.float32), expected[1].astype(jnp.float32), rtol=2**-6)
+        np.testing.assert_allclose(found[1].astype(jnp.float32), expected[1].astype(jnp.float32), rtol=2**-7)
 
 
 def test_what_the_kernel_does_not_take_is_refused() -> None:

@@ -3,10 +3,11 @@ r"""Why logits of models that round activations or caches differ over a mesh: a 
 Of a model that `benchmarks/mesh_parity.py --keep` saved, two things that only a tie does:
 
     in float64, where sums in another order differ by 1e-15, logits over the mesh are those of one device;
-    in float32, what one block over the mesh gives is that of one device but for rounding, and of the codes that the
-    next block makes of the two, those that differ lie as near a border as that rounding is large.
+    in float32, what blocks over the mesh give is that of one device but for rounding, until a code of the next block,
+    or a grid that is stored in float16, differs: it lies as near a border as that rounding is large. From there on the
+    mesh goes on with one device's numbers, up to the next such block; what is behind it in this one is not counted.
 
-    python benchmarks/mesh_ties.py FOLDER [--mesh data=1,tensor=8] [--prompt 192] [--blocks 29]
+    python benchmarks/mesh_ties.py FOLDER [--mesh data=1,tensor=8] [--rows 2] [--prompt 160] [--blocks 29]
 
 JSON lines. The distance of a number x from its border is |x / s - border| in float64, s being its grid's scale.
 """
@@ -35,7 +36,6 @@ from jquant.kv.vectors import Vectors, unpack_last
 from jquant.models import BLOCK_LINEARS, Llama, blocks, forward, get, hidden_states, prompt_block, put
 from jquant.sharding import make_mesh, parse_axes, shard
 
-ROWS: Final = 8
 TAPS: Final = {"q_proj": 0, "o_proj": 1, "gate_proj": 2, "down_proj": 3}  # of the linears whose inputs differ
 
 
@@ -44,12 +44,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
     parser.add_argument("--mesh", default="data=1,tensor=8")
-    parser.add_argument("--prompt", type=int, default=192)
+    parser.add_argument("--rows", type=int, default=2)
+    parser.add_argument("--prompt", type=int, default=160, help="tokens of each row")
     parser.add_argument("--blocks", type=int, default=10**6, help="blocks whose ties are counted")
     arguments = parser.parse_args()
     model, mesh = load_model(arguments.model), make_mesh(*parse_axes(arguments.mesh))
-    tokens = np.random.default_rng(0).integers(0, model.config.vocab_size, (ROWS, arguments.prompt))
-    said = {"model": str(arguments.model), "mesh": arguments.mesh, "prompt": arguments.prompt}
+    tokens = np.random.default_rng(0).integers(0, model.config.vocab_size, (arguments.rows, arguments.prompt))
+    said = {"model": str(arguments.model), "mesh": arguments.mesh, "rows": arguments.rows, "prompt": arguments.prompt}
     for dtype in ("float64", "float32"):
         wide = jax.tree.map(lambda leaf, to=dtype: leaf.astype(to) if leaf.dtype == jnp.float32 else leaf, model)
         one = np.asarray(jax.jit(forward)(stack_if_alike(wide), jnp.asarray(tokens, jnp.int32)))
@@ -61,7 +62,7 @@ def main() -> None:
 def _count_ties(model: Llama, tokens: Any, mesh: Any, count: int) -> dict[str, Any]:
     """Returns sums over blocks of what differs, and the largest of what is measured."""
     plain, spread = jax.jit(hidden_states), jax.jit(hidden_states)
-    x = np.asarray(model.embed_tokens)[tokens]
+    x = other_x = np.asarray(model.embed_tokens)[tokens]
     sums = {
         "codes": 0,
         "codes that differ": 0,
@@ -70,13 +71,18 @@ def _count_ties(model: Llama, tokens: Any, mesh: Any, count: int) -> dict[str, A
         "grids that differ": 0,
         "of these by more than a step of float16": 0,
     }
-    most = {"farthest differing code from its border": 0.0, "most that any number moved, in steps": 0.0}
-    layers, rounding, done = blocks(model), 0.0, 0
+    most = {
+        "farthest differing code from its border": 0.0,
+        "most that any number moved, in steps": 0.0,
+        "most that a differing grid moved, in steps of its codes": 0.0,
+    }
+    layers, rounding, done, falls = blocks(model), 0.0, 0, 0
     for index, layer in enumerate(layers[:-1][:count]):
-        alone = _alone(model, layer, x)
-        rows = jnp.arange(ROWS * x.shape[1], dtype=jnp.int32).reshape(ROWS, -1)
-        here, there = np.asarray(plain(alone, rows)), np.asarray(spread(shard(alone, mesh), rows))
+        alone, other_alone = _alone(model, layer, x), _alone(model, layer, other_x)
+        rows = jnp.arange(len(x) * x.shape[1], dtype=jnp.int32).reshape(len(x), -1)
+        here, there = np.asarray(plain(alone, rows)), np.asarray(spread(shard(other_alone, mesh), rows))
         rounding = max(rounding, float(np.abs(here - there).max() / np.abs(here).max()))
+        fell = False
         coded = (_grids(layers[index + 1], y, model) for y in (here, there))
         for one, other in zip(*coded, strict=True):
             same = np.all(one["grid"] == other["grid"], axis=-1, keepdims=True) | one["floats"]
@@ -88,10 +94,23 @@ def _count_ties(model: Llama, tokens: Any, mesh: Any, count: int) -> dict[str, A
             far = ~same & np.any(np.abs(one["grid"] - other["grid"]) > np.float64(step), axis=-1, keepdims=True)
             counts = one["codes"].size, differ.sum(), (differ & (steps > 1)).sum(), same.size, (~same).sum(), far.sum()
             sums = {name: total + int(more) for (name, total), more in zip(sums.items(), counts, strict=True)}
-            largest = np.where(differ, near, 0.0).max(), away.max()
+            shift = np.where(
+                same, 0.0, np.abs(one["grid"] - other["grid"]).max(-1, keepdims=True) / one["grid"][..., :1]
+            )
+            largest = np.where(differ, near, 0.0).max(), away.max(), shift.max()
             most = {name: max(old, float(new)) for (name, old), new in zip(most.items(), largest, strict=True)}
-        x, done = here, done + 1
-    return {"blocks": done, "a block's output apart, as a share of the largest": rounding, **sums, **most}
+            fell = bool(differ.any() or not same.all())
+            if fell:
+                break
+        x, other_x, done = here, here if fell else there, done + 1  # what follows a fall is no rounding
+        falls += fell
+    return {
+        "blocks": done,
+        "of them with a tie": falls,
+        "a block's output apart, as a share of the largest": rounding,
+        **sums,
+        **most,
+    }
 
 
 def _alone(model: Llama, layer: Any, x: Any) -> Llama:
@@ -106,6 +125,21 @@ def _grids(layer: Any, x: Any, model: Llama) -> list[dict[str, Any]]:
     config = model.config
     _, cache, taps = _run_block(layer, jnp.asarray(x), config)
     _, raw, _ = _run_block(put(layer, "self_attn.kv_codec", ExactKv()), jnp.asarray(x), config)
+    cached = []
+    codec: Any = layer.self_attn.kv_codec
+    keys, values = (np.asarray(one, np.float64) for one in (raw.keys, raw.values))
+    if isinstance(cache, KiviCache):
+        assert isinstance(codec, Kivi)
+        run = codec.residual_length
+        whole = keys.shape[1] // run * run
+        shaped = keys[:, :whole].reshape(len(keys), -1, run, *keys.shape[2:]).transpose(0, 1, 3, 4, 2)
+        cached.append(_vectors(cache.keys, shaped, codec.key_bits, codec.group_size))
+        cached.append(_vectors(cache.values, values[:, : values.shape[1] - run], codec.value_bits, codec.group_size))
+    elif isinstance(cache, PerTokenCache):
+        cached += [
+            _vectors(cache.keys, keys, codec.bits, cache.dim),
+            _vectors(cache.values, values, codec.bits, cache.dim),
+        ]
     found = []
     for name in BLOCK_LINEARS:
         quantizer, tap = get(layer, name).input_quantizer, TAPS.get(name.split(".")[1])
@@ -114,21 +148,7 @@ def _grids(layer: Any, x: Any, model: Llama) -> list[dict[str, Any]]:
             assert isinstance(coded, UniformActivation)
             places = np.float64(taps[tap]) / np.float64(coded.scales)
             found.append(_coded(coded.codes, places, coded.scales, floats=True))
-    codec: Any = layer.self_attn.kv_codec
-    keys, values = np.float64(raw.keys), np.float64(raw.values)
-    if isinstance(cache, KiviCache):
-        assert isinstance(codec, Kivi)
-        run = codec.residual_length
-        whole = keys.shape[1] // run * run
-        shaped = keys[:, :whole].reshape(len(keys), -1, run, *keys.shape[2:]).transpose(0, 1, 3, 4, 2)
-        found.append(_vectors(cache.keys, shaped, codec.key_bits, codec.group_size))
-        found.append(_vectors(cache.values, values[:, : values.shape[1] - run], codec.value_bits, codec.group_size))
-    elif isinstance(cache, PerTokenCache):
-        found += [
-            _vectors(cache.keys, keys, codec.bits, cache.dim),
-            _vectors(cache.values, values, codec.bits, cache.dim),
-        ]
-    return found
+    return [*found[:1], *cached, *found[1:]] if found else cached  # as the block makes them
 
 
 _run_block: Final = jax.jit(

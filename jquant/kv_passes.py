@@ -1,5 +1,6 @@
 """Model passes that choose how keys and values are kept; weights are left as they are."""
 
+import abc
 import dataclasses
 import re
 from dataclasses import dataclass
@@ -7,9 +8,11 @@ from typing import final
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Int
 
 from jquant.blocks import check_pattern
 from jquant.calibration import (
+    Keeping,
     calibrate_float8_kv,
     calibrate_kvquant,
     calibrate_razor_kv,
@@ -23,6 +26,8 @@ from jquant.kv.vectors import ScaleDtype
 from jquant.models import LazyModel, Llama, blocks, rewrite
 from jquant.passes import Context, ModelPass
 from jquant.report import Report
+
+type Tokens = Int[Array, "samples length"]
 
 
 @final
@@ -76,9 +81,46 @@ class SetKvCodec(ModelPass):
         return rewrite(model, self.outline), Report()
 
 
+class _CalibrateKv(ModelPass):
+    """Measures over the calibration text, with the weights as they are then, and puts the codecs that are fitted."""
+
+    @abc.abstractmethod
+    def fit(self, model: Llama | LazyModel, tokens: Tokens, keeping: Keeping) -> tuple[KvCodec, ...]:
+        """Returns each layer's codec; blocks are read one after another.
+
+        Args:
+          model: as it is when the pass is run.
+          tokens: calibration windows.
+          keeping: where what is made on the way is kept.
+        """
+
+    def needs_tokens(self) -> bool:
+        """Tells that keys and values are measured."""
+        return True
+
+    def __call__(self, model: Llama, context: Context) -> tuple[Llama, Report]:
+        """Measures and puts the codecs."""
+        codecs, report = self._resumed(model, context)
+        return put_codecs(model, codecs), report
+
+    def streams(self) -> bool:
+        """Tells that blocks are measured one after another."""
+        return True
+
+    def stream(self, model: LazyModel, context: Context) -> tuple[LazyModel, Report]:
+        """Measures block by block, and puts the codecs as blocks are read."""
+        codecs, report = self._resumed(model, context)
+        return rewrite(model, lambda whole: put_codecs(whole, codecs)), report
+
+    def _resumed(self, model: Llama | LazyModel, context: Context) -> tuple[tuple[KvCodec, ...], Report]:
+        tokens = context.tokens
+        assert tokens is not None
+        return context.resumed(lambda: (self.fit(model, tokens, context.keeping()), Report()))
+
+
 @final
 @dataclass(frozen=True)
-class CalibrateRazorKv(ModelPass):
+class CalibrateRazorKv(_CalibrateKv):
     """QRazor's cache in every layer, on scales measured over the calibration text with the weights as they are then.
 
     Attributes:
@@ -93,10 +135,6 @@ class CalibrateRazorKv(ModelPass):
     group_size: int = 8
     prompt: Prompt = "stored"
 
-    def needs_tokens(self) -> bool:
-        """Tells that the largest keys and values are measured."""
-        return True
-
     def check(self, model: Llama) -> None:
         """Refuses settings that the model's heads do not take."""
         _check_codec(self._abstract(), model)
@@ -105,26 +143,9 @@ class CalibrateRazorKv(ModelPass):
         """Returns what the pass makes of an abstract model."""
         return put_codecs(model, [self._abstract()] * len(blocks(model)))
 
-    def __call__(self, model: Llama, context: Context) -> tuple[Llama, Report]:
-        """Measures and puts the codecs."""
-        codecs, report = self._codecs(model, context)
-        return put_codecs(model, codecs), report
-
-    def streams(self) -> bool:
-        """Tells that blocks are measured one after another."""
-        return True
-
-    def stream(self, model: LazyModel, context: Context) -> tuple[LazyModel, Report]:
-        """Measures block by block, and puts the codecs as blocks are read."""
-        codecs, report = self._codecs(model, context)
-        return rewrite(model, lambda whole: put_codecs(whole, codecs)), report
-
-    def _codecs(self, model: Llama | LazyModel, context: Context) -> tuple[tuple[KvCodec, ...], Report]:
-        tokens = context.tokens
-        assert tokens is not None
-        return context.resumed(
-            lambda: (calibrate_razor_kv(model, tokens, context.keeping(), **dataclasses.asdict(self)), Report())
-        )
+    def fit(self, model: Llama | LazyModel, tokens: Tokens, keeping: Keeping) -> tuple[KvCodec, ...]:
+        """Returns codecs fitted to the text."""
+        return calibrate_razor_kv(model, tokens, keeping, **dataclasses.asdict(self))
 
     def _abstract(self) -> RazorKv:
         settings = dataclasses.asdict(self)
@@ -134,7 +155,7 @@ class CalibrateRazorKv(ModelPass):
 
 @final
 @dataclass(frozen=True)
-class CalibrateFloat8Kv(ModelPass):
+class CalibrateFloat8Kv(_CalibrateKv):
     """Caches of float8 in every layer, on scales measured over the calibration text with the weights as they are then.
 
     Attributes:
@@ -142,10 +163,6 @@ class CalibrateFloat8Kv(ModelPass):
     """
 
     prompt: Prompt = "stored"
-
-    def needs_tokens(self) -> bool:
-        """Tells that the largest keys and values are measured."""
-        return True
 
     def check(self, model: Llama) -> None:
         """Refuses nothing: every head has room for a byte."""
@@ -155,31 +172,14 @@ class CalibrateFloat8Kv(ModelPass):
         codec = jax.eval_shape(lambda: Float8Kv(jnp.float32(1), jnp.float32(1), self.prompt))
         return put_codecs(model, [codec] * len(blocks(model)))
 
-    def __call__(self, model: Llama, context: Context) -> tuple[Llama, Report]:
-        """Measures and puts the codecs."""
-        codecs, report = self._codecs(model, context)
-        return put_codecs(model, codecs), report
-
-    def streams(self) -> bool:
-        """Tells that blocks are measured one after another."""
-        return True
-
-    def stream(self, model: LazyModel, context: Context) -> tuple[LazyModel, Report]:
-        """Measures block by block, and puts the codecs as blocks are read."""
-        codecs, report = self._codecs(model, context)
-        return rewrite(model, lambda whole: put_codecs(whole, codecs)), report
-
-    def _codecs(self, model: Llama | LazyModel, context: Context) -> tuple[tuple[KvCodec, ...], Report]:
-        tokens = context.tokens
-        assert tokens is not None
-        return context.resumed(
-            lambda: (calibrate_float8_kv(model, tokens, context.keeping(), prompt=self.prompt), Report())
-        )
+    def fit(self, model: Llama | LazyModel, tokens: Tokens, keeping: Keeping) -> tuple[KvCodec, ...]:
+        """Returns codecs fitted to the text."""
+        return calibrate_float8_kv(model, tokens, keeping, prompt=self.prompt)
 
 
 @final
 @dataclass(frozen=True)
-class CalibrateKvQuant(ModelPass):
+class CalibrateKvQuant(_CalibrateKv):
     """KVQuant's cache in every layer, on ranges and codebooks from the calibration text and the loss's gradients there.
 
     Attributes:
@@ -200,10 +200,6 @@ class CalibrateKvQuant(ModelPass):
     float_dtype: ScaleDtype = "float16"
     prompt: Prompt = "stored"
 
-    def needs_tokens(self) -> bool:
-        """Tells that ranges and gradients are measured."""
-        return True
-
     def check(self, model: Llama) -> None:
         """Refuses settings that the model's heads do not take."""
         _check_codec(self._abstract(model), model)
@@ -212,26 +208,9 @@ class CalibrateKvQuant(ModelPass):
         """Returns what the pass makes of an abstract model."""
         return put_codecs(model, [self._abstract(model)] * len(blocks(model)))
 
-    def __call__(self, model: Llama, context: Context) -> tuple[Llama, Report]:
-        """Measures and puts the codecs."""
-        codecs, report = self._codecs(model, context)
-        return put_codecs(model, codecs), report
-
-    def streams(self) -> bool:
-        """Tells that blocks are measured one after another."""
-        return True
-
-    def stream(self, model: LazyModel, context: Context) -> tuple[LazyModel, Report]:
-        """Measures block by block, and puts the codecs as blocks are read."""
-        codecs, report = self._codecs(model, context)
-        return rewrite(model, lambda whole: put_codecs(whole, codecs)), report
-
-    def _codecs(self, model: Llama | LazyModel, context: Context) -> tuple[tuple[KvCodec, ...], Report]:
-        tokens = context.tokens
-        assert tokens is not None
-        return context.resumed(
-            lambda: (calibrate_kvquant(model, tokens, context.keeping(), **dataclasses.asdict(self)), Report())
-        )
+    def fit(self, model: Llama | LazyModel, tokens: Tokens, keeping: Keeping) -> tuple[KvCodec, ...]:
+        """Returns codecs fitted to the text."""
+        return calibrate_kvquant(model, tokens, keeping, **dataclasses.asdict(self))
 
     def _abstract(self, model: Llama) -> KvQuant:
         settings = {name: value for name, value in dataclasses.asdict(self).items() if name != "qnorm"}

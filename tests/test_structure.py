@@ -1,5 +1,6 @@
 """structure.json: what a tree becomes and how it comes back, without running anything that the file says."""
 
+import dataclasses
 import json
 from typing import Any, get_args
 
@@ -45,6 +46,13 @@ def test_every_node_that_a_model_may_hold_is_known() -> None:
     for kind in (*QuantizedTensor.__subclasses__(), *held):
         with pytest.raises(CheckpointError, match=f"{kind.__name__} has no surprise"):
             decode_structure({"node": kind.__name__, "fields": {"surprise": None}})
+
+
+def test_a_field_that_came_later_changes_no_older_checkpoint() -> None:
+    config = tiny_config()
+    assert "wide_residual" not in encode_structure(config)["fields"]
+    wide = dataclasses.replace(config, wide_residual=True)
+    assert (through_json(config), through_json(wide)) == (config, wide)
 
 
 def test_plain_values_and_arrays() -> None:

@@ -89,15 +89,13 @@ def working_nbytes(config: LlamaConfig, length: int, solves: Iterable[tuple[int,
       length: tokens of a window; 0 if nothing is run.
       solves: (in, out) of the solves that have a Hessian.
     """
-    scores = _SCORES * config.num_attention_heads * length * length
     largest = max((_SOLVE_SQUARES * n * n + _SOLVE_WEIGHTS * n * m for n, m in solves), default=0)
-    return _FLOAT32 * max(scores, largest)
+    return _FLOAT32 * max(_scores(config, length), largest)
 
 
 def device_working_nbytes(config: LlamaConfig, length: int, solves: Iterable[tuple[int, int]]) -> int:
     """Returns `working_nbytes` of a GPU: a solve holds three arrays [n, n], as was measured on an H100."""
-    scores = _SCORES * config.num_attention_heads * length * length
-    return _FLOAT32 * max(scores, max((_DEVICE_SQUARES * n * n for n, _ in solves), default=0))
+    return _FLOAT32 * max(_scores(config, length), max((_DEVICE_SQUARES * n * n for n, _ in solves), default=0))
 
 
 def rounding_nbytes(inputs: int, outputs: int) -> int:
@@ -113,8 +111,7 @@ def searching_nbytes(block: Block, config: LlamaConfig, length: int) -> int:
       config: the model's sizes.
       length: tokens of a window.
     """
-    scores = _SCORES * config.num_attention_heads * length * length
-    return _SEARCHED * _weights(block) + _FLOAT32 * scores
+    return _SEARCHED * _weights(block) + _FLOAT32 * _scores(config, length)
 
 
 def observing_nbytes(block: Block, config: LlamaConfig, length: int) -> int:
@@ -125,8 +122,8 @@ def observing_nbytes(block: Block, config: LlamaConfig, length: int) -> int:
       config: the model's sizes.
       length: tokens of a window.
     """
-    scores = _SCORES * config.num_attention_heads * length * length
-    return _FLOAT32 * (_weights(block) + scores + 2 * length * config.num_key_value_heads * config.head_dim)
+    cache = 2 * length * config.num_key_value_heads * config.head_dim
+    return _FLOAT32 * (_weights(block) + _scores(config, length) + cache)
 
 
 def training_nbytes(block: Block, config: LlamaConfig, length: int) -> int:
@@ -197,7 +194,12 @@ def _weights(block: Block) -> int:
     return sum(math.prod(get(block, name).kernel.shape) for names in SITES.values() for name in names)
 
 
+def _scores(config: LlamaConfig, length: int) -> int:
+    """Returns how many numbers one window's attention scores are, with their copies that are alive at once."""
+    return _SCORES * config.num_attention_heads * length * length
+
+
 def _kept_numbers(config: LlamaConfig, length: int) -> int:
     """Returns how many numbers the gradient of one block on one window keeps."""
-    scores = _SCORES * config.num_attention_heads * length * length
-    return scores + length * (_KEPT_HIDDEN * config.hidden_size + _KEPT_INNER * config.intermediate_size)
+    rows = _KEPT_HIDDEN * config.hidden_size + _KEPT_INNER * config.intermediate_size
+    return _scores(config, length) + length * rows

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jquant.blocks import SITES
-from jquant.calibration.walk import NOTHING_KEPT, Keeping, observe_all, open_inputs, refuse_infinite
+from jquant.calibration.walk import NOTHING_KEPT, Keeping, larger, observe_all, open_inputs, refuse_infinite
 from jquant.models import Block, LazyModel, Llama, LlamaConfig, blocks, get, lazily, prompt_block
 from jquant.quantizers import ABSMAX
 from jquant.types import compute_dtype
@@ -46,19 +46,14 @@ def collect_absmax(
 
     def observe(layer: Block, windows: Array, before: Any) -> tuple[Array, Any]:
         outputs, largest, finite = measure_absmax(layer, windows, config)
-        return outputs, (largest, finite) if before is None else _larger(before, (largest, finite))
+        return outputs, (largest, finite) if before is None else larger(before, (largest, finite))
 
     with open_inputs(model, tokens, keeping) as inputs:
         for index in range(len(blocks(model.abstract))):
-            inputs, (largest, finite) = observe_all(model.read(f"layers.{index}"), inputs, observe, _larger)
+            inputs, (largest, finite) = observe_all(model.read(f"layers.{index}"), inputs, observe, larger)
             refuse_infinite(index, finite)
             found.append(largest)
     return tuple(found)
-
-
-def _larger(first: Any, second: Any) -> Any:
-    """Returns the larger magnitudes, and whether both are of finite activations."""
-    return jax.tree.map(jnp.maximum, first[0], second[0]), first[1] & second[1]
 
 
 @functools.partial(jax.jit, static_argnums=2)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jquant.calibration.sequential import dense_kernels
-from jquant.calibration.walk import NOTHING_KEPT, Keeping, all_finite, observe_all, open_inputs, refuse_infinite
+from jquant.calibration.walk import NOTHING_KEPT, Keeping, all_finite, larger, observe_all, open_inputs, refuse_infinite
 from jquant.checkpoint import digest_lazily, open_lazily
 from jquant.errors import CheckpointError
 from jquant.kv import ExactKv, Float8Kv, KvCodec, KvQuant, Prompt, RazorKv, fit_float8_scale, fit_scale
@@ -70,20 +70,15 @@ def kv_ranges(
     def observe(layer: Block, windows: Array, before: Any) -> tuple[Array, Any]:
         outputs, found = _observe(layer, windows, config)
         seen = found, all_finite(outputs)
-        return outputs, seen if before is None else _wider(before, seen)
+        return outputs, seen if before is None else larger(before, seen)
 
     with open_inputs(model, tokens, keeping) as inputs:
         for index in range(len(blocks(model.abstract))):
             exact: Block = put(model.read(f"layers.{index}"), "self_attn.kv_codec", ExactKv())
-            inputs, (found, finite) = observe_all(dense_kernels(exact), inputs, observe, _wider)
+            inputs, (found, finite) = observe_all(dense_kernels(exact), inputs, observe, larger)
             refuse_infinite(index, finite)
             ranges.append(found)
     return tuple(ranges)
-
-
-def _wider(first: Any, second: Any) -> Any:
-    """Returns the larger ranges, and whether both are of finite activations."""
-    return jax.tree.map(jnp.maximum, first[0], second[0]), first[1] & second[1]
 
 
 def calibrate_razor_kv(

@@ -111,6 +111,11 @@ def observe_all(layer: Any, inputs: Lanes, observe: Observe, combine: Callable[[
     return outputs, functools.reduce(combine, found.gather())
 
 
+def larger(first: Any, second: Any) -> Any:
+    """Returns the larger of two lanes' maxima, and whether both are of finite activations."""
+    return jax.tree.map(jnp.maximum, first[0], second[0]), first[1] & second[1]
+
+
 def refuse_infinite(index: int, finite: Bool[Array, ""]) -> None:
     """Raises CalibrationError, naming the block, unless its activations are finite."""
     if not bool(finite):

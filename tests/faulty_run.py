@@ -122,6 +122,21 @@ def first(folder: Path, times: int = 1) -> tuple[str, float]:
     return expected, seconds
 
 
+def take(folder: Path, found: set[str]) -> None:
+    """Note the digest of what is finished, if anything is, and move it away."""
+    if digest := whole(folder / "out"):
+        found.add(digest)
+        clear(folder)
+
+
+def finish(folder: Path, found: set[str]) -> dict[str, Any]:
+    """Run once more, undisturbed; return how many digests there were in all, and what is left beside the result."""
+    status, _ = fork(lambda: run(folder), folder / "words")
+    found.add(whole(folder / "out"))
+    left = [path.name for path in folder.iterdir() if path.name.endswith(".partial")]
+    return {"digests": len(found), "status": status, "left": left}
+
+
 def kills(folder: Path) -> dict[str, Any]:
     """Kill a run at random moments, going on each time on another number of devices; one that ends begins anew."""
     expected, seconds = first(folder, 4)
@@ -134,13 +149,8 @@ def kills(folder: Path) -> dict[str, Any]:
         assert status in (0, -signal.SIGKILL), (folder / "words").read_text()
         killed, ended = killed + (status != 0), ended + (status == 0)
         blocks.append(sum(map(is_checkpoint, (folder / "out.partial").glob("block-*"))))
-        if whole(folder / "out"):
-            found.add(whole(folder / "out"))
-            clear(folder)
-    status, _ = fork(lambda: run(folder), folder / "words")
-    found.add(whole(folder / "out"))
-    left = [path.name for path in folder.iterdir() if path.name.endswith(".partial")]
-    return {"killed": killed, "ended": ended, "blocks": blocks, "digests": len(found), "status": status, "left": left}
+        take(folder, found)
+    return {"killed": killed, "ended": ended, "blocks": blocks} | finish(folder, found)
 
 
 def pair(folder: Path, victims: tuple[int, ...] = (), after: float = 0.0) -> tuple[list[int | None], float]:
@@ -200,14 +210,8 @@ def pairs(folder: Path) -> dict[str, Any]:
             known = [name for name, said in SAID.items() if said in words]
             answers |= {"ended well" if statuses[process] == 0 else (*known, f"{statuses[process]}: {words[-900:]}")[0]}
         blocks.append(sum(map(is_checkpoint, (folder / "out.partial").glob("block-*"))))
-        if whole(folder / "out"):
-            found.add(whole(folder / "out"))
-            clear(folder)
-    status, _ = fork(lambda: run(folder), folder / "words")
-    found.add(whole(folder / "out"))
-    left = [path.name for path in folder.iterdir() if path.name.endswith(".partial")]
-    found_digests = {"digests": len(found), "status": status, "left": left}
-    return {"killed": killed, "hung": hung, "answers": sorted(answers), "blocks": blocks} | found_digests
+        take(folder, found)
+    return {"killed": killed, "hung": hung, "answers": sorted(answers), "blocks": blocks} | finish(folder, found)
 
 
 def disks(folder: Path) -> dict[str, Any]:

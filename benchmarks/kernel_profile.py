@@ -67,6 +67,7 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--untried", type=int, default=0, help="beside each, so many configurations not in use")
     parser.add_argument("--seconds", type=float, default=180.0, help="profile nothing new after so long")
+    parser.add_argument("--at-once", type=int, default=os.cpu_count(), help="processes under ncu")
     parser.add_argument("--ncu", default="ncu", help="the program")
     parser.add_argument("--output", type=Path, help="a file to add JSON lines to; what ncu wrote goes into FILE.csv")
     parser.add_argument("--lower", action="store_true", help="lower to CUDA alone, where there is no GPU")
@@ -109,7 +110,7 @@ def _profiles(arguments: argparse.Namespace, end: float) -> Iterator[dict[str, A
         for name in arguments.cases
         for index, config in enumerate(variants(CASES[name], arguments.untried))
     ]
-    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(arguments.at_once) as pool:
         running = {
             pool.submit(_under_ncu, arguments.ncu, metrics, [name, str(index), f"{folder}/turns", str(end)]): (
                 name,

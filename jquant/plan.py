@@ -68,6 +68,7 @@ class Plan:
       solve_shapes: distinct (in, out) of the solves; each is compiled once.
       cache: what keys and values will take.
       needs: what is in memory at once.
+      gathered: linears whose inputs devices along `tensor` gather, where they sum other linears' products.
     """
 
     linears: tuple[LinearPlan, ...]
@@ -80,6 +81,7 @@ class Plan:
     solve_shapes: tuple[tuple[int, int], ...]
     cache: CacheFacts
     needs: Needs
+    gathered: int
 
     def bits_per_weight(self) -> float:
         """Returns the bits per weight of all quantized linears taken together, 0 if there is none."""
@@ -158,6 +160,7 @@ def plan(model: Llama, recipe: Recipe) -> Plan:
         solve_shapes=tuple(dict.fromkeys(_shape(model, solve) for solve in solves)),
         cache=measure_cache(result),
         needs=needs,
+        gathered=_count_gathered(result),
     )
 
 
@@ -198,6 +201,12 @@ def list_solves(block_pass: QuantizeWeights, index: int) -> Iterator[Solve]:
             group = tuple(path for path, own in chosen.items() if own == quantizer)
             for part in [group] if quantizer.separable else [(path,) for path in group]:
                 yield Solve(quantizer, site, part)
+
+
+def _count_gathered(model: Llama) -> int:
+    """Returns how many linears that read what devices made apart want all of it: jquant.sharding's rule."""
+    readers = [get(model, path) for path in linear_paths(model) if path.endswith((".o_proj", ".down_proj"))]
+    return sum(one.input_rotation is not None or one.input_quantizer is not None for one in readers)
 
 
 def _measuring(one: ModelPass, model: Llama, calibration: Calibration | None) -> Work:

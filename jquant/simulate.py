@@ -6,7 +6,10 @@ the calibration windows, blocks one at a time on each:
     read, hash and write     source bytes / host rate                                     (one host, whatever N)
     blocks and Hessians      (forward / r_f + statistics / r_h) / N / efficiency(N)
     solves                   solves / r_s                                                 (each device solves all)
-    a token                  bytes read / T / r_b + 2 layers t_c [T > 1]                  (T: devices of one model)
+    a token                  bytes read / T / r_b + (sums t_s + gathers t_g) [T > 1]      (T: devices of one model)
+
+Two linears a layer have their products summed over devices, or, where their input is rotated or quantized, inputs and
+products gathered.
 
 T is at most what one host has and the key-value heads divide by; further devices are further copies of the model. The
 rates are those of `RATES`, each with the log that it is from; what differs from them is not known to this page.
@@ -33,6 +36,7 @@ class Rate(NamedTuple):
 
 _SOLVE: Final = "2026-11-22-h100-quantize-time.jsonl (parts of one block)"
 _MESH: Final = "2026-11-22-h200x2-two-devices.jsonl"
+_GATHERS: Final = "2026-11-23-h200x2-two-devices.jsonl (W4A4)"
 _RUNTIME: Final = "2026-11-22-h100-runtime.jsonl (run 2, w4)"
 _MEMORY: Final = "2026-11-22-cpu-quantize-memory.jsonl (second run, 2 shared cores)"
 
@@ -44,7 +48,8 @@ RATES: Final[Mapping[str, Rate]] = {
     "compilation": Rate(92.0, "s", _SOLVE),
     "host": Rate(5.8e7, "B/s", _MEMORY),  # 16.06 GB read twice, hashed, and 5.73 GB written, in 277 s
     "decode": Rate(1.47e12, "B/s", _RUNTIME),  # 4.97 GB in 3.38 ms
-    "collective": Rate(2.9e-5, "s", _MESH),  # of two a layer: 3.75 ms on two devices, 3.81 on one
+    "sum": Rate(2.9e-5, "s", _MESH),  # of two a layer: 3.75 ms on two devices, 3.81 on one
+    "two gathers": Rate(4.1e-5, "s", _GATHERS),  # of two linears a layer: 4.49 ms on two devices, 3.76 on one
 }
 DEVICE_NBYTES: Final = 80 * 10**9  # of an H100
 _HOST_DEVICES: Final = 8
@@ -81,20 +86,21 @@ class Simulation:
         return self.host_seconds + self.calibration_seconds + self.solve_seconds + self.compile_seconds
 
 
-def token_seconds(nbytes: int, *, tensor: int = 1, layers: int = 0) -> float:
+def token_seconds(nbytes: int, *, tensor: int = 1, sums: int = 0, gathers: int = 0) -> float:
     """Returns the seconds of a decode step.
 
     Args:
       nbytes: weights and caches that it reads.
       tensor: devices that share the model.
-      layers: of the model, each with two sums over the devices.
+      sums: linears whose products are summed over the devices.
+      gathers: linears whose inputs and products are gathered.
 
     Example:
       >>> round(1 / token_seconds(4_970_000_000))  # Llama-3.1-8B at 4 bits, 2048 tokens in the cache
       296
     """
-    wait = 2 * layers * RATES["collective"].value if tensor > 1 else 0.0
-    return nbytes / tensor / RATES["decode"].value + wait
+    wait = sums * RATES["sum"].value + gathers * RATES["two gathers"].value
+    return nbytes / tensor / RATES["decode"].value + (wait if tensor > 1 else 0.0)
 
 
 def simulate(figures: Plan, *, devices: int, table_nbytes: int, kv_heads: int, context: int = 2048) -> Simulation:
@@ -132,7 +138,7 @@ def simulate(figures: Plan, *, devices: int, table_nbytes: int, kv_heads: int, c
     read = figures.nbytes - table_nbytes + cache_nbytes
     serving = (figures.nbytes + cache_nbytes) // tensor
     layers = len(figures.linears) // len(BLOCK_LINEARS)
-    token = token_seconds(read, tensor=tensor, layers=layers)
+    token = token_seconds(read, tensor=tensor, sums=2 * layers - figures.gathered, gathers=figures.gathered)
     return Simulation(
         devices=devices,
         device_nbytes=max(needs.block + needs.solved + activations + needs.device_working, needs.node),

@@ -67,6 +67,16 @@ def test_tokens_of_a_second(of: str, run: int, rows: int) -> None:
     assert held == pytest.approx(1e9 * row["decode"]["peak_gb"], rel=WITHIN)
 
 
+@pytest.mark.parametrize(("of", "recipe"), [("W4A16", "rtn-w4g128"), ("W4A4", "quarot-w4a4")])
+@pytest.mark.parametrize("devices", [1, 2])
+def test_tokens_of_a_second_on_two_devices(of: str, recipe: str, devices: int) -> None:
+    """One row behind 512 tokens; W4A4's rate of gathers is of this run, all other rates are of earlier ones."""
+    (row,) = log("2026-11-23-h200x2-two-devices.jsonl", of=of, devices=devices, rows=1)
+    table = tree_nbytes(abstract_llama(EIGHT, "bfloat16").embed_tokens)
+    found = simulate(planned(recipe), devices=devices, table_nbytes=table, kv_heads=8, context=512)
+    assert found.tokens_per_second == pytest.approx(row["tokens_per_second"], rel=WITHIN)
+
+
 def test_eight_devices_calibrate_faster_and_solve_as_fast() -> None:
     rows = [on(count, "llama-3.1-405b") for count in (1, 8, 64)]
     assert [row.tokens_per_second > 0 for row in rows] == [False, True, True]  # 218 GB on one of 80

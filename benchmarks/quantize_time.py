@@ -1,9 +1,11 @@
 r"""How long a recipe takes to quantize a model of a named shape: random bfloat16 weights, random windows, cold.
 
-Runs what `jquant quantize` runs between reading the model and saving it (`jquant.passes.run_passes`), then the parts of
-one more block apart: what collects statistics (with the Hessian's sums by themselves), factors, solves, and advances.
-Prints JSON lines: each block, the programs that were compiled, the parts, and the sum for the model's whole depth,
-which is extrapolated from the last block where fewer layers were asked for or the time ran out.
+Runs what `jquant quantize` runs between reading the model and saving it (`jquant.passes.run_passes`). Prints JSON lines
+as they come: each program that takes a second to compile, each block with the seconds of its phases, the programs that
+were compiled, the phases of the first block and of the mean of the others, and the sum for the model's whole depth,
+which is extrapolated from the last block where fewer layers were asked for or the time ran out. With `--parts` it then
+times the parts of one more block apart: what collects statistics (with the Hessian's sums by themselves), factors,
+solves, and advances; two or three more blocks' time, and what is compiled for it.
 
     python benchmarks/quantize_time.py [--recipe gptq-w4g128] [--layers 32] [--seconds 180] [--compilers 8]
 
@@ -16,8 +18,9 @@ import argparse
 import collections
 import dataclasses
 import json
+import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 import jax
@@ -37,6 +40,7 @@ from jquant.report import BlockReport
 
 STARTED: Final = time.monotonic()
 COMPILING: Final = "/jax/core/compile/"  # how JAX names what it reports of tracing, lowering and compiling
+COMPILED: Final = f"{COMPILING}backend_compile_duration"
 BYTES: Final = 1e9
 
 
@@ -53,7 +57,10 @@ def main() -> None:
     def count(event: str, duration_secs: float, **details: str | int) -> None:
         if event.startswith(COMPILING):
             compiled[str(details.get("fun_name"))] += duration_secs
+        if event == COMPILED:
             ends.append(time.monotonic())
+        if event == COMPILED and duration_secs >= 1.0:
+            show(program=str(details.get("fun_name")), compiling=round(duration_secs, 1))
 
     jax.monitoring.register_event_duration_secs_listener(count)
     config = dataclasses.replace(SHAPES[arguments.shape], num_hidden_layers=arguments.layers)
@@ -66,6 +73,7 @@ def main() -> None:
 
     before, began = dict(compiled), time.monotonic()
     times: list[float] = []
+    phases: list[dict[str, float]] = []
 
     def on_block(report: BlockReport) -> None:
         now = time.monotonic() - began
@@ -77,7 +85,9 @@ def main() -> None:
             compiling=round(sum(own.values()), 2),
             compiled_at=round(max(ends) - began, 1),
             programs=len(ends),
+            phases={name: round(seconds, 3) for name, seconds in report.phases.items()},
         )
+        phases.append(report.phases)
         if now > arguments.seconds:
             raise OutOfTime
 
@@ -93,6 +103,7 @@ def main() -> None:
         compiled={name: round(seconds, 2) for name, seconds in ranked if seconds >= 0.1},
         all=round(sum(own.values()), 1),
     )
+    _show_phases(times, phases)
     memory = jax.devices()[0].memory_stats() or {}
     depth, done = SHAPES[arguments.shape].num_hidden_layers, len(times)
     show(
@@ -108,6 +119,16 @@ def main() -> None:
         quantize = next(one for step in recipe.passes if isinstance(step, Sequential) for one in step.passes)
         assert isinstance(quantize, QuantizeWeights)
         _parts(quantize, blocks(model)[0], embed(model, tokens), config, compiled)
+
+
+def _show_phases(times: Sequence[float], phases: Sequence[Mapping[str, float]]) -> None:
+    """Prints the seconds of each phase of the first block, and of the mean of those after it that advance."""
+    between = slice(1, -1) if len(times) > 2 else slice(1, None)
+    for which, own in ("first block", slice(1)), ("mean of the others", between):
+        if seconds := times[own]:
+            mean = {name: sum(each[name] for each in phases[own]) / len(seconds) for name in phases[own][0]}
+            rest = sum(seconds) / len(seconds) - sum(mean.values())
+            show(phases_of=which, **{name: round(value, 3) for name, value in mean.items()}, rest=round(rest, 3))
 
 
 def _parts(
@@ -156,7 +177,9 @@ def _time(function: Callable[..., Any], arguments: tuple[Any, ...]) -> tuple[Any
 
 def show(**figures: Any) -> None:
     """Prints a JSON line."""
-    print(json.dumps(figures | {"at": round(time.monotonic() - STARTED, 1)}), flush=True)
+    line = json.dumps(figures | {"at": round(time.monotonic() - STARTED, 1)})
+    sys.stdout.write(f"{line}\n")  # one write, as compilers' threads show lines too
+    sys.stdout.flush()
 
 
 def _arguments() -> argparse.Namespace:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 
@@ -38,12 +38,16 @@ class BlockReport:
       linears: one row for each linear that was solved.
       seconds: what it took.
       losses: where the block was trained, the loss of each step before its update.
+      phases: seconds of what was timed by itself, such as "compile", "collect mlp_input", "solve mlp_input" and
+        "advance", which runs the windows through the solved block and is not part of `seconds`; programs that were
+        not compiled ahead count to the phase that used them first.
     """
 
     index: int
     linears: tuple[LinearReport, ...]
     seconds: float
     losses: tuple[float, ...] = ()
+    phases: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -76,4 +80,5 @@ def block_report_from_dict(value: dict[str, Any]) -> BlockReport:
     """Reads back one block of `Report.to_json`."""
     rows = tuple(LinearReport(**row) for row in value["linears"])
     losses = tuple(value.get("losses", ()))
-    return BlockReport(index=value["index"], linears=rows, seconds=value["seconds"], losses=losses)
+    phases = dict(value.get("phases", {}))
+    return BlockReport(index=value["index"], linears=rows, seconds=value["seconds"], losses=losses, phases=phases)

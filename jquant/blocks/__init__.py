@@ -21,6 +21,7 @@ from jquant.blocks.offloaded import ActivationPlace as ActivationPlace
 from jquant.blocks.offloaded import Offloaded as Offloaded
 from jquant.blocks.offloaded import piece_size as piece_size
 from jquant.blocks.rules import check_pattern as check_pattern
+from jquant.blocks.stopwatch import Stopwatch as Stopwatch
 from jquant.blocks.weights import SITES as SITES
 from jquant.blocks.weights import QuantizeWeights as QuantizeWeights
 from jquant.blocks.weights import Rule as Rule

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float
 
+from jquant.blocks.stopwatch import Stopwatch
 from jquant.models import Block, Llama, LlamaConfig
 from jquant.quantizers import Diagnostics
 from jquant.types import Key, Leaf
@@ -64,6 +65,7 @@ class BlockData:
       index: the block's place, from 0.
       teacher: the source's own activations around the block; None if no pass asked for a teacher.
       statistics: where statistics of those activations are kept; None to keep none.
+      watch: to which passes tell their phases.
     """
 
     inputs: Any | None
@@ -71,6 +73,7 @@ class BlockData:
     index: int = struct.field(pytree_node=False)
     teacher: Teacher | None = None
     statistics: StatisticStore | None = struct.field(pytree_node=False, default=None)
+    watch: Stopwatch = struct.field(pytree_node=False, default_factory=Stopwatch)
 
 
 class BlockPass(abc.ABC):

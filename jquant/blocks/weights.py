@@ -125,13 +125,16 @@ class QuantizeWeights(BlockPass):
         whole: dict[str, dict[str, Any]] = {}  # per_block: statistic's name -> sums of all sites of the source block
         if self.sequence == "per_block":
             of = self._of_source if self.inputs == "source" else _of_inputs
-            whole = {one.name: of(block, data, one) for one in self.wanted()}
+            whole = {one.name: data.watch.time("collect", of, block, data, one) for one in self.wanted()}
         for site, names in SITES.items():
             for quantizer, group in self._groups(names, data.index):
-                statistics = self._statistics(quantizer.statistic, block, data, site, whole)
+                collected = data.watch.time(
+                    f"collect {site}", self._statistics, quantizer.statistic, block, data, site, whole
+                )
                 for part in [group] if quantizer.separable else [(name,) for name in group]:
                     seed = jax.random.fold_in(key, zlib.crc32(part[0].encode()))
-                    for name, kernel, diagnostics in _solve(quantizer, block, part, statistics, seed):
+                    solved = data.watch.time(f"solve {site}", _solve, quantizer, block, part, collected, seed)
+                    for name, kernel, diagnostics in solved:
                         block = put(block, f"{name}.kernel", kernel)
                         report[f"layers.{data.index}.{name}"] = diagnostics
         return block, report
@@ -159,7 +162,7 @@ class QuantizeWeights(BlockPass):
                     sizes = tuple(kernel.shape[1] for kernel in kernels)
                     tensors = jax.eval_shape(functools.partial(split_outputs, sizes=sizes), traced.out_info[0])
                     for name, tensor in zip(part, tensors, strict=True):
-                        block = put(block, f"{name}.kernel", tensor)
+                        block = put(block, f"{name}.kernel", _placed(tensor, sums))
         return block
 
     def _of_source(self, block: Block, data: BlockData, statistic: Statistic) -> dict[str, Any]:
@@ -191,6 +194,13 @@ class QuantizeWeights(BlockPass):
         if self.sequence == "per_block":
             return whole[statistic.name][site]
         return collect_all(block, data.inputs, (site,), statistic, data.config)[site]
+
+
+def _placed[T](outlined: T, sums: Any) -> T:
+    """Returns an outline bound to the device to which the statistics' is bound, as what is solved with them will be."""
+    bound = next((leaf.sharding for leaf in jax.tree.leaves(sums)), None)
+    placed: T = jax.tree.map(lambda leaf: leaf.update(sharding=bound), outlined)
+    return placed
 
 
 def _of_inputs(block: Block, data: BlockData, statistic: Statistic) -> dict[str, Any]:
@@ -270,13 +280,21 @@ def collect(
 
 def _solve(
     quantizer: WeightQuantizer, block: Block, names: tuple[str, ...], statistics: Any, key: Key
-) -> Iterator[tuple[str, QuantizedTensor, Diagnostics]]:
+) -> list[tuple[str, QuantizedTensor, Diagnostics]]:
     """Solves the linears of one group as one matrix and cuts the result apart."""
     linears: list[Linear] = [get(block, name) for name in names]
     sizes = tuple(layer.kernel.shape[1] for layer in linears)
-    tensor, diagnostics = solve_jointly(quantizer, tuple(layer.kernel for layer in linears), statistics, key)
-    parts = split_outputs(tensor, sizes)
-    yield from zip(names, parts, split_diagnostics(diagnostics, sizes), strict=True)
+    whole = solve_jointly(quantizer, tuple(layer.kernel for layer in linears), statistics, key)
+    parts = [whole] if len(names) == 1 else _cut(*whole, sizes)
+    return [(name, *part) for name, part in zip(names, parts, strict=True)]
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _cut(
+    tensor: QuantizedTensor, diagnostics: Diagnostics, sizes: tuple[int, ...]
+) -> list[tuple[QuantizedTensor, Diagnostics]]:
+    """Cuts what was solved as one matrix into what each linear gets: one program, which rounds nothing."""
+    return list(zip(split_outputs(tensor, sizes), split_diagnostics(diagnostics, sizes), strict=True))
 
 
 @functools.partial(jax.jit, static_argnums=0, compiler_options=OPTIONS)

@@ -25,6 +25,7 @@ from jquant.blocks import (
     Offloaded,
     Programs,
     StatisticStore,
+    Stopwatch,
     Teacher,
     calibrated,
     calibration_attention,
@@ -167,24 +168,27 @@ def solve_blocks(
             inputs = open_files.enter_context(open_inputs(model, tokens, keeping))
         source_inputs = _embed(model, tokens) if taught and tokens is not None else None
         for index in range(last + 1):
-            started, layer = time.monotonic(), model.read(f"layers.{index}")
-            teacher = None if source_inputs is None else _teach(layer, source_inputs, config)
+            started, layer, watch = time.monotonic(), model.read(f"layers.{index}"), Stopwatch()
+            teacher = None if source_inputs is None else watch.time("teach", _teach, layer, source_inputs, config)
             resumed = store.get(index) if store else None
             if resumed is not None:
                 layer, report = resumed
                 solved = layer
             else:
-                data = BlockData(inputs, config, index, teacher, keeping.statistics)
+                data = BlockData(inputs, config, index, teacher, keeping.statistics, watch)
                 own = jax.random.fold_in(key, index)
                 if keeping.compilers:
-                    compile_ahead(_programs(passes, layer, data, own, advanced=index < last), keeping.compilers)
+                    ahead = _programs(passes, layer, data, own, advanced=index < last)
+                    watch.time("compile", compile_ahead, ahead, keeping.compilers)
                 solved, rows, losses = _run(passes, layer, data, own)
-                layer = compact_outliers(jax.block_until_ready(solved))
-                report = BlockReport(index=index, linears=rows, seconds=time.monotonic() - started, losses=losses)
+                layer = watch.time("compact", compact_outliers, jax.block_until_ready(solved))
+                seconds, phases = time.monotonic() - started, dict(watch.seconds)
+                report = BlockReport(index=index, linears=rows, seconds=seconds, losses=losses, phases=phases)
                 if store:
                     store.put(index, layer, report)
             if inputs is not None and index < last:
-                inputs = advance_all(dense_kernels(solved), inputs, config)
+                inputs = watch.time("advance", _advance_solved, solved, inputs, config)
+                report = dataclasses.replace(report, phases=report.phases | watch.seconds)
             source_inputs = None if teacher is None else teacher.outputs
             yield layer, report
 
@@ -197,6 +201,8 @@ def _programs(passes: Sequence[BlockPass], layer: Block, data: BlockData, key: K
             return None
         block = yield from one.programs(block, data, jax.random.fold_in(key, number))
     if advanced and block is not None and isinstance(data.inputs, Lanes):
+        for tensor in filter(_is_packed, jax.tree.leaves(block, is_leaf=_is_packed)):
+            yield _dense.trace(tensor)
         dense = jax.eval_shape(dense_kernels, block)
         for device, part in data.inputs.samples():
             yield advance.trace(outline(dense, device), outline(part), data.config)
@@ -205,6 +211,13 @@ def _programs(passes: Sequence[BlockPass], layer: Block, data: BlockData, key: K
 
 def _embed(model: LazyModel, tokens: Int[Array, "samples length"]) -> Float[Array, "samples length hidden"]:
     return embed(dataclasses.replace(model.abstract, embed_tokens=model.read("embed_tokens")), tokens)
+
+
+def _advance_solved(solved: Block, inputs: Any, config: LlamaConfig) -> Any:
+    """Returns what a block with packed kernels makes of inputs, which is there when this returns."""
+    outputs = advance_all(dense_kernels(solved), inputs, config)
+    jax.block_until_ready(outputs.parts)
+    return outputs
 
 
 def advance_all(layer: Block, inputs: Any, config: LlamaConfig) -> Any:
@@ -222,15 +235,20 @@ def dense_kernels(layer: Block) -> Block:
     """Returns a block with what its packed kernels stand for, in float32.
 
     Blocks whose packed shapes differ, as SpQR's lists of outliers do with and without their empty room, then share one
-    program: a block from the store gives the next one the same inputs, to the bit, as it gave when it was solved. Not
-    under jit, whose fusions could round differently from shape to shape.
+    program: a block from the store gives the next one the same inputs, to the bit, as it gave when it was solved. Each
+    kind of kernel is one program, whose roundings do not depend on that room: outliers are put in place after them.
     """
-
-    def is_packed(node: object) -> bool:
-        return isinstance(node, QuantizedTensor)
-
-    dense: Block = jax.tree.map(lambda node: node.dequantize() if is_packed(node) else node, layer, is_leaf=is_packed)
+    dense: Block = jax.tree.map(lambda node: _dense(node) if _is_packed(node) else node, layer, is_leaf=_is_packed)
     return dense
+
+
+def _is_packed(node: object) -> bool:
+    return isinstance(node, QuantizedTensor)
+
+
+@jax.jit
+def _dense(tensor: QuantizedTensor) -> Float[Array, "in out"]:
+    return tensor.dequantize()
 
 
 @functools.partial(jax.jit, static_argnums=2)

@@ -168,7 +168,10 @@ class SpqrTensor(QuantizedTensor):
         return weight.at[rows, outputs].set(values.astype(compute).astype(dtype), mode="drop")
 
     def compact(self) -> "SpqrTensor":
-        """Returns the same weight with no empty room in its list of outliers. For concrete arrays, not under jit."""
+        """Returns the same weight with no empty room in its list of outliers. For concrete arrays, not under jit.
+
+        Lists are put on the device as they are: `jnp.asarray` would compile a program for each new length.
+        """
         if self.outliers is None:
             return self
         given = self.outliers
@@ -182,10 +185,10 @@ class SpqrTensor(QuantizedTensor):
         places = np.arange(total) + np.repeat(first_of_output - new_first_of_output, runs.reshape(-1))
         new_firsts = np.cumsum(runs.sum(axis=1)) - runs.sum(axis=1)
         outliers = Outliers(
-            rows=jnp.asarray(rows[places]),
-            values=jnp.asarray(values[places]),
+            rows=jax.device_put(rows[places]),
+            values=jax.device_put(values[places]),
             counts=given.counts,
-            firsts=jnp.asarray(new_firsts[None, :].astype(np.int32)),
+            firsts=jax.device_put(new_firsts[None, :].astype(np.int32)),
         )
         return dataclasses.replace(self, outliers=outliers)
 

@@ -2,26 +2,27 @@ r"""Whether a GPU gives what it shall: solver kernels against the scan, cuDNN's 
 
     JQUANT_UNPROVEN=1 python benchmarks/solver_parity.py [--inputs 1024] [--outputs 4096] [--seconds 90]
 
-Prints JSON lines. Kernels: how many codes of a whole solve differ from the scan's, on a factor of correlated inputs,
-and milliseconds of both. Attention: one block of a named shape with random bfloat16 weights, what it gives and the
-Hessians that it leads to: the largest differences, relative to the root of the two diagonal entries; how many bytes of
-GPTQ's codes differ by it, and the loss of its codes on XLA's Hessian over that of XLA's own codes; whether a second run
-has the same bits; milliseconds a window. On a CPU the kernels are simulated: take small sizes.
+Prints JSON lines. All large programs are compiled first, beside each other. Kernels: how many codes of a whole solve
+differ from the scan's, on a factor of correlated inputs, and milliseconds of both. Attention: one block of a named
+shape with random bfloat16 weights, what it gives and the Hessians that it leads to: the largest differences, relative
+to the root of the two diagonal entries; how many bytes of GPTQ's codes differ by it, and the loss of its codes on
+XLA's Hessian over that of XLA's own codes; whether a second run has the same bits; milliseconds a window. On a CPU the
+kernels are simulated: take small sizes.
 """
 
 import argparse
 import functools
 import json
 import time
-from collections.abc import Callable, Iterator
-from typing import Any, Final
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Final, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from jquant.blocks.attention import calibrated
 from jquant.blocks.weights import OPTIONS
-from jquant.calibration.ahead import compile_ahead
+from jquant.calibration.ahead import MOST_COMPILERS, compile_ahead
 from jquant.formats import Layout, SpqrFormat, UniformFormat, hopper_card
 from jquant.models import SHAPES, Block, abstract_llama, blocks, prompt_block, random_like
 from jquant.quantizers import Gptq, Spqr
@@ -49,15 +50,25 @@ def main() -> None:
     on_gpu = hopper_card(device) is not None
     show(device=device, jax=jax.__version__, **vars(arguments))
     parts = list(_kernels(arguments.inputs, arguments.outputs, Solver.HOPPER if on_gpu else Solver.SIMULATED))
-    parts.append(functools.partial(_attention, arguments, Layout.HOPPER if on_gpu else Layout.SIMULATED))
+    parts.insert(1, _attention(arguments, Layout.HOPPER if on_gpu else Layout.SIMULATED))
+    show(traced=sum(len(part.programs) for part in parts))
+    compile_ahead((program for part in parts for program in part.programs), MOST_COMPILERS)
+    show(compiled=True)
     for part in parts:
         if time.monotonic() - STARTED > arguments.seconds:
             show(stopped=True)
             return
-        part()
+        part.run()
 
 
-def _kernels(inputs: int, outputs: int, kernel: Solver) -> Iterator[Callable[[], None]]:
+class Part(NamedTuple):
+    """What is compared: the large programs of it, to be compiled beside those of other parts, and what runs them."""
+
+    programs: tuple[jax.stages.Traced, ...]
+    run: Callable[[], None]
+
+
+def _kernels(inputs: int, outputs: int, kernel: Solver) -> Iterator[Part]:
     keys = jax.random.split(jax.random.key(0), 3)
     x = jax.random.normal(keys[0], (2 * inputs, inputs)) @ jax.random.normal(keys[1], (inputs, inputs))
     hessian, weight = x.T @ x / x.shape[0], jax.random.normal(keys[2], (inputs, outputs))
@@ -79,13 +90,13 @@ def _kernels(inputs: int, outputs: int, kernel: Solver) -> Iterator[Callable[[],
         ("stochastic LDLQ, 2 bits", functools.partial(steps, "stochastic", 0), weight + 1.5),
         ("LDLQ, 2 bits, 2 greedy passes", functools.partial(steps, "ldlq", 2), weight + 1.5),
     ):
-        yield functools.partial(_compare, name, solve, rows, kernel)
+        ways = {one: compiled(functools.partial(solve, one)) for one in (kernel, Solver.SCAN)}
+        traced = tuple(way.trace(rows) for way in ways.values())
+        yield Part(traced, functools.partial(_compare, name, ways, rows))
 
 
-def _compare(name: str, solve: Callable[[Solver, jax.Array], jax.Array], rows: jax.Array, kernel: Solver) -> None:
+def _compare(name: str, ways: Mapping[Solver, Callable[[jax.Array], jax.Array]], rows: jax.Array) -> None:
     found, figures = [], {}
-    ways = {one: compiled(functools.partial(solve, one)) for one in (kernel, Solver.SCAN)}
-    compile_ahead((way.trace(rows) for way in ways.values()), len(ways))
     for solver, way in ways.items():
         result, seconds = timed(way, rows)
         found.append(result)
@@ -93,7 +104,7 @@ def _compare(name: str, solve: Callable[[Solver, jax.Array], jax.Array], rows: j
     show(solver=name, codes_differ=int(jnp.sum(found[0] != found[1])), of=rows.size, **figures)
 
 
-def _attention(arguments: argparse.Namespace, layout: Layout) -> None:
+def _attention(arguments: argparse.Namespace, layout: Layout) -> Part:
     config = SHAPES[arguments.shape]
     block = random_like(blocks(abstract_llama(config, "bfloat16"))[0], jax.random.key(0))
     shape = (arguments.windows, arguments.length, config.hidden_size)
@@ -109,25 +120,32 @@ def _attention(arguments: argparse.Namespace, layout: Layout) -> None:
         sums, outputs = jax.lax.scan(window, {site: HESSIAN.init(config.hidden_size) for site in SITES}, inputs)
         return outputs, sums
 
+    kernel = block.self_attn.o_proj.kernel
+    taken, usual = (jax.jit(functools.partial(run, own)) for own in (layout, Layout.PORTABLE))
+    solve = compiled(lambda moment: GPTQ(kernel, moment, jax.random.key(0))[0])
+    sums = jax.eval_shape(lambda: HESSIAN.init(config.hidden_size))
+    traced = taken.trace(block, inputs), usual.trace(block, inputs), solve.trace(sums)
+    return Part(traced, functools.partial(_compare_attention, layout.value, taken, usual, solve, block, inputs))
+
+
+def _compare_attention(name: str, taken: Any, usual: Any, solve: Any, block: Block, inputs: jax.Array) -> None:
     figures = {}
-    taken = jax.jit(functools.partial(run, layout))
     mine, seconds = timed(taken, block, inputs)
-    figures["ms_a_window"] = round(1e3 * seconds / shape[0], 2)
+    figures["ms_a_window"] = round(1e3 * seconds / inputs.shape[0], 2)
     again = taken(block, inputs)
-    theirs, seconds = timed(jax.jit(functools.partial(run, Layout.PORTABLE)), block, inputs)
-    figures["xla_ms_a_window"] = round(1e3 * seconds / shape[0], 2)
+    theirs, seconds = timed(usual, block, inputs)
+    figures["xla_ms_a_window"] = round(1e3 * seconds / inputs.shape[0], 2)
     same = all(bool(jnp.array_equal(a, b)) for a, b in zip(*map(jax.tree.leaves, (mine, again)), strict=True))
     outputs = [each[0].astype(jnp.float32) for each in (mine, theirs)]
     off = float(jnp.max(jnp.abs(outputs[0] - outputs[1])) / jnp.max(jnp.abs(outputs[1])))
-    show(attention=layout.value, same_bits_again=same, outputs_off=off, **figures)
-    kernel = block.self_attn.o_proj.kernel
+    show(attention=name, same_bits_again=same, outputs_off=off, **figures)
+    kernel = block.self_attn.o_proj.kernel.astype(jnp.float32)
     for site in SITES:
         one, other = (each[1][site].mean() for each in (mine, theirs))
         size = jnp.sqrt(jnp.diagonal(other))
         error = float(jnp.max(jnp.abs(one - other) / (size[:, None] * size[None, :])))
-        solve = compiled(lambda moment: GPTQ(kernel, moment, jax.random.key(0))[0])
         tensors = [solve(each[1][site]) for each in (mine, theirs)]
-        losses = [jnp.sum(proxy_loss(kernel.astype(jnp.float32), tensor, other)) for tensor in tensors]
+        losses = [jnp.sum(proxy_loss(kernel, tensor, other)) for tensor in tensors]
         differ = float(jnp.mean(tensors[0].codes != tensors[1].codes))
         show(site=site, hessian_off=error, bytes_of_codes_differ=differ, loss_ratio=float(losses[0] / losses[1]))
 

@@ -98,8 +98,13 @@ def attend_rounded(
     values: Float32[Array, "rows kv_heads context dim"],
     lengths: Int32[Array, "rows"],
 ) -> BFloat16[Array, "rows heads dim"]:
-    """Returns what `attention_reference.attend` does in bfloat16, products summed in float32."""
-    return _by_heads(queries, keys.astype(jnp.bfloat16), values.astype(jnp.bfloat16), lengths)
+    """Returns what `attention_reference.attend` does in bfloat16, products summed in float32.
+
+    XLA may leave out a conversion to bfloat16 and back, and does so on a GPU where a KV head has one query head, whose
+    products it makes without tensor cores; `reduce_precision` is a rounding that it keeps.
+    """
+    keys, values = _bfloat16(keys), _bfloat16(values)
+    return _gathered(_bfloat16(_weights(queries, keys, lengths)), values, queries.shape)
 
 
 def bfloat16_attentions() -> dict[str, Callable[..., Any]]:
@@ -195,13 +200,26 @@ def _dot_product(
 
 
 def _by_heads(queries: jax.Array, keys: jax.Array, values: jax.Array, lengths: jax.Array) -> jax.Array:
+    return _gathered(_weights(queries, keys, lengths).astype(jnp.bfloat16), values, queries.shape)
+
+
+def _weights(queries: jax.Array, keys: jax.Array, lengths: jax.Array) -> jax.Array:
+    """Returns the softmax in float32, [rows, KV heads, query heads of each, context]."""
     rows, _, dim = queries.shape
     grouped = queries.reshape(rows, keys.shape[1], -1, dim)
     scores = jnp.einsum("bhrd,bhtd->bhrt", grouped, keys, preferred_element_type=jnp.float32) / math.sqrt(dim)
     seen = (jnp.arange(keys.shape[2])[None] < lengths[:, None])[:, None, None]
-    weights = jax.nn.softmax(jnp.where(seen, scores, jnp.finfo(jnp.float32).min), axis=-1).astype(jnp.bfloat16)
+    return jax.nn.softmax(jnp.where(seen, scores, jnp.finfo(jnp.float32).min), axis=-1)
+
+
+def _gathered(weights: jax.Array, values: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     found = jnp.einsum("bhrt,bhtd->bhrd", weights, values, preferred_element_type=jnp.float32)
-    return found.astype(jnp.bfloat16).reshape(queries.shape)
+    return found.astype(jnp.bfloat16).reshape(shape)
+
+
+def _bfloat16(numbers: jax.Array) -> jax.Array:
+    kind = jnp.finfo(jnp.bfloat16)
+    return jax.lax.reduce_precision(numbers, kind.nexp, kind.nmant).astype(jnp.bfloat16)
 
 
 def relative_error(found: Float[Array, "rows heads dim"], expected: Float[Array, "rows heads dim"]) -> float:

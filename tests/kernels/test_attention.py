@@ -12,6 +12,7 @@ from pallas_kernels import compat
 from pallas_kernels.attention import PackedCache, kivi_attention, packed_attention
 from pallas_kernels.attention_case import AttentionCase, bfloat16_attentions, random_legal_attention, relative_error
 from pallas_kernels.attention_kernel import AttentionConfig
+from pallas_kernels.attention_reference import dense_cache, in_rows
 from pallas_kernels.kivi_case import KiviCase
 from pallas_kernels.lanes import SimulatedLanes
 
@@ -41,6 +42,13 @@ SERVED = (  # Llama-3.1-8B and SmolLM2-135M
     KiviCase(2, 16, 32, 8, 128, 32768),
     KiviCase(4, 16, 32, 8, 128, 8192, group=64),
 )
+REFERENCES = (  # with one query head a KV head, whose products XLA makes without tensor cores on a GPU, and with more
+    AttentionCase("kv8", 4, 1, 1, 128, 128, grid="zero", ragged=True),
+    AttentionCase("kv16", 3, 8, 8, 128, 768, page=64, grid="none", ragged=True),
+    AttentionCase("kv8", 1, 7, 7, 128, 256, ragged=True),
+    AttentionCase("kv4", 2, 6, 2, 64, 192, page=32, ragged=True),
+)
+MORE_THAN_THE_OUTPUT = 2.0**-10  # what rounded weights change, relative
 
 
 type Form = Literal["proven", "unproven"]
@@ -109,6 +117,40 @@ def test_what_is_chosen_lowers_to_cuda(case: AttentionCase | KiviCase, form: For
     given = jax.eval_shape(lambda: case.operands(0))
     text = jax.jit(case.kernel(chosen(case, form))).trace(*given).lower(lowering_platforms=("cuda",)).as_text()
     assert "mosaic_gpu" in text
+
+
+def bfloat16(numbers: np.ndarray) -> np.ndarray:
+    return numbers.astype(np.float32).astype(jnp.bfloat16).astype(np.float64)
+
+
+def check_reference(case: AttentionCase) -> None:
+    """What kernels are compared with rounds keys, values, weights and result, as numpy does in float64 between."""
+    given, expected = case.operands(0), np.asarray(case.meaning(0), np.float64)
+    keys, values = (
+        bfloat16(np.asarray(in_rows(each, given.table), np.float64))
+        for each in dense_cache(given.cache, case.dim, case.grid)
+    )
+    queries = np.asarray(given.queries, np.float64).reshape(case.rows, case.kv_heads, -1, case.dim)
+    scores = np.einsum("bhrd,bhtd->bhrt", queries, keys) / np.sqrt(case.dim)
+    seen = (np.arange(keys.shape[2]) < np.asarray(given.lengths)[:, None])[:, None, None]
+    weights = np.where(seen, np.exp(scores - scores.max(-1, keepdims=True, where=seen, initial=-np.inf)), 0.0)
+    weights = bfloat16(weights / weights.sum(-1, keepdims=True))
+    emulated = bfloat16(np.einsum("bhrt,bhtd->bhrd", weights, values)).reshape(expected.shape)
+    found, size = np.asarray(case.rounded(0), np.float64), np.linalg.norm(expected)
+    apart = np.linalg.norm(bfloat16(expected) - emulated) / size
+    assert apart > MORE_THAN_THE_OUTPUT
+    assert np.linalg.norm(found - emulated) / size < apart / 4
+
+
+@pytest.mark.parametrize("case", REFERENCES, ids=str)
+def test_the_reference_is_bfloat16_attention(case: AttentionCase) -> None:
+    check_reference(case)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", REFERENCES, ids=str)
+def test_the_reference_is_bfloat16_attention_on_a_gpu(case: AttentionCase) -> None:
+    check_reference(case)
 
 
 def test_xla_attends_to_the_same() -> None:

@@ -91,12 +91,7 @@ def variants(case: Any, count: int) -> list[Any]:
     if isinstance(case, RotationCase):
         return [None]
     chosen = case.config()
-    if isinstance(case, KiviCase):
-        others = [case.config("inside")]
-    elif isinstance(case, AttentionCase):
-        others = [chosen.in_turns()]
-    else:
-        others = untried(case, chosen)
+    others = [] if isinstance(case, AttentionCase | KiviCase) else untried(case, chosen)
     return list(dict.fromkeys([chosen, *others]))[: 1 + count]
 
 

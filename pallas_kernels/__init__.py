@@ -18,7 +18,6 @@ from pallas_kernels.attention import kivi_attention as kivi_attention
 from pallas_kernels.attention import packed_attention as packed_attention
 from pallas_kernels.attention_configs import choose_attention as choose_attention
 from pallas_kernels.attention_configs import choose_kivi as choose_kivi
-from pallas_kernels.attention_configs import choose_window as choose_window
 from pallas_kernels.attention_kernel import AttentionConfig as AttentionConfig
 from pallas_kernels.binary import binary_decode as binary_decode
 from pallas_kernels.feedback import FeedbackConfig as FeedbackConfig

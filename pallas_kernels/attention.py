@@ -29,7 +29,6 @@ docs/kernels.md has the others, KIVI's, and what limits them.
 
 from typing import Final, NamedTuple
 
-import jax.numpy as jnp
 from jaxtyping import Array, BFloat16, Float, Int32, UInt8
 
 from pallas_kernels import compat
@@ -153,7 +152,6 @@ def kivi_attention(
     table: Int32[Array, "rows slots"] | None = None,
     *,
     config: AttentionConfig,
-    window_config: AttentionConfig | None,
     simulate: compat.Simulation | None = None,
 ) -> BFloat16[Array, "rows heads dim"]:
     """Attends to a KIVI cache: coded tokens, and a window of tokens in bfloat16, in any order.
@@ -165,9 +163,7 @@ def kivi_attention(
       window: the others; page b is row b.
       window_lengths: of them, for each row.
       table: the page that holds a row's coded tokens i * page to (i + 1) * page; None if page b is all of row b.
-      config: how the work on coded tokens is divided.
-      window_config: how that on the window is; None for the blocks of the coded tokens to do it, which no GPU has run
-        yet.
+      config: how the work is divided; the blocks of the coded tokens share the window.
       simulate: run in the interpreter on the CPU with these settings.
 
     Raises:
@@ -178,9 +174,7 @@ def kivi_attention(
     key_group = page // cache.key_grids.shape[2]
     groups = cache.value_grids.shape[3] // (2 * GROUP)
     fault = fault_of_attention(config, dim, share, page)
-    if window_config is not None:
-        fault = fault or fault_of_attention(window_config, dim, share, window.keys.shape[2])
-    elif fault is None and window.keys.shape[2] % WINDOW_TILE:
+    if fault is None and window.keys.shape[2] % WINDOW_TILE:
         fault = f"a window with room for {window.keys.shape[2]} tokens: give whole {WINDOW_TILE}s"
     fault = fault or fault_of_kivi(config, dim, bits, key_group, dim // groups)
     if fault:
@@ -192,17 +186,8 @@ def kivi_attention(
         Stream(cache.key_grids, key_group),
         Stream(cache.value_grids, GROUP),
     ]
-    if window_config is None:
-        inside = Window(window.keys, window.values, window_lengths)
-        return attend(queries, walk, streams, lengths, table, config, simulate, window=inside)
-    exact = [Stream(window.keys, 1), Stream(window.values, 1)]
-    plain = TokenWalk(16, dim, share, window_config.tile, "none", dim // groups)
-    extra = attend(queries, plain, exact, window_lengths, None, window_config, simulate, join_later=True)
-    if (
-        simulate is not None
-    ):  # two kernels at once, on two cores, wait for each other for ever: the second needs the first
-        lengths = lengths + (0.0 * extra[0, 0, 0, 0, 0]).astype(jnp.int32)
-    return attend(queries, walk, streams, lengths, table, config, simulate, extra=extra)
+    inside = Window(window.keys, window.values, window_lengths)
+    return attend(queries, walk, streams, lengths, table, config, simulate, inside)
 
 
 def fault_of_kivi(config: AttentionConfig, dim: int, bits: int, key_group: int, group: int) -> str | None:

@@ -59,19 +59,17 @@ TARGETS: Final[tuple[tuple[AnyCase, float | None, float | None, float | None], .
 )
 
 
-def rows_by_processes(check: int, end: float, *, untried: bool) -> Iterator[dict[str, Any]]:
+def rows_by_processes(check: int, end: float) -> Iterator[dict[str, Any]]:
     """Yields the rows of all cases, made by processes, and what is missing last.
 
     Args:
       check: how many random shapes, as of `rows`.
       end: when to begin nothing new, by `time.monotonic`.
-      untried: whether to take the options too that no GPU has run yet.
     """
     count, found = check + len(TARGETS), []
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "pallas_kernels.bench", "--kinds", "attention", "--check", str(check)]
         command += ["--turns", f"{folder}/turns", "--results", folder, "--seconds", str(end - time.monotonic())]
-        command += ["--untried"] if untried else []
         shared = [range(first, count, grid.PROCESSES) for first in range(min(grid.PROCESSES, count))]
         for text in grid.lines_of([[*command, "--cases", *map(str, own)] for own in shared], end):
             if text.startswith("{"):
@@ -81,9 +79,9 @@ def rows_by_processes(check: int, end: float, *, untried: bool) -> Iterator[dict
 
 
 def rows(
-    times: Times, copy: Callable[[], float], check: int, end: float, own: Sequence[int], turns: Path, *, untried: bool
+    times: Times, copy: Callable[[], float], check: int, end: float, own: Sequence[int], turns: Path
 ) -> Iterator[dict[str, Any]]:
-    """Yields rows of cases with or beside a target and of random legal shapes, one for each way of dividing them.
+    """Yields rows of cases with or beside a target and of random legal shapes.
 
     Args:
       times: measures a call over sets of operands: microseconds and kernels.
@@ -92,12 +90,11 @@ def rows(
       end: when to begin nothing new, by `time.monotonic`.
       own: which cases.
       turns: the file whose lock lets one process at a time measure.
-      untried: whether to take the options too that no GPU has run yet.
     """
     every: list[AnyCase] = [*(case for case, *_ in TARGETS), *random_legal_attention(0, check)]
     with ThreadPoolExecutor(THREADS) as pool:
         programs = [_Programs(every[index], TARGETS[index][1:] if index < len(TARGETS) else None) for index in own]
-        compiling = [pool.submit(each.compile, untried=untried) for each in programs]
+        compiling = [pool.submit(each.compile) for each in programs]
         for program, compiled in zip(programs, compiling, strict=True):
             failed = compiled.exception()
             if time.monotonic() > end:
@@ -107,11 +104,11 @@ def rows(
                 yield program.row | {"failure": f"{type(failed).__name__}: {failed}"[:300]}
                 continue
             with grid.turn(turns):
-                yield from program.rows(times, copy)
+                yield program.measured(times, copy)
 
 
 class _Programs:
-    """One case's programs and rows."""
+    """One case's programs and row."""
 
     def __init__(self, case: AnyCase, targets: Sequence[float | None] | None) -> None:
         self.case, self.targets = case, targets
@@ -119,13 +116,12 @@ class _Programs:
         self.shape = (case.rows, case.heads, case.kv_heads, case.dim, case.tokens)
         self.dense = 4.0 * case.rows * case.kv_heads * case.dim * case.tokens
 
-    def compile(self, *, untried: bool) -> None:
+    def compile(self) -> None:
         """Compiles everything; this needs the processor alone."""
-        case, configs = self.case, [self.case.config()]
-        if untried:
-            configs.append(case.config("inside") if isinstance(case, KiviCase) else configs[0].in_turns())
+        case = self.case
+        self.row |= {"config": dataclasses.asdict(case.config())}
         given = jax.eval_shape(lambda: case.operands(0))
-        self.kernels = [(config, jax.jit(case.kernel(config)).lower(*given).compile()) for config in configs]
+        self.kernel = jax.jit(case.kernel(case.config())).lower(*given).compile()
         self.operands, self.meaning, self.rounded = (
             jax.jit(each).lower(SEED).compile(UNTRIED) for each in (case.operands, case.meaning, case.rounded)
         )
@@ -140,32 +136,28 @@ class _Programs:
                 found[name] = times(jax.jit(function).lower(*sets[0]).compile(), sets)[0]
         return found
 
-    def rows(self, times: Times, copy: Callable[[], float]) -> Iterator[dict[str, Any]]:
-        """Yields a row for each configuration."""
+    def measured(self, times: Times, copy: Callable[[], float]) -> dict[str, Any]:
+        """Returns the row."""
+        row = self.row
         try:
-            of_others = self._of_others(times)
+            row |= {"microseconds_of": self._of_others(times)}
             count = 1 if self.targets is None else _copies(self.case.bytes_of_cache)
             sets = [tuple(self.operands(jnp.int32(seed))) for seed in range(count)]
             expected = self.meaning(jnp.int32(0))
             own = relative_error(self.rounded(jnp.int32(0)), expected)
+            found = self.kernel(*sets[0])
+            same = bool((found == self.kernel(*sets[0])).all())
+            row |= {"bf16_error": own, "error": relative_error(found, expected), "same_bits": same}
+            if not same or not row["error"] < min(WRONG, AS_GOOD * own):
+                row["target"] = "WRONG"
+            elif self.targets is not None:
+                row["microseconds"], row["kernels"] = times(self.kernel, sets)
+                row["rate"] = self.case.bytes_of_cache / row["microseconds"] / 1e3
+                row |= {"peak": copy(), "of_peak": row["rate"] / copy()}
+                row |= _verdict(row, self.targets)
         except FAILURES as error:
-            yield self.row | {"failure": f"{type(error).__name__}: {error}"[:300]}
-            return
-        for config, call in self.kernels:
-            row = self.row | {"config": dataclasses.asdict(config), "bf16_error": own, "microseconds_of": of_others}
-            try:
-                found = call(*sets[0])
-                row |= {"error": relative_error(found, expected), "same_bits": bool((found == call(*sets[0])).all())}
-                if not row["same_bits"] or not row["error"] < min(WRONG, AS_GOOD * own):
-                    row["target"] = "WRONG"
-                elif self.targets is not None:
-                    row["microseconds"], row["kernels"] = times(call, sets)
-                    row["rate"] = self.case.bytes_of_cache / row["microseconds"] / 1e3
-                    row |= {"peak": copy(), "of_peak": row["rate"] / copy()}
-                    row |= _verdict(row, self.targets)
-            except FAILURES as error:
-                row["failure"] = f"{type(error).__name__}: {error}"[:300]
-            yield row
+            row["failure"] = f"{type(error).__name__}: {error}"[:300]
+        return row
 
 
 def missing(found: Sequence[dict[str, Any]]) -> list[str]:

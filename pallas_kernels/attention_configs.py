@@ -1,13 +1,15 @@
 """How attention over packed caches is divided: a rule by the shapes, from measurements on an H100."""
 
+import dataclasses
 import functools
 import math
-from typing import Final, Literal
+from typing import Final
 
 from pallas_kernels import flash
 from pallas_kernels.attention_kernel import AttentionConfig
 from pallas_kernels.configs import MULTIPROCESSORS, ONE_BLOCK
 
+EXACT: Final = 16  # bits of bfloat16, whose tiles in runs are the faster: 178.5 us, 179.5 in turns (16 x 8192)
 WARPGROUPS: Final = 4  # of a block: 128 registers a thread, and one block for each multiprocessor
 TILES: Final = (128, 64)
 WIDE_TILE: Final = 256  # of KIVI: a warp multiplies the keys' grid once for 64 tokens
@@ -45,26 +47,30 @@ def choose_attention(
 
     Example:
       >>> choose_attention(4, 16, 8, 128, 8192)
-      AttentionConfig(splits=1, tile=128, stages=3, warpgroups=4, tiles='in runs', join='by heads')
+      AttentionConfig(splits=1, tile=128, stages=3, warpgroups=4, tiles='in turns')
       >>> choose_attention(4, 1, 8, 128, 32768)
-      AttentionConfig(splits=16, tile=64, stages=4, warpgroups=4, tiles='in runs', join='by heads')
+      AttentionConfig(splits=16, tile=64, stages=4, warpgroups=4, tiles='in turns')
       >>> choose_attention(4, 1, 8, 128, 2048)
-      AttentionConfig(splits=8, tile=128, stages=2, warpgroups=1, tiles='in runs', join='by heads')
+      AttentionConfig(splits=8, tile=128, stages=2, warpgroups=1, tiles='in turns')
     """
-    page = page or tokens
+    found = _choose_attention(bits, rows, kv_heads, dim, tokens, page or tokens)
+    return dataclasses.replace(found, tiles="in runs") if bits == EXACT else found
+
+
+def _choose_attention(bits: int, rows: int, kv_heads: int, dim: int, tokens: int, page: int) -> AttentionConfig:
     if dim <= NARROW and page % TILES[0] == 0:
         splits = _splits(rows * kv_heads, -(-tokens // TILES[0]), BLOCKS_OF_NARROW * MULTIPROCESSORS, 1)
-        return AttentionConfig(splits, TILES[0], MOST_STAGES if bits < 16 else 2, 1)
+        return AttentionConfig(splits, TILES[0], MOST_STAGES if bits < EXACT else 2, 1)
     few = rows * kv_heads * -(-tokens // TILES[0]) <= FEW
     if few and dim < WIDEST:
-        tile = next((each for each in TILES[bits == 16 :] if page % each == 0 or each % page == 0), TILES[-1])
+        tile = next((each for each in TILES[bits == EXACT :] if page % each == 0 or each % page == 0), TILES[-1])
         tiles = -(-tokens // tile)
         return AttentionConfig(max(1, min(SPLITS_OF_FEW, tiles // LEAST_TILES)), tile, 2, 1)
     row, to_meet = dim * bits // 8, flash.bytes_to_meet(dim)
     room = ONE_BLOCK - 4 * (WARPGROUPS - 1) * math.prod(flash.shape_of_result(dim))
 
     def fitting(tile: int) -> int:
-        one = tile * (2 * row + (0 if bits == 16 else BYTES_OF_GRIDS))
+        one = tile * (2 * row + (0 if bits == EXACT else BYTES_OF_GRIDS))
         stages = min(MOST_STAGES, room // (WARPGROUPS * one))
         if stages * tile * row < to_meet:  # these need memory of their own
             stages = min(stages, (room - WARPGROUPS * to_meet) // (WARPGROUPS * one))
@@ -85,48 +91,38 @@ def choose_kivi(
     dim: int,
     tokens: int,
     group: int = LEAST_GROUP,
-    window: Literal["apart", "inside"] = "apart",
 ) -> AttentionConfig:
-    """Returns a configuration for KIVI's coded tokens: as many warpgroups as the shared memory has room for.
+    """Returns a configuration for KIVI's caches: as many warpgroups as the shared memory has room for.
 
     Args:
       bits: of a code.
       rows: of the batch.
       kv_heads: heads of the cache.
       dim: numbers of a head.
-      tokens: that the longest row may have.
+      tokens: coded ones that the longest row may have.
       group: tokens or channels of a grid.
-      window: what walks it: a kernel of its own, or the blocks of the coded tokens, which no GPU has run yet.
 
     Example:
       >>> choose_kivi(2, 16, 8, 128, 32768)
-      AttentionConfig(splits=1, tile=128, stages=2, warpgroups=4, tiles='in runs', join='by heads')
+      AttentionConfig(splits=1, tile=128, stages=2, warpgroups=4, tiles='in turns')
     """
-    inside = window == "inside"
-    wide = inside and group >= LEAST_GROUP_OF_WIDE and tokens % WIDE_TILE == 0
+    wide = group >= LEAST_GROUP_OF_WIDE and tokens % WIDE_TILE == 0
     tile = WIDE_TILE if wide else TILES[0]
     grids = MOST_BYTES_OF_KIVI_GRIDS * dim // (group if wide else LEAST_GROUP)
     one = tile * (2 * dim * bits // 8 + grids)
     result = 4 * math.prod(flash.shape_of_result(dim))
     room = ONE_BLOCK // (STAGES_OF_KIVI * one + flash.bytes_to_meet(dim) + result)
     warpgroups = max(1, min(WARPGROUPS, room))
-    joining = COST_OF_JOIN if inside else 0.0  # a window apart is joined in any case
-    splits = _splits(rows * kv_heads, -(-tokens // tile), MULTIPROCESSORS, warpgroups, joining)
-    found = AttentionConfig(splits, tile, STAGES_OF_KIVI, warpgroups)
-    return found.in_turns() if inside else found
+    splits = _splits(rows * kv_heads, -(-tokens // tile), MULTIPROCESSORS, warpgroups)
+    return AttentionConfig(splits, tile, STAGES_OF_KIVI, warpgroups)
 
 
-def choose_window() -> AttentionConfig:
-    """Returns the configuration for KIVI's window, at most 129 or 257 tokens in bfloat16."""
-    return AttentionConfig(1, TILES[1], 3, 1)
-
-
-def _splits(heads: int, tiles: int, slots: int, warpgroups: int, joining: float = COST_OF_JOIN) -> int:
-    """Returns how many blocks should share a head's tiles, where so many run at once and joining costs so much."""
+def _splits(heads: int, tiles: int, slots: int, warpgroups: int) -> int:
+    """Returns how many blocks should share a head's tiles, where so many run at once."""
 
     def cost(splits: int) -> float:
         waves = -(-heads * splits // slots)
-        return waves * (-(-tiles // (splits * warpgroups)) + COST_OF_BLOCK) + (joining if splits > 1 else 0.0)
+        return waves * (-(-tiles // (splits * warpgroups)) + COST_OF_BLOCK) + (COST_OF_JOIN if splits > 1 else 0.0)
 
     most = max(1, min(MOST_SPLITS, tiles // (warpgroups * LEAST_TILES)))
     return min(range(1, most + 1), key=cost)

@@ -2,16 +2,12 @@
 
     block (row, head, split)   warpgroups 0.., each with tiles of its own: copies -> `Walk.step` .. `Walk.finish`
                                -> shared memory -> warpgroup 0 joins -> the result, or a part of it
-    block (row, head)          warpgroups share the parts of the splits -> join -> the result
+    block (row, head, piece)   a tile of each warp's numbers, of all splits -> join -> a piece of the result
 
-No order of additions depends on time.
-
-Three options, which no GPU has run yet and nothing chooses by itself: tiles are taken "in turns", each warpgroup every
-n-th, so that its first one is known, and asked for, before the row's length is; results are joined "by pieces", a block
-(row, head, piece) for a tile of each warp's numbers; and the blocks of coded tokens walk KIVI's window too (`Window`).
+No order of additions depends on time. Tiles taken "in turns", each warpgroup every n-th, let its first one be known,
+and asked for, before the row's length is. The blocks of coded tokens walk KIVI's window too (`Window`).
 """
 
-import dataclasses
 import functools
 from dataclasses import dataclass
 from typing import Any, Final, Literal, NamedTuple
@@ -20,10 +16,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jaxtyping import Array, BFloat16, Float32, Int32
+from jaxtyping import Array, BFloat16, Int32
 
 from pallas_kernels import compat, flash
-from pallas_kernels.attention_join import join_warpgroups, joiner, scratch_to_join
+from pallas_kernels.attention_join import Joiner, join_warpgroups, scratch_to_join
 from pallas_kernels.flash_kivi import KiviWalk
 from pallas_kernels.flash_tokens import TokenWalk
 from pallas_kernels.lanes_gpu import run
@@ -43,20 +39,14 @@ class AttentionConfig:
       tile: tokens of one copy, a multiple of 64.
       stages: copies that a warpgroup has under way.
       warpgroups: of a block, each with a part of the block's tokens.
-      tiles: which ones are a warpgroup's: neighbours, or every n-th.
-      join: what adds splits: a block for a head, or for a piece of it.
+      tiles: which ones are a warpgroup's: every n-th, or neighbours.
     """
 
     splits: int = 1
     tile: int = 128
     stages: int = 3
     warpgroups: int = 1
-    tiles: Literal["in runs", "in turns"] = "in runs"
-    join: Literal["by heads", "by pieces"] = "by heads"
-
-    def in_turns(self) -> "AttentionConfig":
-        """Returns the same division with the options that no GPU has run yet."""
-        return dataclasses.replace(self, tiles="in turns", join="by pieces")
+    tiles: Literal["in turns", "in runs"] = "in turns"
 
 
 class Stream(NamedTuple):
@@ -88,12 +78,9 @@ def attend(
     table: Int32[Array, "rows slots"] | None,
     config: AttentionConfig,
     simulate: compat.Simulation | None,
-    extra: Float32[Array, "rows kv_heads parts 64 columns"] | None = None,
     window: Window | None = None,
-    *,
-    join_later: bool = False,
-) -> BFloat16[Array, "rows heads dim"] | Float32[Array, "rows kv_heads splits 64 columns"]:
-    """Runs the kernel that walks a cache, and the one that joins, where there is more than one part.
+) -> BFloat16[Array, "rows heads dim"]:
+    """Runs the kernel that walks a cache, and the one that joins, where there is more than one split.
 
     Args:
       queries: after RoPE.
@@ -103,14 +90,12 @@ def attend(
       table: pages of each row, or None.
       config: how the work is divided.
       simulate: run in the interpreter on the CPU with these settings.
-      extra: parts that another call gave, to be joined with those of this one.
       window: other tokens to walk, or None.
-      join_later: give the parts, for another call.
     """
     rows, heads, dim = queries.shape
     _, kv_heads, page, _ = streams[0].array.shape
     units = tuple(stream.unit for stream in streams)
-    whole = config.splits == 1 and extra is None and not join_later
+    whole = config.splits == 1
     kernel = _Kernel(config, walk, page, units, table is not None, window is not None, whole, simulate is not None)
     given = [queries.reshape(rows, kv_heads, -1, dim), lengths, *(window or ()), *(stream.array for stream in streams)]
     result = jax.ShapeDtypeStruct((rows, kv_heads, heads // kv_heads, dim), jnp.bfloat16)
@@ -126,22 +111,13 @@ def attend(
         simulate=simulate,
     )
     found = call(*given, *(() if table is None else (table,)))
-    if join_later:
-        return found
     if not whole:
         write = functools.partial(flash.write, shape=(walk.share, dim), group=walk.group)
-        way = config.join if extra is None else "by heads"
-        join = joiner(config.splits, dim, write, way, simulated=simulate is not None)
+        join = Joiner(config.splits, dim, write, simulate is not None)
         call = compat.kernel(
-            join.body,
-            out=result,
-            scratch=scratch_to_join(join.warpgroups, dim),
-            grid=blocks | join.blocks,
-            warpgroups=join.warpgroups,
-            manual_barriers=True,
-            simulate=simulate,
+            join.body, out=result, scratch={}, grid=blocks | join.blocks, manual_barriers=True, simulate=simulate
         )
-        found = call(found, *(() if extra is None else (extra,)))
+        found = call(found)
     return found.reshape(queries.shape)
 
 
@@ -256,7 +232,7 @@ class _Kernel:
             else:
                 out_gmem[row, head, split] = result
 
-        join_warpgroups(met, [], c.warpgroups, memory, store, simulated=self.simulated)
+        join_warpgroups(met, c.warpgroups, memory, store, simulated=self.simulated)
 
     def _tiles(self, length: Any, tile: int, part: Any, parts: int) -> tuple[Any, int, Any]:
         """Returns the first of a part's tiles, how far they lie apart, and how many there are."""

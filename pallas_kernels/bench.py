@@ -97,7 +97,7 @@ def _run(arguments: argparse.Namespace, end: float, write: Callable[[dict[str, A
     bench, chosen = Bench(), []
     if arguments.cases:
         own = arguments.check, end, arguments.cases, arguments.turns
-        for row in attention_bench.rows(kernel_microseconds, bench.peaks.copy_rate, *own, untried=arguments.untried):
+        for row in attention_bench.rows(kernel_microseconds, bench.peaks.copy_rate, *own):
             print(json.dumps(row), flush=True)
         return []
     if arguments.grid and arguments.turns:
@@ -146,7 +146,7 @@ def _others(bench: "Bench", arguments: argparse.Namespace, end: float, write: Ca
                 write(row := bench.rotation(turn))
                 print(_rotation_line(turn, row), flush=True)
     if ATTENTION in (arguments.kinds or ()) or not asked:
-        for row in attention_bench.rows_by_processes(arguments.check, end, untried=arguments.untried):
+        for row in attention_bench.rows_by_processes(arguments.check, end):
             write(row)
             print(attention_bench.line(row), flush=True)
 

@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Final, Literal, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ from pallas_kernels import attention_reference as reference
 from pallas_kernels import kivi_layout
 from pallas_kernels.attention import KiviPages, PackedCache, kivi_attention
 from pallas_kernels.attention_case import attend_rounded
-from pallas_kernels.attention_configs import choose_kivi, choose_window
+from pallas_kernels.attention_configs import choose_kivi
 from pallas_kernels.attention_kernel import AttentionConfig
 
 WINDOW: Final = 192  # room of the window in whole tiles
@@ -70,9 +70,9 @@ class KiviCase:
         """Returns the bytes of codes and grids of all coded tokens."""
         return self.rows * self.kv_heads * self.tokens * self.dim * (self.bits / 4 + 8 / self.group)
 
-    def config(self, window: Literal["apart", "inside"] = "apart") -> AttentionConfig:
-        """Returns what the rule chooses; `kernel` gives the window to the same blocks where it was made for that."""
-        return choose_kivi(self.bits, self.rows, self.kv_heads, self.dim, self.tokens, self.group, window)
+    def config(self) -> AttentionConfig:
+        """Returns what the rule chooses."""
+        return choose_kivi(self.bits, self.rows, self.kv_heads, self.dim, self.tokens, self.group)
 
     def operands(self, seed: int) -> KiviOperands:
         """Returns random operands; all tokens are there, and 129 in the window."""
@@ -80,8 +80,7 @@ class KiviCase:
 
     def kernel(self, config: AttentionConfig) -> Callable[..., Any]:
         """Returns the kernel as a function of the operands."""
-        apart = config.tiles == "in runs"
-        return functools.partial(kivi_attention, config=config, window_config=choose_window() if apart else None)
+        return functools.partial(kivi_attention, config=config)
 
     def meaning(self, seed: int) -> Float32[Array, "rows heads dim"]:
         """Returns the attention of the operands of a seed in float32, with grids that are not rounded."""

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float, Int
 
-from jquant.formats import Layout, unproven
+from jquant.formats import Layout
 from jquant.kv.base import KvCodec, Prompt, Rope
 from jquant.kv.exact import ExactKv
 from jquant.kv.kivi import Kivi
@@ -257,9 +257,8 @@ def attention_fault(codec: KvCodec, dim: int, share: int, dtype: jax.typing.DTyp
         return f"{jnp.dtype(dtype)} caches, kernels take bfloat16"
     fault = fault_of_heads(dim, share)
     if fault is None and isinstance(own, Kivi):
-        fault = fault_of_kivi(
-            choose_kivi(own.key_bits, 1, 1, dim, TILE), dim, own.key_bits, own.group_size, own.group_size
-        )
+        bits, group = own.key_bits, own.group_size
+        fault = fault_of_kivi(choose_kivi(bits, 1, 1, dim, TILE, group), dim, bits, group, group)
     return fault
 
 
@@ -316,13 +315,12 @@ def attend_packed(
     if isinstance(codec, PackedPerTokenKv):
         grid, bits = "low" if codec.inner.grid == "float_zero" else "zero", codec.inner.bits
     lengths = jnp.minimum(positions + 1, cache.capacity).astype(jnp.int32)
-    config = choose_attention(bits, batch, heads, cache.dim, slots)
     found = packed_attention(
         queries.astype(jnp.bfloat16),
         PackedCache(keys, values, cache.grids),
         lengths,
         grid=grid,
-        config=config if unproven(codec.layout) else config.in_turns(),
+        config=choose_attention(bits, batch, heads, cache.dim, slots),
         simulate=simulation(codec.layout),
     )
     return found.astype(queries.dtype)
@@ -334,21 +332,19 @@ def _attend_kivi(
     queries: Float[Array, "batch heads dim"],
     positions: Int[Array, "batch"],
 ) -> Float[Array, "batch heads dim"]:
-    """Attends to coded tokens and ring, by two kernels whose results a third joins, or one that no GPU has run."""
-    from pallas_kernels import KiviPages, PackedCache, choose_kivi, choose_window, kivi_attention
+    """Attends to coded tokens and ring by the same blocks."""
+    from pallas_kernels import KiviPages, PackedCache, choose_kivi, kivi_attention
 
     residual, inner = codec.inner.residual_length, codec.inner
     batch, heads, slots, _ = cache.keys.shape
-    apart = unproven(codec.layout)
-    sizes = inner.key_bits, batch, heads, cache.recent_keys.shape[-1], slots, inner.group_size
+    dim = cache.recent_keys.shape[-1]
     found = kivi_attention(
         queries.astype(jnp.bfloat16),
         KiviPages(*(jnp.asarray(each) for each in (cache.keys, cache.values, cache.key_grids, cache.value_grids))),
         jnp.maximum(positions - residual, 0).astype(jnp.int32),
         PackedCache(jnp.asarray(cache.recent_keys), jnp.asarray(cache.recent_values), None),
         jnp.minimum(positions, residual).astype(jnp.int32) + 1,
-        config=choose_kivi(*sizes, "apart" if apart else "inside"),
-        window_config=choose_window() if apart else None,
+        config=choose_kivi(inner.key_bits, batch, heads, dim, slots, inner.group_size),
         simulate=simulation(codec.layout),
     )
     return found.astype(queries.dtype)

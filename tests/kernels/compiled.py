@@ -68,12 +68,11 @@ def programs() -> Iterator[tuple[str, Any, tuple[Any, ...]]]:
             return rotate_quantize(x, *matrices, order=order, config=config)
 
         yield f"rotation {order}", turn, (jax.ShapeDtypeStruct((64, order), jnp.bfloat16), *rotation)
-    long, grouped = AttentionCase("kv4", 1, 32, 8, 128, 32768), KiviCase(2, 16, 32, 8, 128, 32768, group=128)
-    proven = AttentionCase("kv4", 16, 32, 8, 128, 8192), KiviCase(2, 16, 32, 8, 128, 8192)
-    attentions = [(case, case.config()) for case in proven]
-    for attention, chosen in (*attentions, (long, long.config().in_turns()), (grouped, grouped.config("inside"))):
+    coded = [AttentionCase("kv4", *shape) for shape in ((16, 32, 8, 128, 8192), (1, 32, 8, 128, 32768))]
+    exact = AttentionCase("kv16", 16, 32, 8, 128, 8192, grid="none")
+    for attention in (*coded, exact, *(KiviCase(2, 16, 32, 8, 128, 32768, group=group) for group in (32, 128))):
         given = jax.eval_shape(lambda attention=attention: attention.operands(0))
-        yield f"{attention} {chosen}", attention.kernel(chosen), given
+        yield f"{attention} {attention.config()}", attention.kernel(attention.config()), given
 
 
 def _arguments(case: Any) -> tuple[Any, ...]:

@@ -1,7 +1,6 @@
 """Attention over packed caches: every thread simulated, with detection of races, against float32; lowering to CUDA."""
 
 import functools
-from typing import Final, Literal
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +18,7 @@ from pallas_kernels.lanes import SimulatedLanes
 BF16_ROUNDING = 2.0**-8  # relative, of P or P times a scale, rounded to bfloat16, and of the output
 AS_GOOD = 1.1  # of bfloat16's own error: where both are little more than the output's rounding, chance decides
 
+EARLY = "bfloat16, the first tile early"
 CASES = {
     "4 bits, pages, two splits of two": (
         AttentionCase("kv4", 2, 6, 2, 64, 192, page=32, ragged=True),
@@ -28,9 +28,13 @@ CASES = {
         AttentionCase("kv8", 1, 8, 1, 128, 128, grid="zero", ragged=True),
         AttentionConfig(tile=64, stages=1),
     ),
-    "bfloat16, tiles in turns, the first early": (
+    EARLY: (
         AttentionCase("kv16", 2, 8, 1, 64, 256, grid="none", ragged=True),
-        AttentionConfig(tile=64, stages=2, tiles="in turns"),
+        AttentionConfig(tile=64, stages=2),
+    ),
+    "bfloat16, tiles in runs": (
+        AttentionCase("kv16", 1, 8, 1, 64, 256, grid="none", ragged=True),
+        AttentionConfig(splits=2, tile=64, stages=1, tiles="in runs"),
     ),
 }
 SERVED = (  # Llama-3.1-8B and SmolLM2-135M
@@ -41,6 +45,7 @@ SERVED = (  # Llama-3.1-8B and SmolLM2-135M
     AttentionCase("kv4", 1, 9, 3, 64, 2048),
     KiviCase(2, 16, 32, 8, 128, 32768),
     KiviCase(4, 16, 32, 8, 128, 8192, group=64),
+    AttentionCase("kv4", 1, 32, 8, 128, 32768),
 )
 REFERENCES = (  # with one query head a KV head, whose products XLA makes without tensor cores on a GPU, and with more
     AttentionCase("kv8", 4, 1, 1, 128, 128, grid="zero", ragged=True),
@@ -49,27 +54,6 @@ REFERENCES = (  # with one query head a KV head, whose products XLA makes withou
     AttentionCase("kv4", 2, 6, 2, 64, 192, page=32, ragged=True),
 )
 MORE_THAN_THE_OUTPUT = 2.0**-10  # what rounded weights change, relative
-
-
-type Form = Literal["proven", "unproven"]
-
-LOWERED: Final[list[tuple[Form, AttentionCase | KiviCase]]] = [
-    *(("proven", SERVED[index]) for index in (0, 1, 3, 4, 5)),
-    ("unproven", AttentionCase("kv4", 1, 32, 8, 128, 32768)),
-    ("unproven", SERVED[5]),
-]
-RUN: Final[list[tuple[Form, AttentionCase | KiviCase]]] = [
-    *(("proven", case) for case in (*SERVED, *random_legal_attention(0, 20))),
-    *(("unproven", case) for case in (*SERVED, AttentionCase("kv4", 1, 32, 8, 128, 32768))),
-    *(("unproven", case) for case in random_legal_attention(1, 4)),
-]
-
-
-def chosen(case: AttentionCase | KiviCase, form: Form) -> AttentionConfig:
-    """What the rule chooses, or with the options that no GPU has run."""
-    if form == "proven":
-        return case.config()
-    return case.config("inside") if isinstance(case, KiviCase) else case.config().in_turns()
 
 
 def check(found: jax.Array, case: AttentionCase | KiviCase, seed: int = 0) -> None:
@@ -90,7 +74,7 @@ def test_simulated_threads_attend(name: str) -> None:
 
 
 def test_a_row_without_tokens_gives_zeros() -> None:
-    case, config = CASES["bfloat16, tiles in turns, the first early"]
+    case, config = CASES[EARLY]
     given = case.operands(0)
     emptied = given._replace(lengths=given.lengths.at[0].set(0))
     found = packed_attention(*emptied, grid="none", config=config, simulate=compat.Simulation())
@@ -98,24 +82,18 @@ def test_a_row_without_tokens_gives_zeros() -> None:
     assert relative_error(found[1:], case.meaning(0)[1:]) < BF16_ROUNDING
 
 
-@pytest.mark.parametrize("inside", [False, True], ids=["window apart", "window inside, joined by pieces"])
-def test_simulated_threads_attend_to_kivi(*, inside: bool) -> None:
+def test_simulated_threads_attend_to_kivi() -> None:
     case = KiviCase(2, 1, 8, 1, 64, 256)
-    config = AttentionConfig(splits=2, tile=128, stages=1)
-    window = AttentionConfig(tile=64, stages=3)
-    simulation = compat.Simulation(detect_races=True)
-    attend = functools.partial(
-        kivi_attention, config=config.in_turns() if inside else config, window_config=None if inside else window
-    )
-    found = attend(*case.operands(0), simulate=simulation)
+    config, simulation = AttentionConfig(splits=2, tile=128, stages=1), compat.Simulation(detect_races=True)
+    found = kivi_attention(*case.operands(0), config=config, simulate=simulation)
     check(found, case)
     assert not compat.races_found()
 
 
-@pytest.mark.parametrize(("form", "case"), LOWERED, ids=str)
-def test_what_is_chosen_lowers_to_cuda(case: AttentionCase | KiviCase, form: Form) -> None:
+@pytest.mark.parametrize("case", [SERVED[index] for index in (0, 1, 3, 4, 5, 7)], ids=str)
+def test_what_is_chosen_lowers_to_cuda(case: AttentionCase | KiviCase) -> None:
     given = jax.eval_shape(lambda: case.operands(0))
-    text = jax.jit(case.kernel(chosen(case, form))).trace(*given).lower(lowering_platforms=("cuda",)).as_text()
+    text = jax.jit(case.kernel(case.config())).trace(*given).lower(lowering_platforms=("cuda",)).as_text()
     assert "mosaic_gpu" in text
 
 
@@ -165,9 +143,9 @@ def test_xla_attends_to_the_same() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("form", "case"), RUN, ids=str)
-def test_kernel_attends_with_the_same_bits_twice(case: AttentionCase | KiviCase, form: Form) -> None:
-    kernel = jax.jit(case.kernel(chosen(case, form)))
+@pytest.mark.parametrize("case", [*SERVED, *random_legal_attention(0, 20), *random_legal_attention(1, 4)], ids=str)
+def test_kernel_attends_with_the_same_bits_twice(case: AttentionCase | KiviCase) -> None:
+    kernel = jax.jit(case.kernel(case.config()))
     given = case.operands(0)
     found = kernel(*given)
     check(found, case)

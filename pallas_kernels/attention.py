@@ -13,16 +13,16 @@ and a second kernel joins the splits where there are several (`attention_kernel`
 of 16 that divides the tile or that the tile divides: `table` tells which page holds which tokens of a row; without one,
 page b is row b.
 
-Roofline: bytes of codes and grids over the memory's bandwidth. Measured 2026-11-22 on an H100 80GB HBM3 (jax 0.11.2,
-kernel time by CUPTI, median, caches beyond the second cache; a copy of 512 MiB runs at 2933 GB/s), 32 query heads over
-8 KV heads of 128 numbers, 4 bits:
+Roofline: bytes of codes and grids over the memory's bandwidth. Measured 2026-11-23 on an H100 80GB HBM3 (jax 0.11.2,
+`python -m pallas_kernels.bench --kinds attention`, kernel time by CUPTI, median, caches beyond the second cache; a copy
+of 512 MiB runs at 2940 GB/s), 32 query heads over 8 KV heads of 128 numbers, 4 bits:
 
     rows x tokens    us      bytes             cuDNN's bfloat16
-    16 x 4096        32.9    74 % of the copy   89.4
-    16 x 8192        58.2    84 %              175.3
-    64 x 4096       110.7    88 %              350.4
-    1 x 32768        21.2    57 %               50.8
-    1 x 131072       61.0    80 %              180.7
+    16 x 4096        31.3    78 % of the copy   88.6
+    16 x 8192        57.3    85 %              173.3
+    64 x 4096       109.0    89 %              349.4
+    1 x 32768        20.0    61 %               50.8 (the day before)
+    1 x 131072       59.1    82 %              180.7 (likewise)
 
 docs/kernels.md has the others, KIVI's, and what limits them.
 """

@@ -48,7 +48,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jaxtyping import Array, BFloat16, Float16, Int
 
-from pallas_kernels import compat, inline, meet
+from pallas_kernels import compat, inline, inline_warp, meet
 from pallas_kernels.decode import DecodeConfig
 from pallas_kernels.fields import BLOCK, BLOCKS
 from pallas_kernels.pieces import COLUMNS, PIECES, pieces_by_kernel, pieces_by_xla
@@ -267,10 +267,10 @@ class _Kernel:
                 return [accumulator[...] for accumulator in accumulators]
 
             if c.instruction == "warp":
-                columns = inline.load_columns(b, simulated=self.simulated)
+                columns = inline_warp.load_columns(b, simulated=self.simulated)
                 starts = [plane * span + start % span for plane in range(bits)]
                 operands = [signs[:, at : at + group] for at in starts]
-                found = [inline.product(each, columns, simulated=self.simulated) for each in operands]
+                found = [inline_warp.product(each, columns, simulated=self.simulated) for each in operands]
             else:
                 planes = [compat.Accumulator((rows, self.columns), jnp.int32) for _ in range(bits)]
                 found = compat.in_scope(products, *planes)

@@ -161,8 +161,8 @@ def choose_narrow(kind: NarrowKind, tokens: int, outputs: int, inputs: int, grou
 
     Example:
       >>> config = choose_narrow("binary3", 1, 7168, 28672, 224)
-      >>> config.depth, config.stages, config.warpgroups, config.splits
-      (512, 2, 4, 1)
+      >>> config.depth, config.stages, config.warpgroups, config.splits, config.instruction, config.pieces
+      (512, 2, 4, 1, 'warp', 'by kernel')
     """
     found = _narrow(kind, tokens, outputs, inputs, groups)
     if found is not None:
@@ -197,7 +197,7 @@ def narrow_fault(kind: str, outputs: int, inputs: int, groups: int) -> str | Non
 def _narrow(kind: NarrowKind, tokens: int, outputs: int, inputs: int, groups: int) -> DecodeConfig | None:
     if tokens > most_tokens(kind):
         return None
-    for config in _spqr(tokens) if kind == "spqr3" else _binary(tokens, outputs):
+    for config in _spqr(tokens) if kind == "spqr3" else _binary(kind, tokens, outputs):
         if kind == "spqr3":
             fault = fault_of_spqr(config, outputs, inputs)
         else:
@@ -212,14 +212,21 @@ def most_tokens(kind: NarrowKind) -> int:
     return SPQR_TOKENS if kind == "spqr3" else BINARY_TOKENS
 
 
-def _binary(tokens: int, outputs: int) -> Iterator[DecodeConfig]:
-    """Yields configurations of binary.py, the most promising first: deep copies, four warpgroups."""
+def _binary(kind: NarrowKind, tokens: int, outputs: int) -> Iterator[DecodeConfig]:
+    """Yields configurations of binary.py, the most promising first: deep copies, four warpgroups.
+
+    With one token, which alone was measured, a kernel makes the pieces, and warps multiply three planes (not four).
+    """
+    pieces: Literal["by XLA", "by kernel"] = "by kernel" if tokens == 1 else "by XLA"
+    instruction: Literal["warpgroup", "warp"] = "warp" if tokens == 1 and kind == "binary3" else "warpgroup"
     tiles = compat.whole_tiles(outputs, compat.ROWS_OF_ACCUMULATOR)
     wanted = (2, 1) if tiles > MULTIPROCESSORS or 2 * tiles <= MULTIPROCESSORS else (1, 2)
     for depth in NARROW_DEPTHS if tokens <= NARROW_TOKENS else NARROW_DEPTHS[1:]:
         for warpgroups, splits in ((count, splits) for count in (4, 2, 1) for splits in wanted):
             stages = 2 if depth == NARROW_DEPTHS[0] else 3
-            yield DecodeConfig(depth, stages, warpgroups, splits, cluster=splits > 1)
+            yield DecodeConfig(
+                depth, stages, warpgroups, splits, cluster=splits > 1, instruction=instruction, pieces=pieces
+            )
 
 
 def _spqr(tokens: int) -> Iterator[DecodeConfig]:

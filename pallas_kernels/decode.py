@@ -38,12 +38,12 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jaxtyping import Array, BFloat16, Float, Float32, Int, Int8
 
-from pallas_kernels import compat, inline, meet, order
+from pallas_kernels import compat, inline, inline_warp, meet, order
 
 MOST_TOKENS: Final = 64
 PADDED: Final = 8  # the least number of columns of the instruction, and what they are a multiple of
 LEAST_PIECE: Final = 64  # codes, 32 bytes
-WIDEST_BOX: Final = 256  # numbers along each axis of a copy without a layout of its own
+BIAS: Final = 136.0  # of int4 codes as they are unpacked to bfloat16
 SIXTEENTH: Final = 1 / 16  # int4 codes are unpacked as 16 times themselves
 
 
@@ -63,8 +63,8 @@ class DecodeConfig:
         differs by shape, by some 3 %.
       instruction: what multiplies: wgmma, of a warpgroup, or mma.sync, of each warp; the second no GPU has run yet.
       pieces: of binary codes alone: what makes integers of the activations; the kernel no GPU has run yet.
-      early: of `decode` alone: start while the kernel before ends (programmatic dependent launch), and bring the first
-        weights into the second cache meanwhile; no GPU has run either yet.
+      zeros: of W4A16 by warps alone: subtracted from each code, or from sums, times the sum of a group's x, which one
+        more product with ones makes; the second no GPU has run yet.
     """
 
     depth: int = 256
@@ -77,7 +77,7 @@ class DecodeConfig:
     barriers: Literal["by step", "by copy"] = "by copy"
     instruction: Literal["warpgroup", "warp"] = "warpgroup"
     pieces: Literal["by XLA", "by kernel"] = "by XLA"
-    early: Literal["no", "launch", "weights"] = "no"
+    zeros: Literal["of codes", "of sums"] = "of codes"
 
     def fault(self, outputs: int, inputs: int, groups: int) -> str | None:
         """Returns why a weight cannot be multiplied with this configuration; None where it can."""
@@ -90,6 +90,8 @@ class DecodeConfig:
             return f"groups of {group} inputs and copies of {self.depth} do not divide one another"
         if group % order.RUN or self.depth % LEAST_PIECE:
             return f"groups of {group} are no multiple of {order.RUN}, or copies of {self.depth} none of {LEAST_PIECE}"
+        if self.zeros == "of sums" and self.instruction == "warpgroup":
+            return "a warpgroup's products make no sums of x: subtract zeros of codes"
         return None
 
 
@@ -214,6 +216,11 @@ class _Kernel:
         return self.config.barriers == "by step"
 
     @property
+    def bias(self) -> Literal["subtracted", "kept"]:
+        """Whether unpacked codes keep their bias, which sums of x then take out; W4A8's have none."""
+        return "kept" if self.config.zeros == "of sums" and not self.tokens else "subtracted"
+
+    @property
     def steps(self) -> int:
         return self.inputs // (self.config.depth * self.config.splits * self.config.warpgroups)
 
@@ -275,14 +282,6 @@ class _Kernel:
         def full(slot: Any) -> Any:
             return memory["full"].at[warpgroup * self.stages + slot]
 
-        if c.early != "no" and not self.simulated:  # nothing is read or written that kernels before may have to do with
-            compat.may_start_next()
-            for slot in range(self.stages if c.early == "weights" else 0):
-                for part in range(0, c.depth, WIDEST_BOX):
-                    inputs = pl.ds((first + slot) * c.depth + part, min(c.depth, WIDEST_BOX))
-                    compat.prefetch(codes_gmem.at[outputs, inputs])
-            compat.wait_for_earlier()
-
         def begun() -> Any:
             if self.tokens:
 
@@ -324,8 +323,12 @@ class _Kernel:
         if c.instruction == "warp":
             for group in range(count):
                 columns = memory["x_smem"].at[warpgroup, slot, :, pl.ds(group * chunk, chunk)].T
-                b = inline.load_columns(columns, simulated=self.simulated)
-                part = inline.product(next(operands), b, simulated=self.simulated)
+                b = inline_warp.load_columns(columns, simulated=self.simulated)
+                if self.bias == "kept":
+                    part, sums = inline_warp.product_and_sums(next(operands), b, simulated=self.simulated)
+                    part = part - sums * self._zeros(warpgroup, slot, group, memory, part.shape)
+                else:
+                    part = inline_warp.product(next(operands), b, simulated=self.simulated)
                 scales = compat.load(memory["scales_smem"].at[warpgroup, slot, group], compat.ROWS)
                 sum_ = sum_ + part.astype(jnp.float32) * compat.along_rows(scales.astype(jnp.float32), part.shape)
             return sum_
@@ -355,7 +358,7 @@ class _Kernel:
         a: Any = None
         for group in range(c.depth // chunk):
             centers = None
-            if self.centers:
+            if self.centers and self.bias == "subtracted":
                 centers = compat.load(memory["centers_smem"].at[warpgroup, slot, group], compat.ROWS)
             start = group * chunk % piece
             if start == 0:
@@ -364,11 +367,18 @@ class _Kernel:
                     a = inline.unpack_int8(codes, (rows, piece), simulated=self.simulated)
                 else:
                     inside = centers if piece == chunk else None
-                    a = inline.unpack_bf16(codes, (rows, piece), inside, None, simulated=self.simulated)
+                    a = inline.unpack_bf16(codes, (rows, piece), inside, None, bias=self.bias, simulated=self.simulated)
             operand = a if piece == chunk else a[:, start : start + chunk]
             if centers is not None and piece != chunk:
                 operand = operand - compat.along_rows(centers - jnp.bfloat16(136), (rows, chunk))
             yield operand
+
+    def _zeros(self, warpgroup: Any, slot: Any, group: int, memory: dict[str, Any], shape: tuple[int, int]) -> Any:
+        """Returns what a group's codes are above their numbers, as unpacked with a bias."""
+        if not self.centers:
+            return jnp.float32(BIAS)
+        centers = compat.load(memory["centers_smem"].at[warpgroup, slot, group], compat.ROWS)
+        return compat.along_rows(centers.astype(jnp.float32), shape)
 
     def _scaled(self, value: Any, sums: Any, memory: dict[str, Any]) -> Any:
         """Returns token_scales * (value / 16 - token_zeros * sums) of integers, and other values as they are."""

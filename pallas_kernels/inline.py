@@ -4,9 +4,8 @@ Each function turns what a thread loaded into what its tensor core operand needs
 map in jnp for the interpreter. Layouts of registers are those of `compat`.
 """
 
-import itertools
-from collections.abc import Sequence
-from typing import Any, Final
+from collections.abc import Iterator, Sequence
+from typing import Any, Final, Literal
 
 import jax.numpy as jnp
 import numpy as np
@@ -15,7 +14,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, math, memref, vector
 
-from pallas_kernels.compat import COLUMN_BF16, COLUMN_INT8, INT8_OPERAND, PACKED, ROWS, C, along_rows, load
+from pallas_kernels.compat import INT8_OPERAND, PACKED, ROWS, C, along_rows, load
 from pallas_kernels.fields import BLOCK, BLOCKS, FIELDS, THREES, WORDS, load_signs, load_threes, places_of_signs
 from pallas_kernels.order import stored_bf16, stored_int8
 
@@ -27,7 +26,8 @@ SLOTS: Final = 16  # of outliers: four threads of each of four warpgroups
 PARTS_OF_GRID: Final = 4  # base and step of scales, base and step of zeros
 
 
-def _words(registers: Any) -> Any:
+def words_of(registers: Any) -> Iterator[tuple[tuple[int, ...], Any]]:
+    """Yields the index of each register in an array, and the register as a word."""
     word = ir.IntegerType.get_signless(32)
     for index, register in np.ndenumerate(registers):
         yield index, mgpu.utils.bitcast(register, word)
@@ -44,7 +44,7 @@ def _assemble(ptx: str, outputs: int, operands: Sequence[Any]) -> list[Any]:
     return [llvm.extractvalue(word, result, (index,)) for index in range(outputs)]
 
 
-def _place(shape: tuple[int, ...], row: int, column: int, half: int) -> tuple[int, ...]:
+def place_of(shape: tuple[int, ...], row: int, column: int, half: int) -> tuple[int, ...]:
     """Returns the index of a register in the array [row tiles, column tiles, 1, 1, halves, 1, ..] of a fragment."""
     index = [0] * len(shape)
     index[0], index[1], index[4] = row, column, half
@@ -67,7 +67,15 @@ lop3.b32 $2, t2, 0x000F000F, bias, 0x6a; lop3.b32 $3, t3, 0x000F000F, bias, 0x6a
 _PTX_INT8: Final = "{ .reg .b32 t; shl.b32 t, $2, 4; and.b32 $0, t, 0xF0F0F0F0; and.b32 $1, $2, 0xF0F0F0F0; }"
 
 
-def unpack_bf16(codes: Any, shape: tuple[int, int], centers: Any, scales: Any, *, simulated: bool) -> Any:
+def unpack_bf16(
+    codes: Any,
+    shape: tuple[int, int],
+    centers: Any,
+    scales: Any,
+    *,
+    bias: Literal["subtracted", "kept"] = "subtracted",
+    simulated: bool,
+) -> Any:
     """Turns stored codes into the tensor cores' bfloat16 operand scales * (codes - zeros), in registers.
 
     Args:
@@ -75,12 +83,15 @@ def unpack_bf16(codes: Any, shape: tuple[int, int], centers: Any, scales: Any, *
       shape: (rows, columns).
       centers: 136 + zeros for each row, bfloat16 in layout `ROWS`; None for zeros of 0. Exact: all are integers < 256.
       scales: bfloat16 in layout `ROWS`, the product rounded to bfloat16; None for scales of 1.
+      bias: "kept" leaves 136 + code, where there are neither centers nor scales.
       simulated: run the map in jnp.
     """
     if simulated:
         values = stored_bf16.invert(codes[...]).astype(jnp.bfloat16)
         if centers is not None:
             values = values - along_rows(centers - jnp.bfloat16(136), shape)
+        if bias == "kept":
+            values = values + jnp.bfloat16(136)
         return values if scales is None else values * along_rows(scales, shape)
     given = [value for value in (centers, scales) if value is not None]
 
@@ -90,73 +101,22 @@ def unpack_bf16(codes: Any, shape: tuple[int, int], centers: Any, scales: Any, *
         pair = ir.VectorType.get((2,), ir.BF16Type.get())
         center = "$5" if centers is not None else "bias"
         factor = f"${4 + len(rows)}"
-        rest = " ".join(f"sub.bf16x2 ${i}, ${i}, {center};" for i in range(4))
+        rest = "" if bias == "kept" else " ".join(f"sub.bf16x2 ${i}, ${i}, {center};" for i in range(4))
         if scales is not None:
             rest += " ".join(f"mul.bf16x2 ${i}, ${i}, {factor};" for i in range(4))
         ptx = _PTX_BF16.format(rest=rest)
         pairs = [{half: _pair(row.registers[0, 0, half, 0, 0]) for half in range(2)} for row in rows]
-        for index, word in _words(packed.registers):
+        for index, word in words_of(packed.registers):
             half = index[4]
             words = _assemble(ptx, 4, [word, *(pair_of[half] for pair_of in pairs)])
             for i in range(4):
-                out[_place(out.shape, index[0], 4 * index[1] + i, half)] = mgpu.utils.bitcast(words[i], pair)
+                out[place_of(out.shape, index[0], 4 * index[1] + i, half)] = mgpu.utils.bitcast(words[i], pair)
         return mgpu.FragmentedArray(_registers=out, _layout=layout, _is_signed=None)
 
     inline: Any = plgpu.inline_mgpu(
         arg_types=(PACKED, *(ROWS for _ in given)), return_type=plgpu.ShapeDtypeStruct(shape, jnp.bfloat16, C)
     )
     return inline(convert)(load(codes, PACKED), *given)
-
-
-def product(a: Any, b: Any, *, simulated: bool) -> Any:
-    """Returns a b by the instructions of each warp, whose cost grows with b's columns; of a warpgroup's, 8 cost as 64.
-
-    Args:
-      a: bfloat16 [rows, depth] in layout `C`, or int8 in `INT8_OPERAND`.
-      b: [depth, columns], as `load_columns` returns it.
-      simulated: run the map in jnp.
-
-    Returns:
-      float32 or int32 [rows, columns] in layout `C`.
-    """
-    (rows, depth), columns, integer = a.shape, b.shape[1], a.dtype == jnp.int8
-    result = jnp.int32 if integer else jnp.float32
-    if simulated:
-        return jnp.dot(a, b, preferred_element_type=result)
-    of_step, types = (32, "s32.s8.s8.s32") if integer else (16, "f32.bf16.bf16.f32")
-    names = [f"${i}" for i in range(14)]
-    groups = (", ".join(names[i:j]) for i, j in ((0, 4), (4, 8), (8, 10), (10, 14)))
-    ptx = "mma.sync.aligned.m16n8k{}.row.col.{} {{{}}}, {{{}}}, {{{}}}, {{{}}};".format(of_step, types, *groups)
-
-    def convert(_: Any, a: Any, b: Any) -> Any:
-        layout, word = C.to_mgpu(), ir.IntegerType.get_signless(32)
-        element = word if integer else ir.F32Type.get()
-        out = np.empty(layout.registers_shape((rows, columns)), dtype=object)
-        of_a, of_b = dict(_words(a.registers)), b.registers.reshape(depth // of_step, columns // 8, 2)
-        zero = _constant(0) if integer else arith.uitofp(element, _constant(0))
-        for row, column in itertools.product(range(rows // 64), range(columns // 8)):
-            values = [zero] * 4
-            for step in range(depth // of_step):
-                places = [_place(a.registers.shape, row, 2 * step + i, half) for i in range(2) for half in range(2)]
-                right = [mgpu.utils.bitcast(of_b[step, column, i], word) for i in range(2)]
-                given = (*(of_a[place] for place in places), *right, *values)
-                values = list(mgpu.utils.inline_ptx(ptx, *given, result_types=[element] * 4, convergent=True))
-            for half in range(2):
-                pair = vector.from_elements(ir.VectorType.get((2,), element), values[2 * half : 2 * half + 2])
-                out[_place(out.shape, row, column, half)] = pair
-        return mgpu.FragmentedArray(_registers=out, _layout=layout, _is_signed=True if integer else None)
-
-    layouts = (INT8_OPERAND, COLUMN_INT8) if integer else (C, COLUMN_BF16)
-    like = plgpu.ShapeDtypeStruct((rows, columns), result, C)
-    inline: Any = plgpu.inline_mgpu(arg_types=layouts, return_type=like)
-    return inline(convert)(a, b)
-
-
-def load_columns(b: Any, *, simulated: bool) -> Any:
-    """Loads the reference to [depth, columns], a transposed view, as `product` takes it."""
-    if simulated:
-        return b[...]
-    return load(b, COLUMN_INT8 if b.dtype == jnp.int8 else COLUMN_BF16)
 
 
 def unpack_int8(codes: Any, shape: tuple[int, int], *, simulated: bool) -> Any:
@@ -174,10 +134,10 @@ def unpack_int8(codes: Any, shape: tuple[int, int], *, simulated: bool) -> Any:
         layout = INT8_OPERAND.to_mgpu()
         out = np.empty(layout.registers_shape(shape), dtype=object)
         four = ir.VectorType.get((4,), ir.IntegerType.get_signless(8))
-        for index, word in _words(packed.registers):
+        for index, word in words_of(packed.registers):
             words = _assemble(_PTX_INT8, 2, [word])
             for i in range(2):
-                out[_place(out.shape, index[0], 2 * index[1] + i, index[4])] = mgpu.utils.bitcast(words[i], four)
+                out[place_of(out.shape, index[0], 2 * index[1] + i, index[4])] = mgpu.utils.bitcast(words[i], four)
         return mgpu.FragmentedArray(_registers=out, _layout=layout, _is_signed=True)
 
     inline: Any = plgpu.inline_mgpu(
@@ -214,9 +174,9 @@ def unpack_signs(packed: Any, bits: int, *, simulated: bool) -> Any:
                 for run in range(inputs // (BLOCK * BLOCKS[bits])):
                     for (block, plane), (word, bit) in places_of_signs(bits).items():
                         value = _shifted(loaded[row, run * WORDS[bits] + word, half], bit - plane)
-                        value = arith.andi(value, _constant(BYTES << plane))
+                        value = arith.andi(value, word_of(BYTES << plane))
                         column = plane * (inputs // BLOCK) + run * BLOCKS[bits] + block
-                        out[_place(out.shape, row, column, half)] = mgpu.utils.bitcast(value, four)
+                        out[place_of(out.shape, row, column, half)] = mgpu.utils.bitcast(value, four)
         return mgpu.FragmentedArray(_registers=out, _layout=layout, _is_signed=True)
 
     inline: Any = plgpu.inline_mgpu(
@@ -245,14 +205,14 @@ def unpack_threes(packed: Any, *, simulated: bool) -> Any:
             for half in range(2):
                 words = [loaded[row, word, half] for word in range(3)]
                 values = [
-                    arith.andi(_shifted(words[column // FIELDS], 3 * (column % FIELDS)), _constant(7 * HALVES))
+                    arith.andi(_shifted(words[column // FIELDS], 3 * (column % FIELDS)), word_of(7 * HALVES))
                     for column in range(15)
                 ]
-                top = [arith.andi(_shifted(word, 15 - i), _constant(HALVES << i)) for i, word in enumerate(words)]
+                top = [arith.andi(_shifted(word, 15 - i), word_of(HALVES << i)) for i, word in enumerate(words)]
                 values.append(arith.ori(arith.ori(top[0], top[1]), top[2]))
                 for column, value in enumerate(values):
-                    biased = arith.ori(value, _constant(BIAS))
-                    out[_place(out.shape, row, column, half)] = mgpu.utils.bitcast(biased, pair)
+                    biased = arith.ori(value, word_of(BIAS))
+                    out[place_of(out.shape, row, column, half)] = mgpu.utils.bitcast(biased, pair)
         return mgpu.FragmentedArray(_registers=out, _layout=layout, _is_signed=None)
 
     inline: Any = plgpu.inline_mgpu(arg_types=(PACKED,), return_type=plgpu.ShapeDtypeStruct(shape, jnp.bfloat16, C))
@@ -279,21 +239,21 @@ def two_level_grids(codes: Any, grids: Any, *, simulated: bool) -> tuple[Any, An
         float32, index = ir.F32Type.get(), ir.IndexType.get()
         found = [np.empty(layout.registers_shape(shape), dtype=object) for _ in range(2)]
         thread = mgpu.utils.thread_idx()
-        warp = arith.remui(arith.divui(thread, _constant(32)), _constant(4))
-        start = arith.index_cast(index, arith.muli(warp, _constant(PARTS_OF_GRID)))
-        first = arith.muli(arith.remui(thread, _constant(4)), _constant(2))
+        warp = arith.remui(arith.divui(thread, word_of(32)), word_of(4))
+        start = arith.index_cast(index, arith.muli(warp, word_of(PARTS_OF_GRID)))
+        first = arith.muli(arith.remui(thread, word_of(4)), word_of(2))
         for column in range(shape[1] // 8):
             parts = []
             for e in range(2):
-                group = arith.index_cast(index, arith.addi(first, _constant(8 * column + e)))
+                group = arith.index_cast(index, arith.addi(first, word_of(8 * column + e)))
                 loaded = vector.load(ir.VectorType.get((PARTS_OF_GRID,), ir.F16Type.get()), grids, [group, start])
                 parts.append([arith.extf(float32, vector.extract(loaded, [], [i])) for i in range(PARTS_OF_GRID)])
             for half in range(2):
-                place = _place(found[0].shape, 0, column, half)
+                place = place_of(found[0].shape, 0, column, half)
                 values: list[list[Any]] = [[], []]
                 for e in range(2):
                     code = arith.extui(whole, vector.extract(codes.registers[place], [], [e]))
-                    for i, part in enumerate((arith.andi(code, _constant(15)), arith.shrui(code, _constant(4)))):
+                    for i, part in enumerate((arith.andi(code, word_of(15)), arith.shrui(code, word_of(4)))):
                         number = arith.uitofp(float32, part)
                         values[i].append(math.fma(parts[e][2 * i + 1], number, parts[e][2 * i]))
                 for i in range(2):
@@ -313,14 +273,15 @@ def load_packed(codes: Any, *, simulated: bool) -> Any:
 
 def _by_place(packed: Any) -> dict[tuple[int, int, int], Any]:
     """Returns words by (tile of 64 rows, column of words, half of the rows), columns counted from 0."""
-    return {(index[0], index[1], index[4]): word for index, word in _words(packed.registers)}
+    return {(index[0], index[1], index[4]): word for index, word in words_of(packed.registers)}
 
 
 def _shifted(word: Any, bits: int) -> Any:
-    return arith.shrui(word, _constant(bits)) if bits else word
+    return arith.shrui(word, word_of(bits)) if bits else word
 
 
-def _constant(value: int) -> Any:
+def word_of(value: int) -> Any:
+    """Returns a constant of 32 bits."""
     constant: Any = arith.constant  # its wrapper is wrongly typed
     return constant(ir.IntegerType.get_signless(32), value)
 
@@ -350,18 +311,18 @@ def gathered(values: Any, rows: Any, x: Any, warpgroup: Any, warpgroups: int, *,
         layout = C.to_mgpu()
         whole, float32, index = ir.IntegerType.get_signless(32), ir.F32Type.get(), ir.IndexType.get()
         out = np.empty(layout.registers_shape(shape), dtype=object)
-        zero = arith.uitofp(float32, _constant(0))
+        zero = arith.uitofp(float32, word_of(0))
         thread = mgpu.utils.thread_idx()
-        mine = arith.remui(arith.divui(thread, _constant(128)), _constant(warpgroups))
-        lane, warp = arith.remui(thread, _constant(32)), arith.remui(arith.divui(thread, _constant(32)), _constant(4))
-        top = arith.addi(arith.muli(warp, _constant(16)), arith.divui(lane, _constant(4)))
-        first = arith.addi(arith.muli(mine, _constant(4)), arith.remui(lane, _constant(4)))
-        of_tokens = [arith.index_cast(index, _constant(token)) for token in range(tokens)]
+        mine = arith.remui(arith.divui(thread, word_of(128)), word_of(warpgroups))
+        lane, warp = arith.remui(thread, word_of(32)), arith.remui(arith.divui(thread, word_of(32)), word_of(4))
+        top = arith.addi(arith.muli(warp, word_of(16)), arith.divui(lane, word_of(4)))
+        first = arith.addi(arith.muli(mine, word_of(4)), arith.remui(lane, word_of(4)))
+        of_tokens = [arith.index_cast(index, word_of(token)) for token in range(tokens)]
         for half in range(2):
-            row = arith.index_cast(index, arith.addi(top, _constant(8 * half)))
+            row = arith.index_cast(index, arith.addi(top, word_of(8 * half)))
             sums = [zero] * tokens
             for start in range(0, slots, 4 * warpgroups):
-                slot = arith.index_cast(index, arith.addi(first, _constant(start)))
+                slot = arith.index_cast(index, arith.addi(first, word_of(start)))
                 value = arith.extf(float32, memref.load(values, [row, slot]))
                 place = arith.index_cast(index, arith.extui(whole, memref.load(rows, [row, slot])))
                 for token in range(tokens):
@@ -369,7 +330,7 @@ def gathered(values: Any, rows: Any, x: Any, warpgroup: Any, warpgroups: int, *,
                     sums[token] = math.fma(value, other, sums[token])
             for token in range(tokens):
                 pair = vector.from_elements(ir.VectorType.get((2,), float32), [sums[token], zero])
-                out[_place(out.shape, 0, token, half)] = pair
+                out[place_of(out.shape, 0, token, half)] = pair
         return mgpu.FragmentedArray(_registers=out, _layout=layout, _is_signed=None)
 
     inline: Any = plgpu.inline_mgpu(

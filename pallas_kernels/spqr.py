@@ -40,7 +40,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jaxtyping import Array, BFloat16, Float16, Int, Int8, Integer
 
-from pallas_kernels import compat, inline, meet
+from pallas_kernels import compat, inline, inline_warp, meet
 from pallas_kernels.decode import DecodeConfig
 from pallas_kernels.fields import THREES
 
@@ -97,14 +97,15 @@ def spqr_decode(
         fault = "outliers have values or rows alone: give both, or neither"
     if fault:
         raise ValueError(f"SpQR's weight [{n}, {k}] with {config}: {fault}")
-    given = [_spread(x), codes, grid_codes, grids, _sums(x)]
+    given = [codes, grid_codes, grids]
+    given += [x.reshape(m, -1, THREES)] if config.instruction == "warp" else [_spread(x), _sums(x)]
     if values is not None and rows is not None:
         if values.shape[1] % inline.SLOTS:
             raise ValueError(
                 f"{values.shape[1]} slots of outliers are no multiple of {inline.SLOTS}: use `prepare_spqr`"
             )
         given += [values, rows, x]
-    kernel = _Kernel(config, m, k, len(given) > 5, meet.clustered(config, simulate), simulated)
+    kernel = _Kernel(config, m, k, values is not None, meet.clustered(config, simulate), simulated)
     return meet.launch(kernel, given, m, n, kernel.scratch, simulate)
 
 
@@ -147,6 +148,10 @@ class _Kernel:
         return True
 
     @property
+    def of_warps(self) -> bool:
+        return self.config.instruction == "warp"
+
+    @property
     def steps(self) -> int:
         return self.inputs // (self.config.depth * self.config.splits * self.config.warpgroups)
 
@@ -160,30 +165,25 @@ class _Kernel:
         slots, groups = (c.warpgroups, self.stages), c.depth // GROUP
         words = compat.tiled(RUNS * STORED, jnp.int4)
         found = {
-            "x_smem": shared((*slots, self.columns, c.depth), bf16, transforms=compat.tiled(THREES, bf16)),
             "codes_smem": shared((*slots, rows, c.depth * STORED // THREES), jnp.int4, transforms=words),
             "grid_codes_smem": shared((*slots, rows, groups), jnp.int8),
             "grids_smem": shared((*slots, groups, GROUP), jnp.float16),
-            "full": compat.Barrier(num_arrivals=5, num_barriers=c.warpgroups * self.stages),
-            "sums_of_x_smem": shared((*slots, c.depth // THREES, self.padded), jnp.float32),
+            "full": compat.Barrier(num_arrivals=4 if self.of_warps else 5, num_barriers=c.warpgroups * self.stages),
             "out_smem": shared((self.tokens, rows), result),
         }
+        if self.of_warps:
+            found["x_smem"] = shared((*slots, self.tokens, c.depth // THREES, THREES), bf16)
+        else:
+            found["x_smem"] = shared((*slots, self.columns, c.depth), bf16, transforms=compat.tiled(THREES, bf16))
+            found["sums_of_x_smem"] = shared((*slots, c.depth // THREES, self.padded), jnp.float32)
         if self.simulated:
             found["bounce"] = shared((c.warpgroups, rows, THREES), bf16)
         return found | meet.scratch(rows, self.columns, c.warpgroups, c.splits if self.clustered else 1)
 
-    def body(
-        self,
-        x_gmem: Any,
-        codes_gmem: Any,
-        grid_codes_gmem: Any,
-        grids_gmem: Any,
-        sums_gmem: Any,
-        *rest: Any,
-        **memory: Any,
-    ) -> None:
+    def body(self, codes_gmem: Any, grid_codes_gmem: Any, grids_gmem: Any, *rest: Any, **memory: Any) -> None:
         """One warpgroup's program."""
-        *outliers_gmem, out_gmem = rest
+        *others, out_gmem = rest
+        of_x, outliers_gmem = others[: 1 if self.of_warps else 2], others[1 if self.of_warps else 2 :]
         c, rows = self.config, self.config.rows
         warpgroup, split, tile = lax.axis_index("wg"), lax.axis_index("split"), lax.axis_index("tile")
         first = (split * c.warpgroups + warpgroup) * self.steps
@@ -191,13 +191,19 @@ class _Kernel:
 
         def fetch(step: Any, slot: Any) -> None:
             number, stored, groups = first + step, c.depth * STORED // THREES, c.depth // GROUP
-            copies = (
+            runs = pl.ds(number * (c.depth // THREES), c.depth // THREES)
+            copies = [
                 (codes_gmem.at[outputs, pl.ds(number * stored, stored)], "codes_smem"),
-                (x_gmem.at[:, pl.ds(number * c.depth, c.depth)], "x_smem"),
                 (grid_codes_gmem.at[outputs, pl.ds(number * groups, groups)], "grid_codes_smem"),
                 (grids_gmem.at[tile, pl.ds(number * groups, groups)], "grids_smem"),
-                (sums_gmem.at[pl.ds(number * c.depth // THREES, c.depth // THREES)], "sums_of_x_smem"),
-            )
+            ]
+            if self.of_warps:
+                copies += [(of_x[0].at[:, runs], "x_smem")]
+            else:
+                copies += [
+                    (of_x[0].at[:, pl.ds(number * c.depth, c.depth)], "x_smem"),
+                    (of_x[1].at[runs], "sums_of_x_smem"),
+                ]
             for source, name in copies:
                 compat.copy_in(source, memory[name].at[warpgroup, slot], full(slot))
 
@@ -251,19 +257,24 @@ class _Kernel:
                         compat.finish(0)
                 return [accumulator[...] for accumulator in accumulators]
 
-            if c.instruction == "warp":
-                columns = [of_slot("x_smem").at[:, pl.ds(run * THREES, THREES)].T for run in members]
-                loaded = [inline.load_columns(each, simulated=self.simulated) for each in columns]
-                parts = [inline.product(next(ready), each, simulated=self.simulated) for each in loaded]
+            if self.of_warps:
+                of_runs = [of_slot("x_smem").at[:, run] for run in members]
+                found = [inline_warp.group_products(next(ready), x, simulated=self.simulated) for x in of_runs]
             else:
                 parts = compat.in_scope(products, *(compat.Accumulator(shape, jnp.float32) for _ in members))
-            for run, biased in zip(members, parts, strict=True):
-                of_x = compat.load(of_slot("sums_of_x_smem").at[run, pl.ds(0, self.columns)], compat.COLUMNS)
+                found = [
+                    (part, self._sums_of(of_slot("sums_of_x_smem").at[run], shape))
+                    for run, part in zip(members, parts, strict=True)
+                ]
+            for run, (biased, sums) in zip(members, found, strict=True):
                 scales, zeros = (grid[:, run * PER_RUN : (run + 1) * PER_RUN] for grid in grids)
                 if self.tokens > 1:
                     scales, zeros = (jnp.concatenate([grid] * self.tokens, axis=1) for grid in (scales, zeros))
-                sum_ = sum_ + scales * (biased - (zeros + jnp.float32(BIAS)) * compat.along_columns(of_x, shape))
+                sum_ = sum_ + scales * (biased - (zeros + jnp.float32(BIAS)) * sums)
         return sum_
+
+    def _sums_of(self, sums_smem: Any, shape: tuple[int, int]) -> Any:
+        return compat.along_columns(compat.load(sums_smem.at[pl.ds(0, self.columns)], compat.COLUMNS), shape)
 
     def _operands(self, codes_smem: Any) -> Iterator[Any]:
         """Yields the runs of one copy, unpacked."""

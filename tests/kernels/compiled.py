@@ -54,7 +54,7 @@ def programs() -> Iterator[tuple[str, Any, tuple[Any, ...]]]:
             narrow = next(narrow_cases((kind,), [(8192, 8192)], [tokens]))
             yield str(narrow), narrow.kernel(narrow.config()), _arguments(narrow)
     for case in (Case("w4a16", 16, 8192, 8192, 64, zeros=True), Case("w4a8", 8, 8192, 8192, 1)):
-        config = DecodeConfig(stages=3, warpgroups=4, instruction="warp", early="weights")
+        config = DecodeConfig(stages=3, warpgroups=4, instruction="warp")
         yield f"{case} {config}", case.kernel(config), _arguments(case)
     for kind in ("binary3", "spqr3"):
         narrow = next(narrow_cases((kind,), [(8192, 8192)], [1]))

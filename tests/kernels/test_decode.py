@@ -1,6 +1,6 @@
 """Products of a few tokens, simulated on the CPU with detection of races, against their meaning in float32."""
 
-import functools
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -27,8 +27,16 @@ def relative(found: jax.Array, expected: jax.Array) -> float:
         (3, 64, 32, DecodeConfig(depth=64, stages=2, warpgroups=2, splits=2)),
         (9, 128, 256, DecodeConfig(depth=128, stages=2, rows=128)),
         (9, 64, 128, DecodeConfig(depth=256, stages=1, instruction="warp")),
+        (9, 128, 128, DecodeConfig(depth=256, stages=1, rows=128, instruction="warp", zeros="of sums")),
+        (3, 64, 32, DecodeConfig(depth=64, stages=2, warpgroups=2, splits=2, instruction="warp", zeros="of sums")),
     ],
-    ids=["groups of 32, shared inputs", "per channel, padded tokens", "products of warps"],
+    ids=[
+        "groups of 32, shared inputs",
+        "per channel, padded tokens",
+        "products of warps",
+        "zeros subtracted from sums",
+        "zeros subtracted from sums of groups of 32",
+    ],
 )
 def test_w4a16_is_the_product(tokens: int, outputs: int, group: int, config: DecodeConfig) -> None:
     inputs = 256
@@ -58,33 +66,23 @@ def test_w4a8_is_the_product_with_tokens_zeros() -> None:
     assert not compat.races_found()
 
 
+@pytest.mark.parametrize("zeros", ["of codes", "of sums"])
 @pytest.mark.parametrize("kind", ["w4a16", "w4a8"])
-def test_products_of_warps_lower_to_cuda(kind: configs.Kind) -> None:
+def test_products_of_warps_lower_to_cuda(kind: configs.Kind, zeros: Literal["of codes", "of sums"]) -> None:
     case = Case(kind, 16, 64, 1024, 8 if kind == "w4a16" else 1)
     given = jax.eval_shape(lambda: case.operands(0))
     weight = jax.eval_shape(case.prepare, given)
-    kernel = jax.jit(case.kernel(DecodeConfig(depth=256, stages=2, instruction="warp")))
+    kernel = jax.jit(case.kernel(DecodeConfig(depth=256, stages=2, instruction="warp", zeros=zeros)))
     traced = kernel.trace(given.x, given.steps, given.shift, weight)
     assert "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()
-
-
-def test_a_chain_of_products_may_start_early() -> None:
-    case = Case("w4a16", 1, 256, 256, 2)
-    given = jax.eval_shape(lambda: case.operands(0))
-    weight = jax.eval_shape(case.prepare, given)
-    texts = []
-    for early in ("no", "weights"):
-        config = DecodeConfig(depth=256, stages=1, instruction="warp", barriers="by step", early=early)
-        product = functools.partial(w4a16_matmul, config=config)
-        chain = jax.jit(lambda x, w, product=product: product(product(x, w), w))
-        texts.append(chain.trace(given.x, weight).lower(lowering_platforms=("cuda",)).as_text())
-    assert texts[0] != texts[1]
 
 
 def test_what_does_not_fit_is_refused() -> None:
     weight = prepare_w4a16(jnp.zeros((64, 256), jnp.int4), jnp.ones((2, 64)))
     with pytest.raises(ValueError, match="256 inputs are no multiple of 512"):
         w4a16_matmul(jnp.zeros((1, 256), jnp.bfloat16), weight, config=DecodeConfig(depth=256, splits=2))
+    with pytest.raises(ValueError, match="make no sums of x"):
+        w4a16_matmul(jnp.zeros((1, 256), jnp.bfloat16), weight, config=DecodeConfig(zeros="of sums"))
     with pytest.raises(ValueError, match="65 tokens are more than 64"):
         w4a16_matmul(jnp.zeros((65, 256), jnp.bfloat16), weight, config=DecodeConfig())
     with pytest.raises(ValueError, match="no w4a16 kernel multiplies 1 tokens by a weight"):

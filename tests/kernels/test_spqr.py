@@ -1,6 +1,7 @@
 """Products with SpQR's weights, simulated on the CPU with detection of races, against their meaning in float32."""
 
 import functools
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +18,10 @@ RNG = np.random.default_rng(0)
 BF16_ROUNDING = 2.0**-8  # relative, of the output's one rounding; operands are exact, sums float32
 
 
-def test_product_is_that_of_float32() -> None:
-    tokens, outputs, inputs, slots = 2, 128, 512, 3
+@pytest.mark.parametrize("tokens", [1, 2])
+@pytest.mark.parametrize("instruction", ["warpgroup", "warp"])
+def test_product_is_that_of_float32(instruction: Literal["warpgroup", "warp"], tokens: int) -> None:
+    outputs, inputs, slots = 128, 512, 3
     codes = jnp.asarray(RNG.integers(0, 8, (outputs, inputs)), jnp.int8)
     grid_codes = (jnp.asarray(RNG.integers(0, 16, (inputs // 16, outputs)), jnp.int32) for _ in range(2))
     parts = jnp.asarray(RNG.uniform(0.2, 1.0, (4, inputs // 16, outputs // 16)), jnp.float16)
@@ -27,7 +30,7 @@ def test_product_is_that_of_float32() -> None:
     rows = jnp.asarray(RNG.integers(0, inputs, (outputs, slots)), jnp.uint16)
     x = jnp.asarray(RNG.standard_normal((tokens, inputs)), jnp.bfloat16)
     weight = jax.jit(prepare_spqr)(codes, grids, values, rows)
-    config = DecodeConfig(depth=256, stages=1, warpgroups=2)
+    config = DecodeConfig(depth=256, stages=1, warpgroups=2, instruction=instruction)
     found = spqr_decode(x, *weight, config=config, simulate=compat.Simulation(detect_races=True))
     dense = reference.spqr_weight(codes, *grids, values, rows)
     expected = jnp.dot(x.astype(jnp.float32), dense.T, precision="highest")

@@ -90,7 +90,7 @@ def untried(case: Any, chosen: Config) -> list[Config]:
     key = case.outputs, case.inputs, case.tokens <= FEW
     found = [_config(shape) for shape in OF_CODES.get(key, ())]
     found += [_config(shape, "of sums") for shape in OF_SUMS.get(key, ())]
-    found += [dataclasses.replace(_config(shape, zeros), rows=128) for shape in OF_WIDE.get(key, ()) for zeros in ZEROS]
+    found += [dataclasses.replace(_config(shape, zeros), rows=128) for shape, zeros in OF_WIDE.get(key, ())]
     return [each for each in found if each.fault(case.outputs, case.inputs, case.groups) is None]
 
 

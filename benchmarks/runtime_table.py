@@ -29,11 +29,11 @@ import numpy as np
 from eval import Latency, Lowered, Phase, Programs, Workload, lower_latency, measure_latency, start_decode
 from jquant.folders import round_scales
 from jquant.formats import Layout, unproven
-from jquant.models import SHAPES, Llama, abstract_llama, random_like, stream
+from jquant.models import SHAPES, Llama, abstract_llama, random_like
 from jquant.plan import outline
 from jquant.recipe import load_recipe
 from jquant.targets import Target, describe_products, prepare
-from pallas_kernels import norm, reference, wide
+from pallas_kernels import ahead, gate, norm, reference, wide
 
 STRIDE: Final = 8  # steps of one run of `advance`: the fewest that its loop takes on a GPU
 THREADS: Final = 12  # programs that XLA compiles at once
@@ -51,7 +51,7 @@ class Row:
       name: of the line.
       recipes: presets joined by "+", each with ":" and a change where it has one; empty for bfloat16.
       workload: what is timed.
-      ahead: whether norms ask for the next product's weight ahead of time.
+      ahead: whether kernels ask for the next product's weight ahead of time.
     """
 
     name: str
@@ -116,7 +116,7 @@ def _measure(row: Row, tree: Llama, programs: Programs, arguments: argparse.Name
 
 
 def _check() -> None:
-    """Prints how far the head's kernel and the norm's are from their meaning on this GPU."""
+    """Prints how far the head's kernel, the norm's and the gate's are from their meaning on this GPU."""
     keys = jax.random.split(jax.random.key(0), 5)
     codes = jax.random.bits(keys[0], (4096, 4096), jnp.uint8).astype(jnp.int8)
     scales = jax.random.uniform(keys[1], (4096,), jnp.float32, 0.5, 1.5)
@@ -126,13 +126,17 @@ def _check() -> None:
         expected = np.asarray(x, np.float32) @ np.asarray(codes, np.float32).T * np.asarray(scales)
         error = np.asarray(jax.jit(wide.w8a16_decode)(x, weight), np.float32) - expected
         given = x.astype(jnp.float32), update, scales.astype(jnp.bfloat16)
-        sums, normed = jax.jit(lambda x, u, s: norm.add_norm(x, u, s, eps=1e-5, ahead=(codes, 2**24)))(*given)
+        sums, normed = jax.jit(lambda x, u, s: norm.add_norm(x, u, s, eps=1e-5, ahead=codes))(*given)
         sum_, normal = reference.add_norm(*given, 1e-5)
+        gates = jnp.concatenate([x, update], axis=1)
+        gated = np.asarray(jax.jit(lambda both: gate.apply_gate(both, ahead=codes))(gates), np.float32)
+        silu = np.asarray(reference.apply_gate(gates), np.float32)
         _print(
             rows=rows,
             head=float(np.linalg.norm(error) / np.linalg.norm(expected)),
             sums=bool(jnp.all(sums == sum_)),
             norms=float(jnp.max(jnp.abs(normed.astype(jnp.float32) - normal.astype(jnp.float32)))),
+            gates=float(np.linalg.norm(gated - silu) / np.linalg.norm(silu)),
         )
 
 
@@ -232,7 +236,7 @@ def _lower(row: Row, tree: Llama, target: str) -> Lowered:
     if row.ahead:
         return lower_latency(ready, row.workload)
     jax.clear_caches()
-    with mock.patch.object(stream, "AHEAD", 0):
+    with mock.patch.object(ahead, "BYTES", 0):
         lowered = lower_latency(ready, row.workload)
     jax.clear_caches()
     return lowered

@@ -5,8 +5,7 @@
 A block of one warpgroup makes one row, which its threads hold in registers: x is read once, sum and y are written once.
 XLA makes two kernels of it, and both read all.
 
-Of few rows most multiprocessors have nothing to do, and the memory neither: further blocks ask for the first bytes of
-the weight that is multiplied next, which come into the second level's cache while this kernel ends and that one begins.
+Of few rows, further blocks ask for the first bytes of the weight that is multiplied next: see `ahead`.
 """
 
 import functools
@@ -15,14 +14,13 @@ from typing import Any, Final
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental import pallas as pl
 from jaxtyping import Array, BFloat16, Float32, Int
 
-from pallas_kernels import compat, inline_step
+from pallas_kernels import compat
+from pallas_kernels.ahead import blocks_that_ask, work_or_ask
 
-MULTIPLE: Final = inline_step.THREADS * compat.RUN_OF_ROW  # numbers of a row: runs of 8 for each of 128 threads
+MULTIPLE: Final = compat.THREADS * compat.RUN_OF_ROW  # numbers of a row: runs of 8 for each of 128 threads
 MOST: Final = 8 * MULTIPLE  # that a warpgroup's registers hold
-ROWS_THAT_LEAVE_ROOM: Final = 64
 REDUCTION_BYTES: Final = 4 * 32  # of a sum over four warps, with room
 
 
@@ -45,7 +43,7 @@ def add_norm(
     scale: BFloat16[Array, "n"],
     *,
     eps: float,
-    ahead: tuple[Int[Array, "out in"], int] | None = None,
+    ahead: Int[Array, "out in"] | None = None,
     simulate: compat.Simulation | None = None,
 ) -> tuple[Float32[Array, "rows n"], BFloat16[Array, "rows n"]]:
     """Returns the sum and its norm: `reference.add_norm`, but for the order of the mean's sums.
@@ -55,8 +53,7 @@ def add_norm(
       update: what is added to it; None for nothing.
       scale: of the norm.
       eps: added to the mean of squares.
-      ahead: codes that the next kernel reads, and how many of their first bytes to ask for, a hint without a result;
-        nothing is asked for beside more than 64 rows. None for nothing.
+      ahead: codes of the weight that the next product reads, to ask for their first bytes; None for nothing.
       simulate: run in the interpreter on the CPU with these settings; None on an H100 or H200.
 
     Raises:
@@ -68,11 +65,8 @@ def add_norm(
         raise ValueError(f"{fault}; let XLA make the norm")
     dtypes = {"normed": jnp.bfloat16, "sum": jnp.float32}
     given = {"x": x, "scale": scale} | ({} if update is None else {"update": update})
-    blocks = 0
-    if ahead is not None and simulate is None and rows <= ROWS_THAT_LEAVE_ROOM:
-        codes, wanted = ahead
-        blocks = min(wanted, codes.size * compat.bits_of(codes.dtype) // 8) // inline_step.BYTES_OF_BLOCK
-        given |= {"codes": codes} if blocks else {}
+    codes, blocks = blocks_that_ask(ahead, rows, simulate)
+    given |= codes
     made = ("normed",) if update is None else ("normed", "sum")
     call = compat.kernel(
         functools.partial(_body, (rows, numbers), eps, (*given, *made)),
@@ -100,11 +94,4 @@ def _body(shape: tuple[int, int], eps: float, names: tuple[str, ...], *reference
         mean = jnp.sum(sums * sums) * jnp.float32(1 / numbers)
         gmem["normed"][block] = (sums * lax.rsqrt(mean + jnp.float32(eps)) * scale).astype(jnp.bfloat16)
 
-    if "codes" not in gmem:
-        norm()
-        return
-    pl.when(block < rows)(norm)
-
-    @pl.when(block >= rows)
-    def _() -> None:
-        inline_step.ask_for(gmem["codes"], block - rows)
+    work_or_ask(gmem, block, rows, norm)

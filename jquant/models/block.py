@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jquant.formats import Layout
 from jquant.kv import LayerCache, Rope
 from jquant.models.config import LlamaConfig
+from jquant.models.gate import gated
 from jquant.models.layers import apply_rope, attention, causal_mask, linear, linears, rms_norm
 from jquant.models.stream import Stream, add_norm
 from jquant.models.tree import Attention, Block, Mlp
@@ -60,7 +61,7 @@ def stream_block(
       attend: takes queries, keys and values before RoPE; returns what the queries gather, and a cache or what else
         shall be kept.
       config: the model's sizes.
-      layout: whose kernel makes the norms.
+      layout: whose kernels make the norms and the gate.
 
     Returns:
       The block's output, its last update not yet added, what `attend` keeps, and the taps.
@@ -69,7 +70,7 @@ def stream_block(
     value, normed = add_norm(x, layer.input_layernorm, config, layout, attention.q_proj)
     update, cache, attention_input, attention_output = _attention(attention, normed, valid, attend, config)
     value, normed = add_norm(Stream(value, update), layer.post_attention_layernorm, config, layout, mlp.gate_proj)
-    update, mlp_input, mlp_hidden = _mlp(mlp, normed, valid)
+    update, mlp_input, mlp_hidden = _mlp(mlp, normed, valid, layout)
     return Stream(value, update), cache, Taps(attention_input, attention_output, mlp_input, mlp_hidden)
 
 
@@ -129,10 +130,10 @@ def _attention(
 
 
 def _mlp(
-    layer: Mlp, x: Float[Array, "batch tokens hidden"], valid: Valid
+    layer: Mlp, x: Float[Array, "batch tokens hidden"], valid: Valid, layout: Layout
 ) -> tuple[
     Float[Array, "batch tokens hidden"], Float[Array, "batch tokens hidden"], Float[Array, "batch tokens inner"]
 ]:
-    (gate, up), tap = linears((layer.gate_proj, layer.up_proj), x, valid)
-    y, hidden_tap = linear(layer.down_proj, jax.nn.silu(gate) * up, valid)
+    hidden, tap = gated(layer, x, valid, layout)
+    y, hidden_tap = linear(layer.down_proj, hidden, valid)
     return y, tap, hidden_tap

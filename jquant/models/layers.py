@@ -45,15 +45,27 @@ def linears(
     layers: Sequence[Linear], x: Float[Array, "*batch in"], valid: Bool[Array, "*batch"] | None = None
 ) -> tuple[tuple[Float[Array, "*batch out"], ...], Float[Array, "*batch in"]]:
     """Returns what several linears make of one input, and the first one's tap, as `linear`; joined ones at once."""
-    first, *others = layers
-    if not all(isinstance(layer.kernel, JoinedPart) for layer in others):
+    if not are_joined(layers):
         results = [linear(layer, x, valid) for layer in layers]
         return tuple(y for y, _ in results), results[0][1]
-    y, tap = linear(dataclasses.replace(first, bias=None), x, valid)
-    sizes = [layer.kernel.shape[1] for layer in others]
+    y, tap = joined_product(layers, x, valid)
+    sizes = [layer.kernel.shape[1] for layer in layers[1:]]
     ends = [y.shape[-1] - sum(sizes[index:]) for index in range(len(sizes))]
-    parts = jnp.split(y, ends, axis=-1)
+    matrix = y.reshape(math.prod(y.shape[:-1]), y.shape[-1])  # whose parts XLA knows for it where they are put together
+    parts = [part.reshape(*y.shape[:-1], part.shape[1]) for part in jnp.split(matrix, ends, axis=1)]
     return tuple(_add_bias(part, layer) for part, layer in zip(parts, layers, strict=True)), tap
+
+
+def are_joined(layers: Sequence[Linear]) -> bool:
+    """Tells whether the weights of several linears lie in the first one's, which makes all their products at once."""
+    return all(isinstance(layer.kernel, JoinedPart) for layer in layers[1:])
+
+
+def joined_product(
+    layers: Sequence[Linear], x: Float[Array, "*batch in"], valid: Bool[Array, "*batch"] | None = None
+) -> tuple[Float[Array, "*batch outs"], Float[Array, "*batch in"]]:
+    """Returns the products of joined linears behind one another, biases left out, and the tap."""
+    return linear(dataclasses.replace(layers[0], bias=None), x, valid)
 
 
 def _add_bias(y: Float[Array, "*batch out"], layer: Linear) -> Float[Array, "*batch out"]:

@@ -26,7 +26,7 @@ from jquant.models.config import LlamaConfig
 from jquant.models.ends import embed, head, project
 from jquant.models.layers import attention, causal_attention, causal_mask, rope_angles
 from jquant.models.mesh import on_mesh, replicate
-from jquant.models.stream import Stream, add_norm, layout_of_norms
+from jquant.models.stream import Stream, add_norm, codes_ahead, layout_of_norms
 from jquant.models.tree import Block, Llama, Sharded, Stacked
 from jquant.types import Leaf
 
@@ -337,7 +337,8 @@ def step_block(
         if packed is not None and append_fault(codec, rotation, queries.dtype) is None:
             angles = rope_angles(positions, config.rope, config.head_dim)
             token = queries[:, 0], keys[:, 0], values[:, 0]
-            context, kept = _step_packed(packed, cache, token, angles, positions, rotation)
+            following = codes_ahead(layer.self_attn.o_proj)
+            context, kept = _step_packed(packed, cache, token, angles, positions, rotation, following)
             return context[:, None], kept
         pushed = jax.vmap(lambda one, key, value, at: codec.push(one, key[0], value[0], at, rope))(
             cache, keys, values, positions

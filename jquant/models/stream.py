@@ -16,7 +16,6 @@ from jquant.models.layers import rms_norm
 from jquant.models.tree import Linear
 from jquant.types import Leaf
 
-AHEAD: Final = 16 * 2**20  # bytes of the next product's weight that the norm before it asks for: docs/runtime.md
 _PREPARED: Final = (PreparedFloatTensor, PreparedIntegerTensor, PreparedWideTensor)
 
 
@@ -61,10 +60,14 @@ def add_norm(
         return value, rms_norm(value, scale, config.rms_norm_eps, config.norm_dtype(value.dtype))
     rows = value.reshape(math.prod(value.shape[:-1]), value.shape[-1])
     flat = None if update is None else update.reshape(rows.shape)
-    kernel: Any = None if reader is None else reader.kernel
-    codes = kernel.codes if AHEAD and isinstance(kernel, _PREPARED) else None
-    sums, normed = _add_norm(rows, flat, scale, codes, eps=config.rms_norm_eps, layout=layout)
+    sums, normed = _add_norm(rows, flat, scale, codes_ahead(reader), eps=config.rms_norm_eps, layout=layout)
     return sums.reshape(value.shape), normed.reshape(value.shape)
+
+
+def codes_ahead(reader: Linear | None) -> Int[Array, "out in"] | None:
+    """Returns the codes that a linear's kernel reads, which kernels before it may ask the memory for; None for none."""
+    kernel: Any = None if reader is None else reader.kernel
+    return kernel.codes if isinstance(kernel, _PREPARED) else None
 
 
 def layout_of_norms(codec: KvCodec) -> Layout:
@@ -92,5 +95,6 @@ def _add_norm(
     from pallas_kernels.compat import Simulation
     from pallas_kernels.norm import add_norm as kernel
 
-    simulate, ahead = Simulation() if layout is Layout.SIMULATED else None, None if codes is None else (codes, AHEAD)
-    return kernel(rows, update, scale, eps=eps, ahead=ahead, simulate=simulate)
+    return kernel(
+        rows, update, scale, eps=eps, ahead=codes, simulate=Simulation() if layout is Layout.SIMULATED else None
+    )

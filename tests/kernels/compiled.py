@@ -17,14 +17,16 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 
 from jquant.numerics import base_matrix, base_order
-from pallas_kernels import configs
+from pallas_kernels import Coding, PackedCache, append_token, configs
 from pallas_kernels.attention_case import AttentionCase
 from pallas_kernels.cases import Case
 from pallas_kernels.decode import DecodeConfig
+from pallas_kernels.gate import apply_gate
 from pallas_kernels.hadamard import rotate_quantize
 from pallas_kernels.kivi_case import KiviCase
 from pallas_kernels.kronecker import prepare_rotation
 from pallas_kernels.narrow_case import KINDS, narrow_cases
+from pallas_kernels.norm import add_norm
 
 DUMP = Path(os.environ["MOSAIC_GPU_DUMP_TO"])  # read by Mosaic GPU, which writes what `ptxas` says
 # What XLA wants to know, of NVIDIA's data sheet and `cudaGetDeviceProperties`
@@ -73,6 +75,29 @@ def programs() -> Iterator[tuple[str, Any, tuple[Any, ...]]]:
     for attention in (*coded, exact, *(KiviCase(2, 16, 32, 8, 128, 32768, group=group) for group in (32, 128))):
         given = jax.eval_shape(lambda attention=attention: attention.operands(0))
         yield f"{attention} {attention.config()}", attention.kernel(attention.config()), given
+    yield from _between_products()
+
+
+def _between_products() -> Iterator[tuple[str, Any, tuple[Any, ...]]]:
+    """Yield what a step of Llama-3.1-8B has between its products, each asking for a weight ahead of time."""
+
+    def shaped(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    def update_norm(x: Any, update: Any, scale: Any, codes: Any) -> Any:
+        return add_norm(x, update, scale, eps=1e-5, ahead=codes)
+
+    def append(projected: Any, angles: Any, positions: Any, cache: PackedCache, codes: Any) -> Any:
+        return append_token(projected, angles, positions, cache, coding=Coding(), ahead=codes)
+
+    for rows in (1, 16):
+        numbers, gates = shaped(jnp.float32, rows, 4096), shaped(jnp.bfloat16, rows, 28672)
+        given = numbers, shaped(jnp.bfloat16, rows, 4096), shaped(jnp.bfloat16, 4096)
+        yield f"norm {rows}", update_norm, (*given, shaped(jnp.int4, 28672, 4096))
+        yield f"gate {rows}", lambda both, codes: apply_gate(both, ahead=codes), (gates, shaped(jnp.int4, 4096, 14336))
+        keys, grids = shaped(jnp.uint8, rows, 8, 2176, 64), shaped(jnp.float16, rows, 8, 2176, 4)
+        token = shaped(jnp.bfloat16, rows, 6144), shaped(jnp.float32, rows, 128), shaped(jnp.int32, rows)
+        yield f"append {rows}", append, (*token, PackedCache(keys, keys, grids), shaped(jnp.int4, 4096, 4096))
 
 
 def _arguments(case: Any) -> tuple[Any, ...]:

@@ -1,8 +1,9 @@
-"""Bytes of the weight that is multiplied next, asked for by a small kernel before it: a hint to the memory, no result.
+"""Bytes of the weight that is multiplied next, asked for by a kernel before it: a hint to the memory, no result.
 
 Of few rows a kernel between two products leaves most multiprocessors idle, and the memory too. Further blocks of its
 grid ask for the first bytes of the next weight's codes, which come into the second level's cache while the kernel ends
-and the product begins.
+and the product begins. Likewise a product whose own weight is all under way: nothing else is read until its last sums
+are stored and the next kernel has begun.
 """
 
 from collections.abc import Callable, Mapping
@@ -57,3 +58,22 @@ def work_or_ask(gmem: Mapping[str, Any], block: Any, working: int, work: Callabl
     @pl.when(block >= working)
     def _() -> None:
         inline_step.ask_for(gmem["codes"], block - working)
+
+
+def ask_from_last(codes: Any, unit: Any, units: int, asks: int) -> None:
+    """Lets the last of some warpgroups ask for so many parts of an array, each for as many.
+
+    Args:
+      codes: a reference to it in the GPU's memory.
+      unit: which warpgroup this is, in the order in which they begin.
+      units: how many there are.
+      asks: parts of `inline_step.BYTES_OF_BLOCK` to ask for.
+    """
+    each = -(-asks // units)
+    first = units - -(-asks // each)
+    for part in range(each):
+        place = (unit - first) * each + part
+
+        @pl.when((unit >= first) & (place < asks))
+        def _(place: Any = place) -> None:
+            inline_step.ask_for(codes, place)

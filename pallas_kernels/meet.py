@@ -61,7 +61,12 @@ def launch(
 
 
 def walk(
-    kernel: Any, fetch: Callable[[Any, Any], None], add: Callable[[Any, Any], Any], begun: Callable[[], Any], full: Any
+    kernel: Any,
+    fetch: Callable[[Any, Any], None],
+    add: Callable[[Any, Any], Any],
+    begun: Callable[[], Any],
+    full: Any,
+    fetched: Callable[[], None] | None = None,
 ) -> Any:
     """Returns a warpgroup's sum over its steps, each copied `stages` steps before it is added.
 
@@ -71,6 +76,7 @@ def walk(
       add: returns the sum and the products of a slot.
       begun: returns the first sum, while the first copies are under way.
       full: the warpgroup's barriers, one for each slot.
+      fetched: called when the last copy is under way; None for nothing.
     """
     for slot in range(kernel.stages):
         fetch(slot, slot)
@@ -86,6 +92,8 @@ def walk(
                 compat.commit()
             fetch(index + kernel.stages, slot)
 
+        if fetched is not None:
+            pl.when(index + kernel.stages == kernel.steps)(fetched)
         return sum_
 
     return lax.fori_loop(0, kernel.steps, step, begun())

@@ -12,10 +12,11 @@ from jquant.kv import LayerCache, Rope
 from jquant.models.config import LlamaConfig
 from jquant.models.gate import gated
 from jquant.models.layers import apply_rope, attention, causal_mask, linear, linears, rms_norm
-from jquant.models.stream import Stream, add_norm
-from jquant.models.tree import Attention, Block, Mlp
+from jquant.models.stream import Stream, add_norm, codes_ahead
+from jquant.models.tree import Attention, Block, Linear, Mlp
 
 type Valid = Bool[Array, "batch tokens"] | None  # which tokens are no padding; None: all
+type Codes = Int[Array, "out in"] | None  # of the weight that is multiplied next: see `codes_ahead`
 type KeysValues = tuple[jax.Array, jax.Array]
 type Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, LayerCache]]
 
@@ -50,7 +51,13 @@ def run_block(
 
 
 def stream_block(
-    layer: Block, x: Stream, valid: Valid, attend: Attend, config: LlamaConfig, layout: Layout
+    layer: Block,
+    x: Stream,
+    valid: Valid,
+    attend: Attend,
+    config: LlamaConfig,
+    layout: Layout,
+    reader: Linear | None = None,
 ) -> tuple[Stream, LayerCache, Taps]:
     """Runs a block, its attention by `attend`.
 
@@ -62,15 +69,17 @@ def stream_block(
         shall be kept.
       config: the model's sizes.
       layout: whose kernels make the norms and the gate.
+      reader: the linear that is multiplied behind the block, whose weight its last kernel may ask for.
 
     Returns:
       The block's output, its last update not yet added, what `attend` keeps, and the taps.
     """
     attention, mlp = layer.self_attn, layer.mlp
     value, normed = add_norm(x, layer.input_layernorm, config, layout, attention.q_proj)
-    update, cache, attention_input, attention_output = _attention(attention, normed, valid, attend, config)
+    following = codes_ahead(mlp.gate_proj, layout)
+    update, cache, attention_input, attention_output = _attention(attention, normed, valid, attend, config, following)
     value, normed = add_norm(Stream(value, update), layer.post_attention_layernorm, config, layout, mlp.gate_proj)
-    update, mlp_input, mlp_hidden = _mlp(mlp, normed, valid, layout)
+    update, mlp_input, mlp_hidden = _mlp(mlp, normed, valid, layout, codes_ahead(reader, layout))
     return Stream(value, update), cache, Taps(attention_input, attention_output, mlp_input, mlp_hidden)
 
 
@@ -111,7 +120,12 @@ def exact_block(
 
 
 def _attention(
-    layer: Attention, x: Float[Array, "batch tokens hidden"], valid: Valid, attend: Attend, config: LlamaConfig
+    layer: Attention,
+    x: Float[Array, "batch tokens hidden"],
+    valid: Valid,
+    attend: Attend,
+    config: LlamaConfig,
+    following: Codes,
 ) -> tuple[
     Float[Array, "batch tokens hidden"],
     LayerCache,
@@ -125,15 +139,15 @@ def _attention(
         queries = rms_norm(queries, layer.q_norm, config.rms_norm_eps)
         keys = rms_norm(keys, layer.k_norm, config.rms_norm_eps)
     context, cache = attend(queries, keys, values)
-    y, output_tap = linear(layer.o_proj, context.reshape(batch, tokens, -1), valid)
+    y, output_tap = linear(layer.o_proj, context.reshape(batch, tokens, -1), valid, following)
     return y, cache, tap, output_tap
 
 
 def _mlp(
-    layer: Mlp, x: Float[Array, "batch tokens hidden"], valid: Valid, layout: Layout
+    layer: Mlp, x: Float[Array, "batch tokens hidden"], valid: Valid, layout: Layout, following: Codes
 ) -> tuple[
     Float[Array, "batch tokens hidden"], Float[Array, "batch tokens hidden"], Float[Array, "batch tokens inner"]
 ]:
     hidden, tap = gated(layer, x, valid, layout)
-    y, hidden_tap = linear(layer.down_proj, hidden, valid)
+    y, hidden_tap = linear(layer.down_proj, hidden, valid, following)
     return y, tap, hidden_tap

@@ -27,9 +27,10 @@ def gated(
     if layout is Layout.PORTABLE or unproven(layout) or not _has_kernel(mlp, x):
         (gate, up), tap = linears(layers, x, valid)
         return jax.nn.silu(gate) * up, tap
-    joined, tap = joined_product(layers, x, valid)
+    following = codes_ahead(mlp.down_proj, layout)
+    joined, tap = joined_product(layers, x, valid, following)
     rows = joined.reshape(math.prod(joined.shape[:-1]), joined.shape[-1])
-    hidden = _apply_gate(rows, codes_ahead(mlp.down_proj), layout=layout)
+    hidden = _apply_gate(rows, following, layout=layout)
     return hidden.reshape(*joined.shape[:-1], -1), tap
 
 

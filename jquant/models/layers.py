@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jquant.formats import JoinedPart, PreparedRotation, ShardedTensor
-from jquant.matmul import matmul
+from jquant.matmul import matmul, matmul_ahead
 from jquant.models.config import RopeConfig
 from jquant.models.tree import Linear
 from jquant.types import DType, compute_dtype
@@ -19,7 +19,10 @@ QUERY_CHUNK: Final = 128  # 2-core CPU, 2048 tokens, 9 heads of 64: 0.04 s, 0.07
 
 
 def linear(
-    layer: Linear, x: Float[Array, "*batch in"], valid: Bool[Array, "*batch"] | None = None
+    layer: Linear,
+    x: Float[Array, "*batch in"],
+    valid: Bool[Array, "*batch"] | None = None,
+    ahead: Int[Array, "next_out next_in"] | None = None,
 ) -> tuple[Float[Array, "*batch out"], Float[Array, "*batch tap"]]:
     """Returns (x @ kernel + bias, tap), the tap being the rotated x that the kernel multiplies, not yet quantized.
 
@@ -27,6 +30,7 @@ def linear(
       layer: the linear.
       x: its input.
       valid: which tokens are real, for input quantizers whose statistics cross tokens; None if all are.
+      ahead: codes of the weight that is multiplied next, which a kernel may ask the memory for; None for nothing.
     """
     if isinstance(layer.kernel, ShardedTensor):
         x = layer.kernel.gather_inputs(x)
@@ -38,7 +42,7 @@ def linear(
     if layer.input_rotation is not None:
         x = layer.input_rotation(x)
     operand = x if layer.input_quantizer is None else layer.input_quantizer(x, valid)
-    return _add_bias(matmul(operand, layer.kernel), layer), x
+    return _add_bias(matmul_ahead(operand, layer.kernel, ahead), layer), x
 
 
 def linears(
@@ -62,10 +66,13 @@ def are_joined(layers: Sequence[Linear]) -> bool:
 
 
 def joined_product(
-    layers: Sequence[Linear], x: Float[Array, "*batch in"], valid: Bool[Array, "*batch"] | None = None
+    layers: Sequence[Linear],
+    x: Float[Array, "*batch in"],
+    valid: Bool[Array, "*batch"] | None = None,
+    ahead: Int[Array, "next_out next_in"] | None = None,
 ) -> tuple[Float[Array, "*batch outs"], Float[Array, "*batch in"]]:
-    """Returns the products of joined linears behind one another, biases left out, and the tap."""
-    return linear(dataclasses.replace(layers[0], bias=None), x, valid)
+    """Returns the products of joined linears behind one another, biases left out, and the tap; see `linear`."""
+    return linear(dataclasses.replace(layers[0], bias=None), x, valid, ahead)
 
 
 def _add_bias(y: Float[Array, "*batch out"], layer: Linear) -> Float[Array, "*batch out"]:

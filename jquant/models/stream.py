@@ -60,14 +60,20 @@ def add_norm(
         return value, rms_norm(value, scale, config.rms_norm_eps, config.norm_dtype(value.dtype))
     rows = value.reshape(math.prod(value.shape[:-1]), value.shape[-1])
     flat = None if update is None else update.reshape(rows.shape)
-    sums, normed = _add_norm(rows, flat, scale, codes_ahead(reader), eps=config.rms_norm_eps, layout=layout)
+    sums, normed = _add_norm(rows, flat, scale, codes_ahead(reader, layout), eps=config.rms_norm_eps, layout=layout)
     return sums.reshape(value.shape), normed.reshape(value.shape)
 
 
-def codes_ahead(reader: Linear | None) -> Int[Array, "out in"] | None:
-    """Returns the codes that a linear's kernel reads, which kernels before it may ask the memory for; None for none."""
+def codes_ahead(reader: Linear | None, layout: Layout) -> Int[Array, "out in"] | None:
+    """Returns the codes that a linear's kernel reads, which kernels before it may ask the memory for; None for none.
+
+    Args:
+      reader: the linear; None for none.
+      layout: of the block: see `layout_of_norms`.
+    """
     kernel: Any = None if reader is None else reader.kernel
-    return kernel.codes if isinstance(kernel, _PREPARED) else None
+    asks = layout is not Layout.PORTABLE and not unproven(layout)
+    return kernel.codes if asks and isinstance(kernel, _PREPARED) else None
 
 
 def layout_of_norms(codec: KvCodec) -> Layout:

@@ -9,7 +9,6 @@ are stored and the next kernel has begun.
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
-import jax
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Int
 
@@ -21,7 +20,7 @@ ROWS_THAT_LEAVE_ROOM: Final = 64
 
 def blocks_that_ask(
     codes: Int[Array, "out in"] | None, rows: int, simulate: compat.Simulation | None
-) -> tuple[dict[str, jax.Array], int]:
+) -> tuple[dict[str, Int[Array, "out in"]], int]:
     """Returns the codes as a kernel's operand, by the name that `work_or_ask` looks for, and how many blocks ask.
 
     Args:

@@ -92,7 +92,7 @@ def append_token(
     heads = numbers // dim - 2 * kv_heads
     program = _Append(heads, kv_heads, dim, slots, 16 if cache.grids is None else stored * 8 // dim, coding)
     codes, blocks = blocks_that_ask(ahead, rows, simulate)
-    body = functools.partial(_body, program, rows, bool(codes), simulated=simulate is not None)
+    body = functools.partial(_body, program, (rows, len(codes)), simulated=simulate is not None)
     call = compat.kernel(
         body,
         out=jax.ShapeDtypeStruct((rows, heads, dim), jnp.bfloat16),
@@ -107,10 +107,14 @@ def append_token(
     return queries, PackedCache(keys, values, grids[0] if grids else None)
 
 
-def _body(program: "_Append", rows: int, asks: bool, *refs: Any, simulated: bool) -> None:
-    """A row's program, or that of one of its parts, or that of a block that asks for what comes next."""
-    codes = {"codes": refs[0]} if asks else {}
-    projected, angles, positions, *caches, out = refs[asks:]
+def _body(program: "_Append", counts: tuple[int, int], *refs: Any, simulated: bool) -> None:
+    """A row's program, or that of one of its parts, or that of a block that asks for what comes next.
+
+    The counts are those of rows, and of the first references that are codes to ask for.
+    """
+    rows, asked = counts
+    codes = dict(zip(("codes",), refs[:asked], strict=False))
+    projected, angles, positions, *caches, out = refs[asked:]
     block, parts = lax.axis_index("block"), program.parts
 
     def work() -> None:

@@ -10,7 +10,7 @@ from pallas_kernels.attention_kernel import AttentionConfig
 from pallas_kernels.configs import MULTIPROCESSORS, ONE_BLOCK
 
 EXACT: Final = 16  # bits of bfloat16, whose tiles in runs are the faster: 178.5 us, 179.5 in turns (16 x 8192)
-WARPGROUPS: Final = 4  # of a block: 128 registers a thread, and one block for each multiprocessor
+WARPGROUPS: Final = (4, 2, 1)  # of a block, the most that fit: four have 128 registers a thread, a multiprocessor each
 TILES: Final = (128, 64)
 WIDE_TILE: Final = 256  # of KIVI: a warp multiplies the keys' grid once for 64 tokens
 LEAST_GROUP_OF_WIDE: Final = 64
@@ -66,21 +66,25 @@ def _choose_attention(bits: int, rows: int, kv_heads: int, dim: int, tokens: int
         tile = next((each for each in TILES[bits == EXACT :] if page % each == 0 or each % page == 0), TILES[-1])
         tiles = -(-tokens // tile)
         return AttentionConfig(max(1, min(SPLITS_OF_FEW, tiles // LEAST_TILES)), tile, 2, 1)
-    row, to_meet = dim * bits // 8, flash.bytes_to_meet(dim)
-    room = ONE_BLOCK - 4 * (WARPGROUPS - 1) * math.prod(flash.shape_of_result(dim))
-
-    def fitting(tile: int) -> int:
-        one = tile * (2 * row + (0 if bits == EXACT else BYTES_OF_GRIDS))
-        stages = min(MOST_STAGES, room // (WARPGROUPS * one))
-        if stages * tile * row < to_meet:  # these need memory of their own
-            stages = min(stages, (room - WARPGROUPS * to_meet) // (WARPGROUPS * one))
-        return stages if page % tile == 0 or tile % page == 0 else 0
-
-    tile = next((each for each in TILES if fitting(each) >= 2), TILES[-1])
-    splits = _splits(rows * kv_heads, -(-tokens // tile), MULTIPROCESSORS, WARPGROUPS)
-    if -(-tokens // (tile * splits * WARPGROUPS)) <= SHORT and fitting(TILES[-1]) >= 2:
+    smallest = (_stages(bits, dim, page, TILES[-1], each) for each in WARPGROUPS)
+    warpgroups = next((each for each, stages in zip(WARPGROUPS, smallest, strict=True) if stages > 0), WARPGROUPS[0])
+    fitting = {tile: _stages(bits, dim, page, tile, warpgroups) for tile in TILES}
+    tile = next((each for each in TILES if fitting[each] >= 2), TILES[-1])
+    splits = _splits(rows * kv_heads, -(-tokens // tile), MULTIPROCESSORS, warpgroups)
+    if -(-tokens // (tile * splits * warpgroups)) <= SHORT and fitting[TILES[-1]] >= 2:
         tile = TILES[-1]
-    return AttentionConfig(splits, tile, max(1, fitting(tile)), WARPGROUPS)
+    return AttentionConfig(splits, tile, max(1, fitting[tile]), warpgroups)
+
+
+def _stages(bits: int, dim: int, page: int, tile: int, warpgroups: int) -> int:
+    """Returns how many copies of a tile have room in each warpgroup; 0 where none has, or pages do not suit it."""
+    row, to_meet = dim * bits // 8, flash.bytes_to_meet(dim)
+    room = ONE_BLOCK - 4 * (warpgroups - 1) * math.prod(flash.shape_of_result(dim))
+    one = tile * (2 * row + (0 if bits == EXACT else BYTES_OF_GRIDS))
+    stages = min(MOST_STAGES, room // (warpgroups * one))
+    if stages * tile * row < to_meet:  # these need memory of their own
+        stages = min(stages, (room - warpgroups * to_meet) // (warpgroups * one))
+    return max(0, stages) if page % tile == 0 or tile % page == 0 else 0
 
 
 @functools.cache
@@ -112,7 +116,7 @@ def choose_kivi(
     one = tile * (2 * dim * bits // 8 + grids)
     result = 4 * math.prod(flash.shape_of_result(dim))
     room = ONE_BLOCK // (STAGES_OF_KIVI * one + flash.bytes_to_meet(dim) + result)
-    warpgroups = max(1, min(WARPGROUPS, room))
+    warpgroups = max(1, min(WARPGROUPS[0], room))
     splits = _splits(rows * kv_heads, -(-tokens // tile), MULTIPROCESSORS, warpgroups)
     return AttentionConfig(splits, tile, STAGES_OF_KIVI, warpgroups)
 

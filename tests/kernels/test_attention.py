@@ -47,6 +47,11 @@ SERVED = (  # Llama-3.1-8B and SmolLM2-135M
     KiviCase(4, 16, 32, 8, 128, 8192, group=64),
     AttentionCase("kv4", 1, 32, 8, 128, 32768),
 )
+WIDE = tuple(  # heads of 256 numbers
+    AttentionCase(kind, 1, 8, 1, 256, 8192, grid=grid)
+    for kind, grid in (("kv4", "low"), ("kv8", "zero"), ("kv16", "none"))
+)
+RANDOM = (*random_legal_attention(0, 20), *random_legal_attention(1, 4))
 REFERENCES = (  # with one query head a KV head, whose products XLA makes without tensor cores on a GPU, and with more
     AttentionCase("kv8", 4, 1, 1, 128, 128, grid="zero", ragged=True),
     AttentionCase("kv16", 3, 8, 8, 128, 768, page=64, grid="none", ragged=True),
@@ -90,7 +95,7 @@ def test_simulated_threads_attend_to_kivi() -> None:
     assert not compat.races_found()
 
 
-@pytest.mark.parametrize("case", [SERVED[index] for index in (0, 1, 3, 4, 5, 7)], ids=str)
+@pytest.mark.parametrize("case", [*(SERVED[index] for index in (0, 1, 3, 4, 5, 7)), *WIDE], ids=str)
 def test_what_is_chosen_lowers_to_cuda(case: AttentionCase | KiviCase) -> None:
     given = jax.eval_shape(lambda: case.operands(0))
     text = jax.jit(case.kernel(case.config())).trace(*given).lower(lowering_platforms=("cuda",)).as_text()
@@ -143,7 +148,7 @@ def test_xla_attends_to_the_same() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("case", [*SERVED, *random_legal_attention(0, 20), *random_legal_attention(1, 4)], ids=str)
+@pytest.mark.parametrize("case", [*SERVED, *WIDE, *RANDOM], ids=str)
 def test_kernel_attends_with_the_same_bits_twice(case: AttentionCase | KiviCase) -> None:
     kernel = jax.jit(case.kernel(case.config()))
     given = case.operands(0)

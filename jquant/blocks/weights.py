@@ -128,12 +128,10 @@ class QuantizeWeights(BlockPass):
             whole = {one.name: data.watch.time("collect", of, block, data, one) for one in self.wanted()}
         for site, names in SITES.items():
             for quantizer, group in self._groups(names, data.index):
-                collected = data.watch.time(
-                    f"collect {site}", self._statistics, quantizer.statistic, block, data, site, whole
-                )
+                statistics = self._statistics(quantizer.statistic, block, data, site, whole)
                 for part in [group] if quantizer.separable else [(name,) for name in group]:
                     seed = jax.random.fold_in(key, zlib.crc32(part[0].encode()))
-                    solved = data.watch.time(f"solve {site}", _solve, quantizer, block, part, collected, seed)
+                    solved = data.watch.time(f"solve {site}", _solve, quantizer, block, part, statistics, seed)
                     for name, kernel, diagnostics in solved:
                         block = put(block, f"{name}.kernel", kernel)
                         report[f"layers.{data.index}.{name}"] = diagnostics
@@ -193,7 +191,8 @@ class QuantizeWeights(BlockPass):
             return None
         if self.sequence == "per_block":
             return whole[statistic.name][site]
-        return collect_all(block, data.inputs, (site,), statistic, data.config)[site]
+        taken = (block, data.inputs, (site,), statistic, data.config)
+        return data.watch.time(f"collect {site}", collect_all, *taken)[site]
 
 
 def _placed[T](outlined: T, sums: Any) -> T:

@@ -11,9 +11,18 @@ import pytest
 from jquant.blocks import QuantizeWeights, Rule
 from jquant.blocks.weights import collect, solve_jointly
 from jquant.calibration import BlockStore, check_weights, quantize_blocks
-from jquant.calibration.sequential import advance
+from jquant.calibration.sequential import _dense, advance
 from jquant.errors import CalibrationError, FormatError
-from jquant.formats import QuantizedTensor, UniformFormat
+from jquant.formats import (
+    PermutedTensor,
+    QuantizedTensor,
+    ScaleDtype,
+    SpqrFormat,
+    StatisticCodes,
+    UniformFormat,
+    compact_outliers,
+    quantize_spqr,
+)
 from jquant.models import Llama, embed, get, linear_paths, put, random_model, stack_layers, tiny_config
 from jquant.quantizers import HESSIAN, Gptq, Rtn
 from jquant.report import BlockReport
@@ -38,13 +47,13 @@ def model() -> Llama:
 
 def test_one_compiled_solve_for_each_shape_whatever_the_depth() -> None:
     """Four sites have four shapes: q, k and v as one, o, gate and up as one, down."""
-    steps = (solve_jointly, collect, advance)
+    steps = (solve_jointly, collect, _dense, advance)
     for step in steps:
         step.clear_cache()
     model = deep(4)
     for layers in (2, 4):
         quantize_blocks(model.replace(layers=model.layers[:layers]), TOKENS, EVERYTHING, key=KEY)
-        assert [step._cache_size() for step in steps] == [4, 4, 1]
+        assert [step._cache_size() for step in steps] == [4, 4, 4, 1]
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +103,39 @@ def test_report_has_a_row_for_each_solve(run: tuple[Llama, Any, list[BlockReport
         else:
             assert row.proxy_loss < row.rtn_proxy_loss
             np.testing.assert_allclose(row.damping, 0.01, rtol=1e-6)
+
+
+def test_report_tells_what_each_phase_took(run: tuple[Llama, Any, list[BlockReport]]) -> None:
+    """The last block advances nothing; rounding to nearest collects nothing."""
+    first, last = run[1].blocks
+    names = ["collect attention_output", "solve attention_output", "solve mlp_input"]
+    names += ["collect mlp_hidden", "solve mlp_hidden", "compact"]
+    assert list(first.phases) == [*names, "advance"]
+    assert list(last.phases) == names
+    for block in (first, last):
+        assert all(seconds > 0 for seconds in block.phases.values())
+        assert sum(block.phases[name] for name in names) <= block.seconds
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_room_for_outliers_changes_no_bit_of_what_kernels_stand_for(dtype: ScaleDtype) -> None:
+    """A block from the store, whose lists have no room, gives the next one the inputs that it gave when solved."""
+    keys = jax.random.split(jax.random.key(5), 8)
+    statistic = [
+        StatisticCodes(
+            jax.random.randint(codes, (12, 32), 0, 8).astype(jnp.uint8), *jax.random.normal(numbers, (2, 12, 2))
+        )
+        for codes, numbers in (keys[:2], keys[2:4])
+    ]
+    codes = jax.random.randint(keys[4], (192, 32), 0, 8).astype(jnp.uint8)
+    outliers = jax.random.bernoulli(keys[5], 0.02, codes.shape), jax.random.normal(keys[6], codes.shape), 500
+    inner = quantize_spqr(codes, *statistic, SpqrFormat(dtype=dtype), outliers)
+    solved = PermutedTensor(inner, jax.random.permutation(keys[7], 192)[:, None].astype(jnp.uint16), codes.shape)
+    kept = compact_outliers(solved)
+    assert kept.nbytes() < solved.nbytes()
+    np.testing.assert_array_equal(_dense(solved), _dense(kept))
+    if dtype == "float16":  # its products are exact in float32, whether they are fused with sums or not
+        np.testing.assert_array_equal(_dense(kept), kept.dequantize())
 
 
 def test_passes_run_in_order_on_one_block(model: Llama) -> None:

@@ -28,6 +28,7 @@ from tests.calibration import killed_run
 FINGERPRINT = killed_run.FINGERPRINT
 BLOCKS = 6
 REPORT = BlockReport(3, (LinearReport("layers.3.mlp.up_proj", "UniformTensor", 4.5, 0.125, None, 0.1, 0.01),), 1.5)
+REPORT = dataclasses.replace(REPORT, phases={"compile": 0.5, "solve mlp_input": 0.75})
 
 
 @contextlib.contextmanager

@@ -6,14 +6,17 @@ the first one is killed, whose end JAX answers by ending the others itself. Noth
 
 import contextlib
 import os
+import re
 import sys
 from collections.abc import Iterator
-from typing import Any, NoReturn
+from typing import Any, Final, NoReturn
 
 import jax
 from jax.experimental import multihost_utils
 
 from jquant.errors import ProcessError
+
+_STATUS: Final = re.compile(r"[A-Z_]+: ")  # of XLA, which `jax.jit` raises as a ValueError where a call fails at once
 
 
 def gather_from_all(tree: Any) -> Any:
@@ -61,7 +64,9 @@ def leave(status: int) -> NoReturn:
 def _others() -> Iterator[None]:
     try:
         yield
-    except jax.errors.JaxRuntimeError as error:
+    except (jax.errors.JaxRuntimeError, ValueError) as error:
+        if not isinstance(error, jax.errors.JaxRuntimeError) and not _STATUS.match(str(error)):
+            raise
         reason = str(error).splitlines()[0]
         raise ProcessError(
             f"another process of this run is gone, or cannot be reached: {reason}. See what it said, then give all "

@@ -5,12 +5,14 @@ would break. Children share a cache of compiled programs, so that most of their 
 """
 
 import fcntl
+import functools
 import json
 import os
 import resource
 import signal
 import socket
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -22,6 +24,7 @@ import numpy as np
 import orbax.checkpoint
 import transformers  # noqa: F401 (imported late where it is used)
 
+from jquant import exact_passes, kv_passes
 from jquant.checkpoint import _check_files, is_checkpoint, recorded_digest
 from jquant.errors import JquantError
 from jquant.pipeline import export_checkpoint, quantize
@@ -47,6 +50,23 @@ passes:
               - {match: ".*down_proj", quantizer: {gptq: {format: {group_size: 32}}}}
               - {match: ".*up_proj", quantizer: {rtn: {format: {group_size: 32}}}}
 """
+MEASURED: Final = """
+name: measured
+calibration: {samples: 4, length: 16}
+passes:
+  - smooth: {alpha: {candidates: [0.3, 0.7]}}
+  - sequential:
+      passes:
+        - quantize_weights: {rules: [{match: ".*down_proj", quantizer: {rtn: {format: {group_size: 32}}}}]}
+  - calibrate_float8_kv: {}
+  - calibrate_kvquant: {bits: 2, outliers: 0.1}
+"""
+MEASURES: Final[dict[str, Any]] = {  # what goes through the whole model, and what calls it
+    "search_alpha": exact_passes,
+    "calibrate_float8_kv": kv_passes,
+    "calibrate_kvquant": kv_passes,
+}
+KILLS_WITHIN: Final = 2  # of each
 _LONGEST: Final = 60.0  # seconds that a run may take at most
 _PATIENCE: Final = 500.0  # seconds after which a process hangs: JAX waits 100 for a lost one, 300 at the end
 
@@ -56,11 +76,16 @@ def recipe() -> Recipe:
     return parse_recipe(RECIPE)
 
 
-def run(folder: Path, devices: int = 1, **options: Any) -> None:
+def run(folder: Path, devices: int = 1, chosen: Recipe | None = None, **options: Any) -> None:
     """Quantize, block by block, activations in a file, windows spread over devices."""
     spread = tuple(jax.devices()[:devices]) if devices > 1 else ()
     kept: dict[str, Any] = {"memory": "blocks", "activations": "disk"} | options
-    quantize(folder / "source", folder / "out", recipe(), devices=spread, **kept)
+    quantize(folder / "source", folder / "out", chosen or recipe(), devices=spread, **kept)
+
+
+def measure(folder: Path, devices: int = 1) -> None:
+    """Run passes that measure the whole model."""
+    run(folder, devices, parse_recipe(MEASURED))
 
 
 def start(job: Callable[[], None], out: Path) -> int:
@@ -110,11 +135,11 @@ def clear(folder: Path) -> None:
     (folder / "out").rename(folder / f"done-{time.monotonic_ns()}")
 
 
-def first(folder: Path, times: int = 1) -> tuple[str, float]:
+def first(folder: Path, times: int = 1, job: Callable[[Path, int], None] = run) -> tuple[str, float]:
     """Run undisturbed on one device, then on two by turns; return the digest and the last run's seconds."""
     found = set()
     for index in range(times):
-        status, seconds = fork(lambda devices=1 + index % 2: run(folder, devices), folder / "words")
+        status, seconds = fork(lambda devices=1 + index % 2: job(folder, devices), folder / "words")
         assert status == 0, (folder / "words").read_text()
         found.add(whole(folder / "out"))
         clear(folder)
@@ -129,9 +154,9 @@ def take(folder: Path, found: set[str]) -> None:
         clear(folder)
 
 
-def finish(folder: Path, found: set[str]) -> dict[str, Any]:
+def finish(folder: Path, found: set[str], job: Callable[[Path, int], None] = run) -> dict[str, Any]:
     """Run once more, undisturbed; return how many digests there were in all, and what is left beside the result."""
-    status, _ = fork(lambda: run(folder), folder / "words")
+    status, _ = fork(lambda: job(folder, 1), folder / "words")
     found.add(whole(folder / "out"))
     left = [path.name for path in folder.iterdir() if path.name.endswith(".partial")]
     return {"digests": len(found), "status": status, "left": left}
@@ -151,6 +176,48 @@ def kills(folder: Path) -> dict[str, Any]:
         blocks.append(sum(map(is_checkpoint, (folder / "out.partial").glob("block-*"))))
         take(folder, found)
     return {"killed": killed, "ended": ended, "blocks": blocks} | finish(folder, found)
+
+
+def watch(folder: Path, devices: int, victim: str, after: float) -> None:
+    """Measure; tell what measures and how long it took; be killed so many seconds after one of them began."""
+
+    def watched(name: str, real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*given: Any, **options: Any) -> Any:
+            began = time.monotonic()
+            (folder / "within").write_text(name)
+            if name == victim:
+                threading.Timer(after, os.kill, (os.getpid(), signal.SIGKILL)).start()
+            found = real(*given, **options)
+            (folder / "within").write_text("")
+            (folder / f"took-{name}").write_text(str(time.monotonic() - began))
+            return found
+
+        return call
+
+    for name, module in MEASURES.items():
+        setattr(module, name, watched(name, getattr(module, name)))
+    measure(folder, devices)
+
+
+def measured(folder: Path) -> dict[str, Any]:
+    """Kill a run within each pass that measures the whole model, at random moments of it, on one device and two."""
+    expected, _ = first(folder, 2, measure)
+    found, within = {expected}, dict.fromkeys(MEASURES, 0)
+    status, _ = fork(lambda: watch(folder, 1, "", 0.0), folder / "words")
+    assert status == 0, (folder / "words").read_text()
+    take(folder, found)
+    moments = iter(np.random.default_rng(SEED).uniform(0.05, 0.9, 8 * KILLS_WITHIN * len(MEASURES)))
+    for turn, share in enumerate(moments):
+        name = next((one for one, times in within.items() if times < KILLS_WITHIN), "")
+        if not name:
+            break
+        moment = share * float((folder / f"took-{name}").read_text())
+        job = functools.partial(watch, folder, 1 + turn % 2, name, moment)
+        status, _ = fork(job, folder / "words")
+        assert status in (0, -signal.SIGKILL), (folder / "words").read_text()
+        within[name] += status != 0 and (folder / "within").read_text() == name
+        take(folder, found)
+    return {"within": within} | finish(folder, found, measure)
 
 
 def pair(folder: Path, victims: tuple[int, ...] = (), after: float = 0.0) -> tuple[list[int | None], float]:
@@ -301,7 +368,14 @@ def exports(folder: Path) -> dict[str, Any]:
     return {"halves": halves}
 
 
-SCENARIOS: Final = {"kills": kills, "pairs": pairs, "disks": disks, "clocks": clocks, "exports": exports}
+SCENARIOS: Final = {
+    "kills": kills,
+    "measured": measured,
+    "pairs": pairs,
+    "disks": disks,
+    "clocks": clocks,
+    "exports": exports,
+}
 
 
 def main() -> None:

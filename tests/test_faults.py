@@ -59,6 +59,14 @@ def test_a_run_killed_at_twenty_random_moments_gives_the_same_bits(folder: Path,
 
 
 @pytest.mark.slow
+def test_a_run_killed_within_each_pass_that_measures_gives_the_same_bits(folder: Path, cache: Path) -> None:
+    found = play(folder, "measured", cache)
+    assert found["within"] == dict.fromkeys(faulty_run.MEASURES, faulty_run.KILLS_WITHIN)
+    assert (found["digests"], found["status"], found["left"]) == (1, 0, [])
+    load_model(folder / "out")
+
+
+@pytest.mark.slow
 def test_two_processes_of_which_some_are_killed_end_and_give_the_same_bits(folder: Path, cache: Path) -> None:
     found = play(folder, "pairs", cache)
     assert (found["killed"], found["hung"]) == (faulty_run.PAIRS, 0), found

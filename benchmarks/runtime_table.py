@@ -20,7 +20,6 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Final
-from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +32,7 @@ from jquant.models import SHAPES, Llama, abstract_llama, random_like
 from jquant.plan import outline
 from jquant.recipe import load_recipe
 from jquant.targets import Target, describe_products, prepare
-from pallas_kernels import ahead, gate, norm, reference, wide
+from pallas_kernels import norm, reference, wide
 
 STRIDE: Final = 8  # steps of one run of `advance`: the fewest that its loop takes on a GPU
 THREADS: Final = 12  # programs that XLA compiles at once
@@ -51,13 +50,11 @@ class Row:
       name: of the line.
       recipes: presets joined by "+", each with ":" and a change where it has one; empty for bfloat16.
       workload: what is timed.
-      ahead: whether kernels ask for the next product's weight ahead of time.
     """
 
     name: str
     recipes: str
     workload: Workload
-    ahead: bool = True
 
 
 ROWS: Final = (
@@ -67,7 +64,6 @@ ROWS: Final = (
     Row("bf16 16", "", MANY),
     Row("quarot prompts", "quarot-w4a4-rtn", PROMPTS),
     Row("bf16 prompts", "", PROMPTS),
-    Row("w4 1, nothing ahead", "rtn-w4g128+head8", ONE, ahead=False),
     Row("w4a16 prompts", "rtn-w4g128", PROMPTS),
     Row("w4kivi2 16", "rtn-w4g128+head8+kivi-2", MANY),
     Row("quarot kv4 16", "quarot-w4a4-rtn+head8+kv4", MANY),
@@ -84,8 +80,7 @@ def main() -> None:
     rows = [row for row in ROWS if row.name in arguments.rows]
     trees = {row.name: _outline(row, arguments) for row in rows}
     pool = concurrent.futures.ThreadPoolExecutor(THREADS)
-    first = sorted(rows, key=lambda row: row.ahead)  # what clears caches does so before anything compiles
-    jobs = {row.name: pool.submit(_lower(row, trees[row.name], arguments.target).compile) for row in first}
+    jobs = {row.name: pool.submit(_lower(row, trees[row.name], arguments.target).compile) for row in rows}
     _print(lowered=True, seconds=round(time.monotonic() - began, 1))
     concurrent.futures.wait(jobs.values(), timeout=SHARE_TO_COMPILE * arguments.seconds - (time.monotonic() - began))
     _print(compiled=[name for name, job in jobs.items() if job.done()], seconds=round(time.monotonic() - began, 1))
@@ -116,7 +111,7 @@ def _measure(row: Row, tree: Llama, programs: Programs, arguments: argparse.Name
 
 
 def _check() -> None:
-    """Prints how far the head's kernel, the norm's and the gate's are from their meaning on this GPU."""
+    """Prints how far the head's kernel and the norm's are from their meaning on this GPU."""
     keys = jax.random.split(jax.random.key(0), 5)
     codes = jax.random.bits(keys[0], (4096, 4096), jnp.uint8).astype(jnp.int8)
     scales = jax.random.uniform(keys[1], (4096,), jnp.float32, 0.5, 1.5)
@@ -126,17 +121,13 @@ def _check() -> None:
         expected = np.asarray(x, np.float32) @ np.asarray(codes, np.float32).T * np.asarray(scales)
         error = np.asarray(jax.jit(wide.w8a16_decode)(x, weight), np.float32) - expected
         given = x.astype(jnp.float32), update, scales.astype(jnp.bfloat16)
-        sums, normed = jax.jit(lambda x, u, s: norm.add_norm(x, u, s, eps=1e-5, ahead=codes))(*given)
+        sums, normed = jax.jit(lambda x, u, s: norm.add_norm(x, u, s, eps=1e-5))(*given)
         sum_, normal = reference.add_norm(*given, 1e-5)
-        gates = jnp.concatenate([x, update], axis=1)
-        gated = np.asarray(jax.jit(lambda both: gate.apply_gate(both, ahead=codes))(gates), np.float32)
-        silu = np.asarray(reference.apply_gate(gates), np.float32)
         _print(
             rows=rows,
             head=float(np.linalg.norm(error) / np.linalg.norm(expected)),
             sums=bool(jnp.all(sums == sum_)),
             norms=float(jnp.max(jnp.abs(normed.astype(jnp.float32) - normal.astype(jnp.float32)))),
-            gates=float(np.linalg.norm(gated - silu) / np.linalg.norm(silu)),
         )
 
 
@@ -231,15 +222,7 @@ def _ready(model: Llama, target: str) -> Llama:
 
 
 def _lower(row: Row, tree: Llama, target: str) -> Lowered:
-    """Lowers a row's programs; one that asks for nothing ahead must neither find nor leave what others trace."""
-    ready = jax.eval_shape(lambda model: _ready(model, target), tree)
-    if row.ahead:
-        return lower_latency(ready, row.workload)
-    jax.clear_caches()
-    with mock.patch.object(ahead, "BYTES", 0):
-        lowered = lower_latency(ready, row.workload)
-    jax.clear_caches()
-    return lowered
+    return lower_latency(jax.eval_shape(lambda model: _ready(model, target), tree), row.workload)
 
 
 def _print(**line: Any) -> None:

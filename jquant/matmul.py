@@ -86,21 +86,6 @@ def matmul(x: Activation, weight: Any) -> Float[Array, "*batch out"]:
     return rule(x, weight)
 
 
-def matmul_ahead(
-    x: Activation, weight: Any, ahead: Int[Array, "next_out next_in"] | None
-) -> Float[Array, "*batch out"]:
-    """Multiplies as `matmul` by a kernel that asks the memory for what is multiplied next, where it is W4A16's.
-
-    Args:
-      x: activations.
-      weight: as `matmul`.
-      ahead: codes of the next product's weight; None for nothing.
-    """
-    if isinstance(x, QuantizedActivation) or not isinstance(weight, PreparedFloatTensor):
-        return matmul(x, weight)
-    return _float_kernel(x, weight, ahead)
-
-
 def _reference(x: jax.Array, weight: Any) -> jax.Array:
     sums = compute_dtype(x.dtype)
     return jnp.matmul(x, dense(weight, x.dtype), preferred_element_type=sums).astype(x.dtype)
@@ -180,13 +165,11 @@ def _permuted_integer(x: UniformActivation, weight: PermutedTensor) -> jax.Array
     return matmul(dataclasses.replace(x, codes=x.codes[..., weight.order[:, 0]]), weight.inner)
 
 
-def _float_kernel(x: jax.Array, weight: PreparedFloatTensor, ahead: jax.Array | None = None) -> jax.Array:
+def _float_kernel(x: jax.Array, weight: PreparedFloatTensor) -> jax.Array:
     """Multiplies numbers by the W4A16 kernel that suits their count; x is rounded to bfloat16, as is the product."""
     *batch, inputs = x.shape
     rows = math.prod(batch)
-    if not rows:
-        return jnp.zeros((*batch, weight.shape[1]), x.dtype)
-    y = _w4a16(x.reshape(rows, inputs).astype(jnp.bfloat16), weight, ahead)
+    y = _w4a16(x.reshape(rows, inputs).astype(jnp.bfloat16), weight) if rows else jnp.zeros((0, weight.shape[1]))
     return y.reshape(*batch, weight.shape[1]).astype(x.dtype)
 
 
@@ -211,14 +194,12 @@ def _w8a16(x: BFloat16[Array, "rows in"], weight: PreparedWideTensor) -> BFloat1
 
 
 @jax.jit  # so that layers of one shape share one kernel, traced and lowered once
-def _w4a16(
-    x: BFloat16[Array, "rows in"], weight: PreparedFloatTensor, ahead: Int[Array, "next_out next_in"] | None
-) -> BFloat16[Array, "rows out"]:
+def _w4a16(x: BFloat16[Array, "rows in"], weight: PreparedFloatTensor) -> BFloat16[Array, "rows out"]:
     from pallas_kernels import FloatWeight, w4a16_matmul
 
     padded = _pad_inputs(x, weight.codes)
     operand = FloatWeight(weight.codes, weight.scales, weight.centers)
-    return w4a16_matmul(padded, operand, ahead=ahead, simulate=_simulation(weight.layout))[:, : weight.shape[1]]
+    return w4a16_matmul(padded, operand, simulate=_simulation(weight.layout))[:, : weight.shape[1]]
 
 
 def _integer_kernel(x: UniformActivation, weight: PreparedIntegerTensor) -> jax.Array:

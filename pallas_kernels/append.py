@@ -11,9 +11,6 @@ Scale and min are rounded to float16 before codes are made of them, as `attentio
 `jquant.kv.vectors`. dim / 16 threads share the numbers of a head, each with 8 of the lower half and the 8 that RoPE
 turns with them: whole words to load, whole words of codes to store. Caches are changed where they lie: the rest of them
 is neither read nor written.
-
-Of few rows, further blocks ask for the weight that is multiplied behind attention, whose own kernels leave the memory
-idle with short contexts: see `ahead`.
 """
 
 import functools
@@ -25,10 +22,9 @@ from typing import Any, Final, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, BFloat16, Float32, Int, Int32
+from jaxtyping import Array, BFloat16, Float32, Int32
 
 from pallas_kernels import compat
-from pallas_kernels.ahead import blocks_that_ask, work_or_ask
 from pallas_kernels.attention import DIMS, PackedCache
 from pallas_kernels.lanes import THREADS, Lanes, Registers, Value
 from pallas_kernels.lanes_gpu import run
@@ -65,7 +61,6 @@ def append_token(
     cache: PackedCache,
     *,
     coding: Coding,
-    ahead: Int[Array, "out in"] | None = None,
     simulate: compat.Simulation | None = None,
 ) -> tuple[BFloat16[Array, "rows heads dim"], PackedCache]:
     """Turns, codes and writes one token of each row.
@@ -76,7 +71,6 @@ def append_token(
       positions: where each row's token goes; one past the end is not kept.
       cache: page b is row b.
       coding: how a token is coded.
-      ahead: codes of the weight that is multiplied behind attention, to ask for their first bytes; None for nothing.
       simulate: run in the interpreter on the CPU with these settings.
 
     Returns:
@@ -91,41 +85,29 @@ def append_token(
         raise ValueError(f"{numbers} numbers for {kv_heads} KV heads of {dim}: kernels take whole heads of {DIMS}")
     heads = numbers // dim - 2 * kv_heads
     program = _Append(heads, kv_heads, dim, slots, 16 if cache.grids is None else stored * 8 // dim, coding)
-    codes, blocks = blocks_that_ask(ahead, rows, simulate)
-    body = functools.partial(_body, program, (rows, len(codes)), simulated=simulate is not None)
+    body = functools.partial(_body, program, simulated=simulate is not None)
     call = compat.kernel(
         body,
         out=jax.ShapeDtypeStruct((rows, heads, dim), jnp.bfloat16),
         scratch={},
-        grid={"block": rows if simulate else rows * program.parts + blocks},
+        grid={"row": rows} | ({} if simulate else {"part": program.parts}),
         manual_barriers=True,
         simulate=simulate,
     )
     kept = [jax.new_ref(leaf) for leaf in cache if leaf is not None]
-    queries = call(*codes.values(), projected, angles, positions, *kept)
+    queries = call(projected, angles, positions, *kept)
     keys, values, *grids = (ref[...] for ref in kept)
     return queries, PackedCache(keys, values, grids[0] if grids else None)
 
 
-def _body(program: "_Append", counts: tuple[int, int], *refs: Any, simulated: bool) -> None:
-    """A row's program, or that of one of its parts, or that of a block that asks for what comes next.
-
-    The counts are those of rows, and of the first references that are codes to ask for.
-    """
-    rows, asked = counts
-    codes = dict(zip(("codes",), refs[:asked], strict=False))
-    projected, angles, positions, *caches, out = refs[asked:]
-    block, parts = lax.axis_index("block"), program.parts
-
-    def work() -> None:
-        row = block if simulated else lax.div(block, parts)
-        place = compat.cast(jnp.full((64, 8), positions[row], jnp.int32), compat.C)
-        given = [out.at[row], *(each.at[row] for each in caches), projected.at[row], angles.at[row]]
-        for index in range(parts) if simulated else [lax.rem(block, parts)]:
-            part = compat.cast(jnp.full((64, 8), index, jnp.int32), compat.C)
-            run(program, given, [place, part], (), 1 + len(caches), simulated=simulated)
-
-    work_or_ask(codes, block, rows * parts, work)
+def _body(program: "_Append", *refs: Any, simulated: bool) -> None:
+    projected, angles, positions, *caches, out = refs
+    row = lax.axis_index("row")
+    place = compat.cast(jnp.full((64, 8), positions[row], jnp.int32), compat.C)
+    given = [out.at[row], *(each.at[row] for each in caches), projected.at[row], angles.at[row]]
+    for index in range(program.parts) if simulated else [lax.axis_index("part")]:
+        part = compat.cast(jnp.full((64, 8), index, jnp.int32), compat.C)
+        run(program, given, [place, part], (), 1 + len(caches), simulated=simulated)
 
 
 @dataclass(frozen=True)

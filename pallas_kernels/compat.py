@@ -139,13 +139,6 @@ def load(ref: Any, layout: Any, *, checked: bool = True) -> Any:
     return plgpu.load(ref, layout=layout, optimized=checked)
 
 
-def rounded(values: Any, *, simulated: bool) -> Any:
-    """Rounds float32 to bfloat16's numbers: of casts there and back XLA, and so the interpreter, makes nothing."""
-    if simulated:
-        return lax.reduce_precision(values, 8, 7)
-    return values.astype(jnp.bfloat16).astype(jnp.float32)
-
-
 def cast(values: Any, layout: Any) -> Any:
     """Moves values between threads into another layout of registers."""
     return plgpu.layout_cast(values, layout)

@@ -39,7 +39,6 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, BFloat16, Float, Float32, Int, Int8
 
 from pallas_kernels import compat, inline, inline_warp, meet, order
-from pallas_kernels.ahead import ask_from_last, blocks_that_ask
 
 MOST_TOKENS: Final = 64
 PADDED: Final = 8  # the least number of columns of the instruction, and what they are a multiple of
@@ -103,7 +102,6 @@ def w4a16_decode(
     centers: BFloat16[Array, "groups out"] | None = None,
     *,
     config: DecodeConfig,
-    ahead: Int[Array, "next_out next_in"] | None = None,
     simulate: compat.Simulation | None = None,
 ) -> BFloat16[Array, "tokens out"]:
     """Multiplies bfloat16 activations of at most 64 tokens by an int4 weight.
@@ -114,13 +112,12 @@ def w4a16_decode(
       scales: the groups' steps; one group is "per channel".
       centers: 136 + zeros; None where all zeros are 0.
       config: how the work is divided.
-      ahead: codes of the weight that the next product reads, to ask for their first bytes; None for nothing.
       simulate: run in the interpreter on the CPU with these settings.
 
     Raises:
       ValueError: the configuration does not fit the weight, or there are too many tokens.
     """
-    return _run(x, codes, scales, centers, [], None, config, simulate, ahead)
+    return _run(x, codes, scales, centers, [], None, config, simulate)
 
 
 def w4a8_decode(
@@ -168,7 +165,6 @@ def _run(
     sums: jax.Array | None,
     config: DecodeConfig,
     simulate: compat.Simulation | None,
-    ahead: jax.Array | None = None,
 ) -> jax.Array:
     (m, k), n, simulated = x.shape, codes.shape[0], simulate is not None
     fault = config.fault(n, k, scales.shape[0])
@@ -182,8 +178,7 @@ def _run(
         x = jnp.pad(x, ((0, columns - m), (0, 0)))
     if simulated:
         of_tokens = [jnp.pad(each, (0, copied - m)) for each in of_tokens]
-    following, asks = blocks_that_ask(ahead, m, simulate)
-    given = [each for each in (x, codes, scales, centers, sums, *of_tokens, *following.values()) if each is not None]
+    given = [x, codes, scales, *(each for each in (centers, sums) if each is not None), *of_tokens]
     kernel = _Kernel(
         config=config,
         columns=columns,
@@ -193,11 +188,11 @@ def _run(
         centers=centers is not None,
         sums=sums is not None,
         tokens=len(of_tokens),
-        asks=asks,
         clustered=meet.clustered(config, simulate),
         simulated=simulated,
     )
-    y = meet.launch(kernel, given, x.shape[0], n, functools.partial(kernel.scratch, x.dtype, scales.dtype), simulate)
+    scratch = functools.partial(kernel.scratch, x.dtype, scales.dtype)
+    y = meet.launch(kernel, given, x.shape[0], n, scratch, simulate)
     return y[:m] if y.shape[0] != m else y
 
 
@@ -213,7 +208,6 @@ class _Kernel:
     centers: bool
     sums: bool
     tokens: int
-    asks: int
     clustered: bool
     simulated: bool
 
@@ -271,7 +265,6 @@ class _Kernel:
         *optional, out_gmem = rest
         centers_gmem = optional.pop(0) if self.centers else None
         sums_gmem = optional.pop(0) if self.sums else None
-        following_gmem = optional.pop() if self.asks else None
         c, m, rows = self.config, self.columns, self.config.rows
         warpgroup, split, tile = lax.axis_index("wg"), lax.axis_index("split"), lax.axis_index("tile")
         first = (split * c.warpgroups + warpgroup) * self.steps
@@ -300,14 +293,7 @@ class _Kernel:
 
             return compat.cast(jnp.zeros((rows, m), jnp.float32), compat.C)
 
-        def ask() -> None:
-            blocks = codes_gmem.shape[0] // rows * c.splits
-            ask_from_last(
-                following_gmem, warpgroup * blocks + tile * c.splits + split, blocks * c.warpgroups, self.asks
-            )
-
-        add = functools.partial(self._add, warpgroup, memory)
-        sum_ = meet.walk(self, fetch, add, begun, full, ask if self.asks else None)
+        sum_ = meet.walk(self, fetch, lambda sum_, slot: self._add(sum_, warpgroup, slot, memory), begun, full)
 
         def store(sum_: Any) -> None:
             row_sums = None
@@ -328,7 +314,7 @@ class _Kernel:
         meet.across_warpgroups(sum_, warpgroup, c.warpgroups, memory, across_splits)
         compat.wait_out(0, wait_read_only=True)  # shared memory may go; the end of the kernel waits for the rest
 
-    def _add(self, warpgroup: Any, memory: dict[str, Any], sum_: Any, slot: Any) -> Any:
+    def _add(self, sum_: Any, warpgroup: Any, slot: Any, memory: dict[str, Any]) -> Any:
         """Returns the sum and the product of one copy, group by group, `together` of them under way at once."""
         c, rows, chunk = self.config, self.config.rows, self.chunk
         bounce = memory["bounce"].at[warpgroup] if self.simulated else None

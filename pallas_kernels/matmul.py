@@ -17,7 +17,6 @@ def w4a16_matmul(
     weight: FloatWeight,
     *,
     config: configs.Config | None = None,
-    ahead: Int[Array, "next_out next_in"] | None = None,
     simulate: Simulation | None = None,
 ) -> BFloat16[Array, "tokens out"]:
     """Multiplies bfloat16 activations by an int4 weight: `reference.float_matmul` up to rounding.
@@ -26,7 +25,6 @@ def w4a16_matmul(
       x: activations.
       weight: what `prepare_w4a16` returned.
       config: how the work is divided; None for `configs.choose`.
-      ahead: codes of the weight that the next product reads, which the kernel of few tokens asks for; None for nothing.
       simulate: run in the interpreter on the CPU with these settings; None on an H100 or H200.
 
     Raises:
@@ -35,8 +33,7 @@ def w4a16_matmul(
     outputs, inputs = weight.codes.shape
     chosen = config or _choose("w4a16", (x.shape[0], outputs, inputs), weight.scales.shape[0], simulate)
     if isinstance(chosen, DecodeConfig):
-        operands = x, weight.codes, weight.scales, weight.centers
-        return w4a16_decode(*operands, config=chosen, ahead=ahead, simulate=simulate)
+        return w4a16_decode(x, weight.codes, weight.scales, weight.centers, config=chosen, simulate=simulate)
     return w4a16_prefill(x, weight.codes, weight.scales, weight.centers, config=chosen, simulate=simulate)
 
 

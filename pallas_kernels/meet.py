@@ -61,12 +61,7 @@ def launch(
 
 
 def walk(
-    kernel: Any,
-    fetch: Callable[[Any, Any], None],
-    add: Callable[[Any, Any], Any],
-    begun: Callable[[], Any],
-    full: Any,
-    fetched: Callable[[], None] | None = None,
+    kernel: Any, fetch: Callable[[Any, Any], None], add: Callable[[Any, Any], Any], begun: Callable[[], Any], full: Any
 ) -> Any:
     """Returns a warpgroup's sum over its steps, each copied `stages` steps before it is added.
 
@@ -76,7 +71,6 @@ def walk(
       add: returns the sum and the products of a slot.
       begun: returns the first sum, while the first copies are under way.
       full: the warpgroup's barriers, one for each slot.
-      fetched: called when the last copy is under way; None for nothing.
     """
     for slot in range(kernel.stages):
         fetch(slot, slot)
@@ -92,8 +86,6 @@ def walk(
                 compat.commit()
             fetch(index + kernel.stages, slot)
 
-        if fetched is not None:
-            pl.when(index + kernel.stages == kernel.steps)(fetched)
         return sum_
 
     return lax.fori_loop(0, kernel.steps, step, begun())

@@ -4,8 +4,6 @@
 
 A block of one warpgroup makes one row, which its threads hold in registers: x is read once, sum and y are written once.
 XLA makes two kernels of it, and both read all.
-
-Of few rows, further blocks ask for the first bytes of the weight that is multiplied next: see `ahead`.
 """
 
 import functools
@@ -14,10 +12,9 @@ from typing import Any, Final
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, BFloat16, Float32, Int
+from jaxtyping import Array, BFloat16, Float32
 
 from pallas_kernels import compat
-from pallas_kernels.ahead import blocks_that_ask, work_or_ask
 
 MULTIPLE: Final = compat.THREADS * compat.RUN_OF_ROW  # numbers of a row: runs of 8 for each of 128 threads
 MOST: Final = 8 * MULTIPLE  # that a warpgroup's registers hold
@@ -43,7 +40,6 @@ def add_norm(
     scale: BFloat16[Array, "n"],
     *,
     eps: float,
-    ahead: Int[Array, "out in"] | None = None,
     simulate: compat.Simulation | None = None,
 ) -> tuple[Float32[Array, "rows n"], BFloat16[Array, "rows n"]]:
     """Returns the sum and its norm: `reference.add_norm`, but for the order of the mean's sums.
@@ -53,7 +49,6 @@ def add_norm(
       update: what is added to it; None for nothing.
       scale: of the norm.
       eps: added to the mean of squares.
-      ahead: codes of the weight that the next product reads, to ask for their first bytes; None for nothing.
       simulate: run in the interpreter on the CPU with these settings; None on an H100 or H200.
 
     Raises:
@@ -65,14 +60,12 @@ def add_norm(
         raise ValueError(f"{fault}; let XLA make the norm")
     dtypes = {"normed": jnp.bfloat16, "sum": jnp.float32}
     given = {"x": x, "scale": scale} | ({} if update is None else {"update": update})
-    codes, blocks = blocks_that_ask(ahead, rows, simulate)
-    given |= codes
     made = ("normed",) if update is None else ("normed", "sum")
     call = compat.kernel(
-        functools.partial(_body, (rows, numbers), eps, (*given, *made)),
+        functools.partial(_body, numbers, eps, (*given, *made)),
         out=tuple(jax.ShapeDtypeStruct(x.shape, dtypes[name]) for name in made),
         scratch={},
-        grid={"row": rows + blocks},
+        grid={"row": rows},
         reduction_bytes=REDUCTION_BYTES,
         simulate=simulate,
     )
@@ -80,18 +73,14 @@ def add_norm(
     return (sums[0] if sums else x), normed
 
 
-def _body(shape: tuple[int, int], eps: float, names: tuple[str, ...], *references: Any) -> None:
-    """A row's program, or that of a block that asks for what comes next; the references have names."""
-    (rows, numbers), block, layout = shape, lax.axis_index("row"), compat.strided(shape[1])
+def _body(numbers: int, eps: float, names: tuple[str, ...], *references: Any) -> None:
+    """A row's program; the references have names."""
+    row, layout = lax.axis_index("row"), compat.strided(numbers)
     gmem = dict(zip(names, references, strict=True))
-
-    def norm() -> None:
-        sums = compat.load(gmem["x"].at[block], layout, checked=False)
-        if "update" in gmem:
-            sums = sums + compat.load(gmem["update"].at[block], layout, checked=False).astype(jnp.float32)
-            gmem["sum"][block] = sums
-        scale = compat.load(gmem["scale"], layout, checked=False).astype(jnp.float32)
-        mean = jnp.sum(sums * sums) * jnp.float32(1 / numbers)
-        gmem["normed"][block] = (sums * lax.rsqrt(mean + jnp.float32(eps)) * scale).astype(jnp.bfloat16)
-
-    work_or_ask(gmem, block, rows, norm)
+    sums = compat.load(gmem["x"].at[row], layout, checked=False)
+    if "update" in gmem:
+        sums = sums + compat.load(gmem["update"].at[row], layout, checked=False).astype(jnp.float32)
+        gmem["sum"][row] = sums
+    scale = compat.load(gmem["scale"], layout, checked=False).astype(jnp.float32)
+    mean = jnp.sum(sums * sums) * jnp.float32(1 / numbers)
+    gmem["normed"][row] = (sums * lax.rsqrt(mean + jnp.float32(eps)) * scale).astype(jnp.bfloat16)

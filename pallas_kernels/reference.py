@@ -162,17 +162,6 @@ def add_norm(
     return sums, (normed * jnp.broadcast_to(scale.astype(jnp.float32), x.shape)).astype(scale.dtype)
 
 
-def apply_gate(joined: Float[Array, "rows both"]) -> Float[Array, "rows n"]:
-    """Returns silu(gate) * up of gates and ups behind one another in each row; each operation rounds to their dtype.
-
-    Example:
-      >>> apply_gate(jnp.array([[0.0, 100.0, 2.0, 2.0]])).tolist()
-      [[0.0, 200.0]]
-    """
-    gate, up = jnp.split(joined, 2, axis=1)
-    return jax.nn.silu(gate) * up
-
-
 def _spread(of_groups: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return jnp.broadcast_to(of_groups.astype(jnp.float32).T[:, :, None], shape)
 

@@ -25,7 +25,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jaxtyping import Array, BFloat16, Float32, Int8
 
-from pallas_kernels import compat, inline_step, meet
+from pallas_kernels import compat, inline_wide, meet
 from pallas_kernels.decode import MOST_TOKENS, PADDED, DecodeConfig
 
 RUN: Final = 16  # inputs of one permutation
@@ -233,7 +233,7 @@ class _Kernel:
                 if self.simulated:
                     operand = _permuted(codes[...], (4, 2, 2), (2, 0, 1)).astype(jnp.bfloat16)
                 else:
-                    operand = inline_step.unpack_bytes(codes, (rows, self.piece))
+                    operand = inline_wide.unpack_bytes(codes, (rows, self.piece))
                 compat.multiply(accumulator, operand, memory["x_smem"].at[warpgroup, slot, :, inputs].T, bounce)
                 if self.simulated:
                     compat.finish(0)

@@ -54,10 +54,9 @@ def step_packed(
     angles: Float[Array, "batch dim"],
     positions: Int[Array, "batch"],
     rotation: OnlineRotation | None = None,
-    ahead: Int[Array, "out in"] | None = None,
 ) -> tuple[Float[Array, "batch heads dim"], HeadMajorCache]:
     """Writes one token of each row and attends to it and those before it; see `append_packed`."""
-    queries, kept = append_packed(codec, cache, token, angles, positions, rotation, ahead)
+    queries, kept = append_packed(codec, cache, token, angles, positions, rotation)
     return attend_packed(codec, kept, queries, positions), kept
 
 
@@ -68,7 +67,6 @@ def append_packed(
     angles: Float[Array, "batch dim"],
     positions: Int[Array, "batch"],
     rotation: OnlineRotation | None = None,
-    ahead: Int[Array, "out in"] | None = None,
 ) -> tuple[Float[Array, "batch heads dim"], HeadMajorCache]:
     """Turns queries and keys of one token of each row and writes what `push` writes, where `append_fault` is None.
 
@@ -79,7 +77,6 @@ def append_packed(
       angles: of RoPE at the positions, cosines, then sines; float32.
       positions: of the tokens.
       rotation: of queries and keys, behind RoPE.
-      ahead: codes of the weight that is multiplied next, to ask for their first bytes; None for nothing.
 
     Returns:
       The queries behind RoPE and rotation, and the caches with the tokens in them.
@@ -95,6 +92,5 @@ def append_packed(
     )
     stored = PackedCache(jnp.asarray(cache.keys), jnp.asarray(cache.values), cache.grids)
     at = positions.astype(jnp.int32)
-    simulate = simulation(codec.layout)
-    queries, written = append_token(projected, angles, at, stored, coding=coding, ahead=ahead, simulate=simulate)
+    queries, written = append_token(projected, angles, at, stored, coding=coding, simulate=simulation(codec.layout))
     return queries, HeadMajorCache(written.keys, written.values, written.grids, cache.capacity, cache.dim)

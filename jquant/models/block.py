@@ -10,13 +10,11 @@ from jaxtyping import Array, Bool, Float, Int
 from jquant.formats import Layout
 from jquant.kv import LayerCache, Rope
 from jquant.models.config import LlamaConfig
-from jquant.models.gate import gated
 from jquant.models.layers import apply_rope, attention, causal_mask, linear, linears, rms_norm
-from jquant.models.stream import Stream, add_norm, codes_ahead
-from jquant.models.tree import Attention, Block, Linear, Mlp
+from jquant.models.stream import Stream, add_norm
+from jquant.models.tree import Attention, Block, Mlp
 
 type Valid = Bool[Array, "batch tokens"] | None  # which tokens are no padding; None: all
-type Codes = Int[Array, "out in"] | None  # of the weight that is multiplied next: see `codes_ahead`
 type KeysValues = tuple[jax.Array, jax.Array]
 type Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, LayerCache]]
 
@@ -51,13 +49,7 @@ def run_block(
 
 
 def stream_block(
-    layer: Block,
-    x: Stream,
-    valid: Valid,
-    attend: Attend,
-    config: LlamaConfig,
-    layout: Layout,
-    reader: Linear | None = None,
+    layer: Block, x: Stream, valid: Valid, attend: Attend, config: LlamaConfig, layout: Layout
 ) -> tuple[Stream, LayerCache, Taps]:
     """Runs a block, its attention by `attend`.
 
@@ -68,18 +60,16 @@ def stream_block(
       attend: takes queries, keys and values before RoPE; returns what the queries gather, and a cache or what else
         shall be kept.
       config: the model's sizes.
-      layout: whose kernels make the norms and the gate.
-      reader: the linear that is multiplied behind the block, whose weight its last kernel may ask for.
+      layout: whose kernel makes the norms.
 
     Returns:
       The block's output, its last update not yet added, what `attend` keeps, and the taps.
     """
     attention, mlp = layer.self_attn, layer.mlp
-    value, normed = add_norm(x, layer.input_layernorm, config, layout, attention.q_proj)
-    following = codes_ahead(mlp.gate_proj, layout)
-    update, cache, attention_input, attention_output = _attention(attention, normed, valid, attend, config, following)
-    value, normed = add_norm(Stream(value, update), layer.post_attention_layernorm, config, layout, mlp.gate_proj)
-    update, mlp_input, mlp_hidden = _mlp(mlp, normed, valid, layout, codes_ahead(reader, layout))
+    value, normed = add_norm(x, layer.input_layernorm, config, layout)
+    update, cache, attention_input, attention_output = _attention(attention, normed, valid, attend, config)
+    value, normed = add_norm(Stream(value, update), layer.post_attention_layernorm, config, layout)
+    update, mlp_input, mlp_hidden = _mlp(mlp, normed, valid)
     return Stream(value, update), cache, Taps(attention_input, attention_output, mlp_input, mlp_hidden)
 
 
@@ -120,12 +110,7 @@ def exact_block(
 
 
 def _attention(
-    layer: Attention,
-    x: Float[Array, "batch tokens hidden"],
-    valid: Valid,
-    attend: Attend,
-    config: LlamaConfig,
-    following: Codes,
+    layer: Attention, x: Float[Array, "batch tokens hidden"], valid: Valid, attend: Attend, config: LlamaConfig
 ) -> tuple[
     Float[Array, "batch tokens hidden"],
     LayerCache,
@@ -139,15 +124,15 @@ def _attention(
         queries = rms_norm(queries, layer.q_norm, config.rms_norm_eps)
         keys = rms_norm(keys, layer.k_norm, config.rms_norm_eps)
     context, cache = attend(queries, keys, values)
-    y, output_tap = linear(layer.o_proj, context.reshape(batch, tokens, -1), valid, following)
+    y, output_tap = linear(layer.o_proj, context.reshape(batch, tokens, -1), valid)
     return y, cache, tap, output_tap
 
 
 def _mlp(
-    layer: Mlp, x: Float[Array, "batch tokens hidden"], valid: Valid, layout: Layout, following: Codes
+    layer: Mlp, x: Float[Array, "batch tokens hidden"], valid: Valid
 ) -> tuple[
     Float[Array, "batch tokens hidden"], Float[Array, "batch tokens hidden"], Float[Array, "batch tokens inner"]
 ]:
-    hidden, tap = gated(layer, x, valid, layout)
-    y, hidden_tap = linear(layer.down_proj, hidden, valid, following)
+    (gate, up), tap = linears((layer.gate_proj, layer.up_proj), x, valid)
+    y, hidden_tap = linear(layer.down_proj, jax.nn.silu(gate) * up, valid)
     return y, tap, hidden_tap

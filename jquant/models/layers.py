@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jquant.formats import JoinedPart, PreparedRotation, ShardedTensor
-from jquant.matmul import matmul, matmul_ahead
+from jquant.matmul import matmul
 from jquant.models.config import RopeConfig
 from jquant.models.tree import Linear
 from jquant.types import DType, compute_dtype
@@ -19,10 +19,7 @@ QUERY_CHUNK: Final = 128  # 2-core CPU, 2048 tokens, 9 heads of 64: 0.04 s, 0.07
 
 
 def linear(
-    layer: Linear,
-    x: Float[Array, "*batch in"],
-    valid: Bool[Array, "*batch"] | None = None,
-    ahead: Int[Array, "next_out next_in"] | None = None,
+    layer: Linear, x: Float[Array, "*batch in"], valid: Bool[Array, "*batch"] | None = None
 ) -> tuple[Float[Array, "*batch out"], Float[Array, "*batch tap"]]:
     """Returns (x @ kernel + bias, tap), the tap being the rotated x that the kernel multiplies, not yet quantized.
 
@@ -30,7 +27,6 @@ def linear(
       layer: the linear.
       x: its input.
       valid: which tokens are real, for input quantizers whose statistics cross tokens; None if all are.
-      ahead: codes of the weight that is multiplied next, which a kernel may ask the memory for; None for nothing.
     """
     if isinstance(layer.kernel, ShardedTensor):
         x = layer.kernel.gather_inputs(x)
@@ -42,37 +38,23 @@ def linear(
     if layer.input_rotation is not None:
         x = layer.input_rotation(x)
     operand = x if layer.input_quantizer is None else layer.input_quantizer(x, valid)
-    return _add_bias(matmul_ahead(operand, layer.kernel, ahead), layer), x
+    return _add_bias(matmul(operand, layer.kernel), layer), x
 
 
 def linears(
     layers: Sequence[Linear], x: Float[Array, "*batch in"], valid: Bool[Array, "*batch"] | None = None
 ) -> tuple[tuple[Float[Array, "*batch out"], ...], Float[Array, "*batch in"]]:
     """Returns what several linears make of one input, and the first one's tap, as `linear`; joined ones at once."""
-    if not are_joined(layers):
+    first, *others = layers
+    if not all(isinstance(layer.kernel, JoinedPart) for layer in others):
         results = [linear(layer, x, valid) for layer in layers]
         return tuple(y for y, _ in results), results[0][1]
-    y, tap = joined_product(layers, x, valid)
-    sizes = [layer.kernel.shape[1] for layer in layers[1:]]
+    y, tap = linear(dataclasses.replace(first, bias=None), x, valid)
+    sizes = [layer.kernel.shape[1] for layer in others]
     ends = [y.shape[-1] - sum(sizes[index:]) for index in range(len(sizes))]
     matrix = y.reshape(math.prod(y.shape[:-1]), y.shape[-1])  # whose parts XLA knows for it where they are put together
     parts = [part.reshape(*y.shape[:-1], part.shape[1]) for part in jnp.split(matrix, ends, axis=1)]
     return tuple(_add_bias(part, layer) for part, layer in zip(parts, layers, strict=True)), tap
-
-
-def are_joined(layers: Sequence[Linear]) -> bool:
-    """Tells whether the weights of several linears lie in the first one's, which makes all their products at once."""
-    return all(isinstance(layer.kernel, JoinedPart) for layer in layers[1:])
-
-
-def joined_product(
-    layers: Sequence[Linear],
-    x: Float[Array, "*batch in"],
-    valid: Bool[Array, "*batch"] | None = None,
-    ahead: Int[Array, "next_out next_in"] | None = None,
-) -> tuple[Float[Array, "*batch outs"], Float[Array, "*batch in"]]:
-    """Returns the products of joined linears behind one another, biases left out, and the tap; see `linear`."""
-    return linear(dataclasses.replace(layers[0], bias=None), x, valid, ahead)
 
 
 def _add_bias(y: Float[Array, "*batch out"], layer: Linear) -> Float[Array, "*batch out"]:

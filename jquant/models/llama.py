@@ -26,8 +26,8 @@ from jquant.models.config import LlamaConfig
 from jquant.models.ends import embed, head, project
 from jquant.models.layers import attention, causal_attention, causal_mask, rope_angles
 from jquant.models.mesh import on_mesh, replicate
-from jquant.models.stream import Stream, add_norm, codes_ahead, layout_of_norms
-from jquant.models.tree import Block, Linear, Llama, Sharded, Stacked
+from jquant.models.stream import Stream, add_norm, layout_of_norms
+from jquant.models.tree import Block, Llama, Sharded, Stacked
 from jquant.types import Leaf
 
 type Apply = Callable[[Block, Any, Any], tuple[Any, Any]]
@@ -216,23 +216,14 @@ def decode(model: Llama, tokens: Int[Array, "batch"], cache: Cache) -> tuple[Flo
         positions = replicate(cache.positions + 1, model.layers)
         return replicate(logits, model.layers), Cache(layers, positions, cache.capacity)
 
-    def scanned(layer: Block, x: Stream, layer_cache: LayerCache) -> tuple[Stream, LayerCache]:
+    def apply(layer: Block, x: Stream, layer_cache: LayerCache) -> tuple[Stream, LayerCache]:
         y, kept = step_block(layer, x, layer_cache, cache.positions, model.config)
-        return y.settled(), kept
+        return (y.settled() if isinstance(model.layers, Stacked) else y), kept
 
-    def apply(layer: Block, x: Stream, given: tuple[LayerCache, Linear | None]) -> tuple[Stream, LayerCache]:
-        return step_block(layer, x, given[0], cache.positions, model.config, given[1])
-
-    start = Stream(embed(model, tokens[:, None]))
-    if isinstance(model.layers, Stacked):
-        last = model.layers.block
-        x, layers = _through_layers(model, start, cache.layers, scanned)
-    else:
-        last = model.layers[-1]
-        readers = *(block.self_attn.q_proj for block in model.layers[1:]), model.lm_head
-        x, layers = _through_layers(model, start, tuple(zip(cache.layers, readers, strict=True)), apply)
+    last = model.layers.block if isinstance(model.layers, Stacked) else model.layers[-1]
+    x, layers = _through_layers(model, Stream(embed(model, tokens[:, None])), cache.layers, apply)
     layout = layout_of_norms(last.self_attn.kv_codec)
-    _, normed = add_norm(x, model.norm, model.config, layout, model.lm_head)
+    _, normed = add_norm(x, model.norm, model.config, layout)
     logits = project(model, normed[:, 0])
     room = (cache.positions < cache.capacity)[:, None]
     kept = Cache(layers=layers, positions=cache.positions + 1, capacity=cache.capacity)
@@ -331,14 +322,9 @@ def chunk_block(
 
 
 def step_block(
-    layer: Block,
-    x: Stream,
-    cache: LayerCache,
-    positions: Int[Array, "batch"],
-    config: LlamaConfig,
-    reader: Linear | None = None,
+    layer: Block, x: Stream, cache: LayerCache, positions: Int[Array, "batch"], config: LlamaConfig
 ) -> tuple[Stream, LayerCache]:
-    """Runs one block over one token for each row: push, read and attend, settle; `reader` as in `stream_block`."""
+    """Runs one block over one token for each row: push, read and attend, settle."""
     codec, rotation = layer.self_attn.kv_codec, layer.self_attn.query_key_rotation
     rope = make_rope(layer.self_attn, config)
     packed = attention_kernel(codec) if config.sliding_window is None else None
@@ -351,8 +337,7 @@ def step_block(
         if packed is not None and append_fault(codec, rotation, queries.dtype) is None:
             angles = rope_angles(positions, config.rope, config.head_dim)
             token = queries[:, 0], keys[:, 0], values[:, 0]
-            following = codes_ahead(layer.self_attn.o_proj, packed.layout)
-            context, kept = _step_packed(packed, cache, token, angles, positions, rotation, following)
+            context, kept = _step_packed(packed, cache, token, angles, positions, rotation)
             return context[:, None], kept
         pushed = jax.vmap(lambda one, key, value, at: codec.push(one, key[0], value[0], at, rope))(
             cache, keys, values, positions
@@ -367,7 +352,7 @@ def step_block(
         context = attention(rotated, seen_keys, seen_values, mask)
         return context, jax.vmap(codec.settle)(pushed, positions)
 
-    y, cache, _ = stream_block(layer, x, None, attend, config, layout_of_norms(codec), reader)
+    y, cache, _ = stream_block(layer, x, None, attend, config, layout_of_norms(codec))
     return y, cache
 
 

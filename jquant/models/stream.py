@@ -2,21 +2,17 @@
 
 import math
 from functools import partial
-from typing import Any, Final
 
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jaxtyping import Array, BFloat16, Float, Float32, Int
+from jaxtyping import Array, BFloat16, Float, Float32
 
-from jquant.formats import Layout, PreparedFloatTensor, PreparedIntegerTensor, PreparedWideTensor, unproven
+from jquant.formats import Layout, unproven
 from jquant.kv import KvCodec, attention_kernel
 from jquant.models.config import LlamaConfig
 from jquant.models.layers import rms_norm
-from jquant.models.tree import Linear
 from jquant.types import Leaf
-
-_PREPARED: Final = (PreparedFloatTensor, PreparedIntegerTensor, PreparedWideTensor)
 
 
 @struct.dataclass
@@ -37,7 +33,7 @@ class Stream:
 
 
 def add_norm(
-    x: Stream, scale: Float[Array, "hidden"], config: LlamaConfig, layout: Layout, reader: Linear | None = None
+    x: Stream, scale: Float[Array, "hidden"], config: LlamaConfig, layout: Layout
 ) -> tuple[Float[Array, "batch tokens hidden"], Float[Array, "batch tokens hidden"]]:
     """Returns the hidden states, the update added, and their RMS norm: by one kernel where the layout has one.
 
@@ -46,7 +42,6 @@ def add_norm(
       scale: of the norm.
       config: of the model; with its `wide_residual`, float32 hidden states have a norm in bfloat16.
       layout: of the block that reads the norm: see `layout_of_norms`.
-      reader: the linear that reads the norm, whose weight the kernel asks the memory for ahead of time.
 
     Example:
       >>> x, config = Stream(jnp.ones((1, 1, 2)), jnp.ones((1, 1, 2))), LlamaConfig(8, 2, 4, 1, 1, 1, 2)
@@ -60,20 +55,8 @@ def add_norm(
         return value, rms_norm(value, scale, config.rms_norm_eps, config.norm_dtype(value.dtype))
     rows = value.reshape(math.prod(value.shape[:-1]), value.shape[-1])
     flat = None if update is None else update.reshape(rows.shape)
-    sums, normed = _add_norm(rows, flat, scale, codes_ahead(reader, layout), eps=config.rms_norm_eps, layout=layout)
+    sums, normed = _add_norm(rows, flat, scale, eps=config.rms_norm_eps, layout=layout)
     return sums.reshape(value.shape), normed.reshape(value.shape)
-
-
-def codes_ahead(reader: Linear | None, layout: Layout) -> Int[Array, "out in"] | None:
-    """Returns the codes that a linear's kernel reads, which kernels before it may ask the memory for; None for none.
-
-    Args:
-      reader: the linear; None for none.
-      layout: of the block: see `layout_of_norms`.
-    """
-    kernel: Any = None if reader is None else reader.kernel
-    asks = layout is not Layout.PORTABLE and not unproven(layout)
-    return kernel.codes if asks and isinstance(kernel, _PREPARED) else None
 
 
 def layout_of_norms(codec: KvCodec) -> Layout:
@@ -93,7 +76,6 @@ def _add_norm(
     rows: Float32[Array, "rows hidden"],
     update: BFloat16[Array, "rows hidden"] | None,
     scale: BFloat16[Array, "hidden"],
-    codes: Int[Array, "out in"] | None,
     *,
     eps: float,
     layout: Layout,
@@ -101,6 +83,4 @@ def _add_norm(
     from pallas_kernels.compat import Simulation
     from pallas_kernels.norm import add_norm as kernel
 
-    return kernel(
-        rows, update, scale, eps=eps, ahead=codes, simulate=Simulation() if layout is Layout.SIMULATED else None
-    )
+    return kernel(rows, update, scale, eps=eps, simulate=Simulation() if layout is Layout.SIMULATED else None)

@@ -4,6 +4,7 @@ XLA's plugin for CUDA compiles for a GPU that is described; `ptxas` reports what
 """
 
 import dataclasses
+import functools
 import json
 import os
 import re
@@ -21,7 +22,6 @@ from pallas_kernels import Coding, PackedCache, append_token, configs
 from pallas_kernels.attention_case import AttentionCase
 from pallas_kernels.cases import Case
 from pallas_kernels.decode import DecodeConfig
-from pallas_kernels.gate import apply_gate
 from pallas_kernels.hadamard import rotate_quantize
 from pallas_kernels.kivi_case import KiviCase
 from pallas_kernels.kronecker import prepare_rotation
@@ -79,25 +79,20 @@ def programs() -> Iterator[tuple[str, Any, tuple[Any, ...]]]:
 
 
 def _between_products() -> Iterator[tuple[str, Any, tuple[Any, ...]]]:
-    """Yield what a step of Llama-3.1-8B has between its products, each asking for a weight ahead of time."""
+    """Yield our own kernels that a step of Llama-3.1-8B has between its products, beside attention."""
 
     def shaped(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype)
 
-    def update_norm(x: Any, update: Any, scale: Any, codes: Any) -> Any:
-        return add_norm(x, update, scale, eps=1e-5, ahead=codes)
-
-    def append(projected: Any, angles: Any, positions: Any, cache: PackedCache, codes: Any) -> Any:
-        return append_token(projected, angles, positions, cache, coding=Coding(), ahead=codes)
+    def append(projected: Any, angles: Any, positions: Any, cache: PackedCache) -> Any:
+        return append_token(projected, angles, positions, cache, coding=Coding())
 
     for rows in (1, 16):
-        numbers, gates = shaped(jnp.float32, rows, 4096), shaped(jnp.bfloat16, rows, 28672)
-        given = numbers, shaped(jnp.bfloat16, rows, 4096), shaped(jnp.bfloat16, 4096)
-        yield f"norm {rows}", update_norm, (*given, shaped(jnp.int4, 28672, 4096))
-        yield f"gate {rows}", lambda both, codes: apply_gate(both, ahead=codes), (gates, shaped(jnp.int4, 4096, 14336))
+        given = shaped(jnp.float32, rows, 4096), shaped(jnp.bfloat16, rows, 4096), shaped(jnp.bfloat16, 4096)
+        yield f"norm {rows}", functools.partial(add_norm, eps=1e-5), given
         keys, grids = shaped(jnp.uint8, rows, 8, 2176, 64), shaped(jnp.float16, rows, 8, 2176, 4)
         token = shaped(jnp.bfloat16, rows, 6144), shaped(jnp.float32, rows, 128), shaped(jnp.int32, rows)
-        yield f"append {rows}", append, (*token, PackedCache(keys, keys, grids), shaped(jnp.int4, 4096, 4096))
+        yield f"append {rows}", append, (*token, PackedCache(keys, keys, grids))
 
 
 def _arguments(case: Any) -> tuple[Any, ...]:

@@ -1,6 +1,6 @@
-"""Inline code of the kernels that a decode step has beside its int4 products: those of `wide` and `norm`.
+"""Inline code of `wide`: 8-bit codes become the tensor cores' operand.
 
-As `inline`, for a GPU alone: in the interpreter the kernels compute the same in jnp, or leave a hint out.
+As `inline`, for a GPU alone: in the interpreter the kernel computes the same in jnp.
 """
 
 from typing import Any, Final
@@ -10,13 +10,10 @@ import numpy as np
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm
+from jaxlib.mlir.dialects import llvm
 
 from pallas_kernels import compat
 
-THREADS: Final = 128  # of a warpgroup
-BYTES_OF_THREAD: Final = 1024  # that a thread asks for; 16 MiB are 128 blocks
-BYTES_OF_BLOCK: Final = THREADS * BYTES_OF_THREAD
 # Two's complement: the low seven bits, less 128 where the sign is set; bfloat16 holds 128 + seven bits, 128 and 256.
 _PTX: Final = """{ .reg .b32 t, low, sign, bias; mov.b32 bias, 0x43004300; shr.u32 t, $2, 8;
 lop3.b32 low, $2, 0x007F007F, bias, 0xEA; lop3.b32 sign, $2, 0x00800080, bias, 0xEA; sub.bf16x2 $0, low, sign;
@@ -47,26 +44,3 @@ def unpack_bytes(codes: Any, shape: tuple[int, int]) -> Any:
     result = plgpu.ShapeDtypeStruct(shape, jnp.bfloat16, compat.C)
     inline: Any = plgpu.inline_mgpu(arg_types=(compat.INT8_OPERAND,), return_type=result)
     return inline(convert)(compat.load(codes, compat.INT8_OPERAND))
-
-
-def ask_for(memory: Any, block: Any) -> None:
-    """Asks for `BYTES_OF_BLOCK` of an array to come into the second level's cache; waits for nothing.
-
-    Args:
-      memory: a reference to it in the GPU's memory.
-      block: which part of it, counted from 0.
-    """
-
-    def ask(_: Any, array: Any, part: Any) -> None:
-        long = ir.IntegerType.get_signless(64)
-        constant: Any = arith.constant  # its wrapper is wrongly typed
-        thread = arith.remui(mgpu.utils.thread_idx(), constant(ir.IntegerType.get_signless(32), THREADS))
-        number = part.registers.flat[0]
-        place = arith.addi(arith.muli(number, constant(number.type, THREADS)), thread)
-        start = arith.muli(arith.extui(long, place), constant(long, BYTES_OF_THREAD))
-        address = arith.addi(llvm.ptrtoint(long, mgpu.utils.memref_ptr(array)), start)
-        ptx = f"cp.async.bulk.prefetch.L2.global [$0], {BYTES_OF_THREAD};"
-        llvm.inline_asm(ir.Type.parse("!llvm.void"), [address], ptx, "l", has_side_effects=True)
-
-    splat: Any = plgpu.Layout.WG_SPLAT
-    plgpu.inline_mgpu(arg_types=(plgpu.RefType(), splat(())))(ask)(memory, block)

@@ -7,7 +7,7 @@ from typing import Final
 
 from pallas_kernels import flash
 from pallas_kernels.attention_kernel import AttentionConfig
-from pallas_kernels.configs import MULTIPROCESSORS, ONE_BLOCK
+from pallas_kernels.decode_rules import MULTIPROCESSORS, ONE_BLOCK
 
 EXACT: Final = 16  # bits of bfloat16, whose tiles in runs are the faster: 178.5 us, 179.5 in turns (16 x 8192)
 WARPGROUPS: Final = (4, 2, 1)  # of a block, the most that fit: four have 128 registers a thread, a multiprocessor each

@@ -9,7 +9,7 @@ import functools
 import importlib.resources
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
@@ -19,6 +19,18 @@ from pallas_kernels import compat, order
 from pallas_kernels.binary import MOST_TOKENS as BINARY_TOKENS
 from pallas_kernels.binary import fault_of_binary
 from pallas_kernels.decode import MOST_TOKENS, DecodeConfig
+from pallas_kernels.decode_rules import (
+    LEAST_DEPTH,
+    MANY_OF_FEW,
+    MULTIPROCESSORS,
+    ONE_BLOCK,
+    by_warpgroups,
+    by_warps,
+    fits,
+    of_binary,
+    of_spqr,
+    rows_of,
+)
 from pallas_kernels.hadamard import RotationConfig
 from pallas_kernels.prefill import PrefillConfig
 from pallas_kernels.spqr import MOST_TOKENS as SPQR_TOKENS
@@ -31,21 +43,9 @@ type Config = DecodeConfig | PrefillConfig
 
 BINARY_KINDS: Final[tuple[NarrowKind, ...]] = ("binary2", "binary3", "binary4")
 TABLES: Final[dict[Card, str]] = {"H100": "h100.json", "H200": "h200.json"}
-MULTIPROCESSORS: Final = 132  # of an H100 or H200
-WARPGROUPS_UNDER_WAY: Final = 4 * MULTIPROCESSORS  # for decode: measured, see the file's head
-ONE_BLOCK: Final = 226 * 1024  # bytes of shared memory (227 KiB) that one block of a multiprocessor may plan with
-TWO_BLOCKS: Final = 112 * 1024
-MANY_OF_FEW: Final = 16  # tokens above which a block of decode.py makes 128 outputs
-FEWEST_BLOCKS: Final = 3 * MULTIPROCESSORS // 4  # below which more blocks are better than more warpgroups in each
-DEPTHS: Final = (256, 512, 128)  # of decode.py, the most promising first; 64 is slow where a deeper one fits
-LEAST_DEPTH: Final = 64  # inputs of the shallowest copy, and outputs of the least block
-MOST_PARTS: Final = 16
 MOST_STAGES: Final = 8
-MOST_CLUSTER: Final = 8  # blocks of a portable cluster
 PREFILL_FROM: Final = 32  # tokens from which tuning tries the kernels of prefill.py too
 TOGETHER: Final[Any] = {"together": 2, "barriers": "by step"}  # the fastest of some shapes, by some 3 %
-NARROW_DEPTHS: Final = (512, 256, 128, 64)  # inputs of a copy: measured, the deepest is the fastest
-NARROW_TOKENS: Final = 4  # for which copies of 512 inputs leave enough registers
 FEW_NUMBERS: Final = 64 * 64  # of a token, padded; measured, see the head of hadamard.py
 MOST_NUMBERS_OF_THREE: Final = 64 * 128  # of a token in registers, with three warpgroups
 TILE_EFFICIENCY: Final = {  # of the tensor cores, by (tokens, warpgroups): estimates that rank tiles of one shape
@@ -106,13 +106,16 @@ def choose(kind: Kind, tokens: int, outputs: int, inputs: int, groups: int, card
       >>> type(choose("w4a16", 1, 4096, 4096, 32)).__name__, type(choose("w8a8", 1, 4096, 4096, 1)).__name__
       ('DecodeConfig', 'PrefillConfig')
     """
-    found = _measured(kind, tokens, outputs, inputs, card or card_of(jax.devices()[0].device_kind))
+    card = card or card_of(jax.devices()[0].device_kind)
+    found = _measured(kind, tokens, outputs, inputs, card)
     if found is not None and found.fault(outputs, inputs, groups) is None:
         return found
     decode = kind != "w8a8" and tokens <= MOST_TOKENS
-    ranked = _prefill(kind, tokens, outputs, inputs)
+    ranked: Iterable[Config] = _prefill(kind, tokens, outputs, inputs)
     if decode:
-        ranked = [each for rows in _rows(tokens) for each in _decode(kind, tokens, outputs, inputs, groups, rows)]
+        ranked = by_warpgroups(tokens, outputs, inputs, groups, integer=kind != "w4a16")
+    if kind == "w4a16" and tokens <= MANY_OF_FEW and card == "H100":  # where alone warps' instruction was measured
+        ranked = [*by_warps(tokens, outputs, inputs, groups), *ranked]
     for config in ranked:
         if config.fault(outputs, inputs, groups) is None and (decode or kind == "w4a16" or groups == 1):
             return config
@@ -141,7 +144,7 @@ def fault(kind: Kind, outputs: int, inputs: int, groups: int) -> str | None:
             return f"{count} {what} are no multiple of {LEAST_DEPTH}"
     if groups > 1 and kind != "w4a16":
         return f"{groups} groups of inputs, kernels of integers take one scale for each output"
-    if inputs % groups or not _fits(inputs // groups, LEAST_DEPTH):
+    if inputs % groups or not fits(inputs // groups, LEAST_DEPTH):
         return f"groups of {inputs / groups:g} inputs, kernels take {order.RUN} or a multiple of {LEAST_DEPTH}"
     return None
 
@@ -197,7 +200,7 @@ def narrow_fault(kind: str, outputs: int, inputs: int, groups: int) -> str | Non
 def _narrow(kind: NarrowKind, tokens: int, outputs: int, inputs: int, groups: int) -> DecodeConfig | None:
     if tokens > most_tokens(kind):
         return None
-    for config in _spqr(tokens) if kind == "spqr3" else _binary(kind, tokens, outputs):
+    for config in of_spqr(outputs, inputs) if kind == "spqr3" else of_binary(int(kind[-1]), tokens, outputs):
         if kind == "spqr3":
             fault = fault_of_spqr(config, outputs, inputs)
         else:
@@ -210,29 +213,6 @@ def _narrow(kind: NarrowKind, tokens: int, outputs: int, inputs: int, groups: in
 def most_tokens(kind: NarrowKind) -> int:
     """Returns how many tokens a narrow weight's kernel takes."""
     return SPQR_TOKENS if kind == "spqr3" else BINARY_TOKENS
-
-
-def _binary(kind: NarrowKind, tokens: int, outputs: int) -> Iterator[DecodeConfig]:
-    """Yields configurations of binary.py, the most promising first: deep copies, four warpgroups.
-
-    With one token, which alone was measured, a kernel makes the pieces, and warps multiply three planes (not four).
-    """
-    pieces: Literal["by XLA", "by kernel"] = "by kernel" if tokens == 1 else "by XLA"
-    instruction: Literal["warpgroup", "warp"] = "warp" if tokens == 1 and kind == "binary3" else "warpgroup"
-    tiles = compat.whole_tiles(outputs, compat.ROWS_OF_ACCUMULATOR)
-    wanted = (2, 1) if tiles > MULTIPROCESSORS or 2 * tiles <= MULTIPROCESSORS else (1, 2)
-    for depth in NARROW_DEPTHS if tokens <= NARROW_TOKENS else NARROW_DEPTHS[1:]:
-        for warpgroups, splits in ((count, splits) for count in (4, 2, 1) for splits in wanted):
-            stages = 2 if depth == NARROW_DEPTHS[0] else 3
-            yield DecodeConfig(
-                depth, stages, warpgroups, splits, cluster=splits > 1, instruction=instruction, pieces=pieces
-            )
-
-
-def _spqr(tokens: int) -> Iterator[DecodeConfig]:
-    """Yields configurations of spqr.py: x is spread over 8 columns a token, so that two tokens leave less room."""
-    for warpgroups in (4, 2, 1):
-        yield DecodeConfig(stages=3 if tokens == 1 else 2, warpgroups=warpgroups)
 
 
 @functools.cache
@@ -297,8 +277,9 @@ def candidates(kind: Kind, tokens: int, outputs: int, inputs: int, groups: int) 
     """Returns the configurations among which tuning chooses, the present choice first."""
     found: list[Config] = [choose(kind, tokens, outputs, inputs, groups)]
     if kind != "w8a8" and tokens <= MOST_TOKENS:
-        for rows in _rows(tokens):
-            plain = _decode(kind, tokens, outputs, inputs, groups, rows)[: 8 // len(_rows(tokens)) ** 2]
+        for rows in rows_of(tokens):
+            plain = by_warpgroups(tokens, outputs, inputs, groups, integer=kind != "w4a16", rows=rows)
+            plain = plain[: 8 // len(rows_of(tokens)) ** 2]
             found += [each for one in plain for each in (dataclasses.replace(one, **TOGETHER), one)]
     if kind == "w8a8" or tokens >= PREFILL_FROM:
         found += _prefill(kind, tokens, outputs, inputs)[:6]
@@ -325,41 +306,6 @@ def _measured(kind: Kind, tokens: int, outputs: int, inputs: int, card: Card) ->
         if (row.kind, row.outputs, row.inputs) == (kind, outputs, inputs) and row.least <= tokens <= row.most:
             return row.config
     return None
-
-
-def _rows(tokens: int) -> tuple[int, ...]:
-    """Returns how many outputs a block of decode.py should make: more where the activations' traffic is felt."""
-    return (128, 64) if tokens > MANY_OF_FEW else (64,)
-
-
-def _decode(kind: Kind, tokens: int, outputs: int, inputs: int, groups: int, rows: int) -> list[Config]:
-    """Returns configurations of decode.py, the most promising first: four warpgroups a multiprocessor, deep copies."""
-    width = 2 if kind == "w4a16" else 1
-    columns = compat.columns_of(tokens, integer=kind != "w4a16")
-    tiles = compat.whole_tiles(outputs, rows)
-    deep = inputs % 128 == 0 and tokens <= MANY_OF_FEW and _fits(inputs // groups, 128)
-    wanted = 2 ** max(1, round(math.log2(WARPGROUPS_UNDER_WAY * 64 / rows / tiles)))
-    found: list[Config] = []
-    for parts in (2**power for power in range(min(wanted, MOST_PARTS).bit_length() - 1, -1, -1)):
-        wide, narrow = min(4, parts), max(1, min(4, parts) // 2)
-        idle = tiles * parts // wide < FEWEST_BLOCKS
-        for warpgroups in (narrow, wide) if idle else (wide, narrow):
-            splits = parts // warpgroups
-            room = ONE_BLOCK if tiles * splits <= MULTIPROCESSORS else TWO_BLOCKS
-            others = warpgroups - 1 + (splits - 1 if splits <= MOST_CLUSTER else 0)
-            room -= rows * columns * (4 * others + 2)
-            for depth in DEPTHS if deep else (*DEPTHS, LEAST_DEPTH):
-                grids = rows * 2 * 2 * compat.whole_tiles(depth * groups, inputs)  # scales, and centers or wider scales
-                one = warpgroups * (depth * (rows // 2 + columns * width) + grids)
-                stages = min(4, room // one, inputs // (depth * parts))
-                if inputs % (depth * parts) == 0 and (stages >= 2 or stages == inputs // (depth * parts) == 1):
-                    found.append(DecodeConfig(depth, stages, warpgroups, splits, rows, 1 < splits <= MOST_CLUSTER))
-    return list(dict.fromkeys(found))
-
-
-def _fits(group: int, depth: int) -> bool:
-    """Tells whether copies of a depth hold whole groups, or groups whole copies, in runs of 32 inputs."""
-    return group % order.RUN == 0 and (group % depth == 0 or depth % group == 0)
 
 
 def _prefill(kind: Kind, tokens: int, outputs: int, inputs: int) -> list[Config]:

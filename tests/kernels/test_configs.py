@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import pytest
 
 from pallas_kernels import configs, shapes
+from pallas_kernels.decode import DecodeConfig
 from pallas_kernels.matmul import integer_matmul, w4a16_matmul
 from pallas_kernels.weights import FloatWeight, IntegerWeight
 
@@ -71,6 +72,23 @@ def test_every_named_shape_has_a_configuration() -> None:
                 found = configs.candidates(kind, tokens, linear.outputs, linear.inputs, groups)
                 assert found[0] == configs.choose(kind, tokens, linear.outputs, linear.inputs, groups)
                 assert not any(config.fault(linear.outputs, linear.inputs, groups) for config in found)
+
+
+def test_the_rule_takes_the_instruction_that_was_fastest_on_each_card() -> None:
+    for tokens, outputs, inputs, expected in (
+        (1, 10240, 8192, (512, 2, 2, 1)),  # depth, stages, warpgroups, splits
+        (16, 10240, 8192, (256, 2, 2, 1)),
+        (1, 4096, 11008, (128, 4, 1, 2)),
+        (1, 4096, 8192, (256, 4, 2, 2)),
+        (16, 13824, 5120, (512, 2, 1, 1)),
+    ):
+        found = configs.choose("w4a16", tokens, outputs, inputs, inputs // 128, "H100")
+        assert isinstance(found, DecodeConfig)
+        assert (found.depth, found.stages, found.warpgroups, found.splits) == expected
+        assert (found.instruction, found.cluster) == ("warp", found.splits > 1)
+        other = configs.choose("w4a16", tokens, outputs, inputs, inputs // 128, "H200")
+        assert isinstance(other, DecodeConfig)
+        assert other.instruction == "warpgroup"  # of warps nothing was measured there
 
 
 def test_measured_rows_replace_those_of_the_table() -> None:

@@ -1,15 +1,15 @@
-"""What attends while a block is calibrated: the model's own attention, or on Hopper GPUs, where asked for, cuDNN's.
+"""What attends while a block is calibrated: the model's own attention, or on Hopper GPUs cuDNN's.
 
 Calibration reads whole windows, keeps no cache, and needs nothing but what the linears multiply. Where keys and values
 stay exact, bfloat16 and causal, cuDNN gives the same attention in other roundings; each window goes alone through one
-program, so that results are those of any number of devices, as before. No GPU has calibrated so yet: it is taken where
-`jquant.formats.unproven` says. The choice is made when a program is traced.
+program, so that results are those of any number of devices, as before. docs/solvers.md has what an H100 gave. The choice
+is made when a program is traced.
 """
 
 import jax
 import jax.numpy as jnp
 
-from jquant.formats import UNPROVEN, Layout, hopper_card, unproven
+from jquant.formats import Layout, hopper_card
 from jquant.kv import ExactKv, pack_codec
 from jquant.kv.packed import WIDEST_PROMPT
 from jquant.models import Block, Llama, LlamaConfig, blocks, put
@@ -40,9 +40,7 @@ def cudnn_fault(block: Block, config: LlamaConfig, dtype: DType, device_kind: st
         return f"activations are {jnp.dtype(dtype)}, cuDNN takes bfloat16"
     if config.head_dim > WIDEST_PROMPT:
         return f"heads have {config.head_dim} numbers, cuDNN takes {WIDEST_PROMPT}"
-    if config.sliding_window is not None:
-        return "a sliding window"
-    return UNPROVEN if unproven(Layout.HOPPER) else None
+    return "a sliding window" if config.sliding_window is not None else None
 
 
 def calibration_attention(model: Llama) -> dict[str, str]:

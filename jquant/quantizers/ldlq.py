@@ -158,7 +158,7 @@ def round_factored(
     codes, errors = target[sequence], jnp.zeros_like(target)
     everything = jnp.asarray([-jnp.inf, jnp.inf], target.dtype)
     ends = everything if top is None else jnp.stack([jnp.zeros((), target.dtype), jnp.asarray(top, target.dtype)])
-    sweep = functools.partial(_sweep, solver.resolve(target.dtype, proven=rounding != "stochastic"))
+    sweep = functools.partial(_sweep, solver.resolve(target.dtype))
     alike = rounding in ("ldlq", "near") and fidelity == "paper"  # all sweeps: one loop, half as much to compile
     if not alike and rounding != "greedy":
         codes, errors = sweep(codes, errors, first, noise, ends)

@@ -1,25 +1,27 @@
 """What attends in calibration: when it is cuDNN, and that the same attention by another implementation is the same."""
 
 import dataclasses
+from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jquant.blocks.attention import calibrated, cudnn_fault
-from jquant.formats import UNPROVEN, Layout
+from jquant.blocks.attention import calibrated, calibration_attention, cudnn_fault
+from jquant.calibration.store import BlockStore
+from jquant.errors import CheckpointError
+from jquant.formats import Layout
 from jquant.kv import ExactKv, PerTokenKv
 from jquant.models import abstract_llama, blocks, embed, prompt_block, put, random_model, tiny_config
 
 H100 = "NVIDIA H100 80GB HBM3"
 
 
-def test_cudnn_attends_where_numbers_allow(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cudnn_attends_where_numbers_allow() -> None:
     config = tiny_config()
     block = blocks(abstract_llama(config, "bfloat16"))[0]
-    assert cudnn_fault(block, config, jnp.bfloat16, H100) == UNPROVEN
-    monkeypatch.setenv("JQUANT_UNPROVEN", "1")
     assert cudnn_fault(block, config, jnp.bfloat16, H100) is None
     rounded = put(block, "self_attn.kv_codec", PerTokenKv())
     assert cudnn_fault(rounded, config, jnp.bfloat16, H100) == "keys and values are rounded by PerTokenKv"
@@ -28,6 +30,19 @@ def test_cudnn_attends_where_numbers_allow(monkeypatch: pytest.MonkeyPatch) -> N
     assert cudnn_fault(block, sliding, jnp.bfloat16, H100) == "a sliding window"
     assert "numbers" in str(cudnn_fault(block, dataclasses.replace(config, head_dim=256), jnp.bfloat16, H100))
     assert cudnn_fault(block, config, jnp.bfloat16, "cpu") == "cpu is no Hopper GPU"
+
+
+def test_a_run_with_cudnn_says_so_and_takes_no_blocks_of_one_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, wide = (abstract_llama(tiny_config(), dtype) for dtype in ("bfloat16", "float32"))
+    BlockStore.open(tmp_path, calibration_attention(model)).lock.close()
+    monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(device_kind=H100)])
+    assert calibration_attention(wide) == {}
+    own = calibration_attention(model)
+    assert own == {"calibration attention": "cuDNN in 2 of 2 blocks"}
+    with pytest.raises(CheckpointError, match="holds blocks of another run: calibration attention differ"):
+        BlockStore.open(tmp_path, own)
 
 
 def test_a_block_that_attends_otherwise_gives_the_same() -> None:

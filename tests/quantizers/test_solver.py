@@ -1,6 +1,7 @@
 """Whole solves with the kernel in the interpreter give the codes of the scan."""
 
 import functools
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -9,11 +10,11 @@ import pytest
 
 from jquant.formats import SpqrFormat, UniformFormat
 from jquant.numerics import Grid, decode, encode
-from jquant.quantizers import Spqr
+from jquant.quantizers import Spqr, ldlq
 from jquant.quantizers.gptq import Rounding, spread_errors
 from jquant.quantizers.ldlq import round_with_feedback
 from jquant.quantizers.rtn import fit_groups
-from jquant.quantizers.solver import Solver
+from jquant.quantizers.solver import KERNEL_ROWS, Solver
 
 INPUTS, OUTPUTS, SIZE = 40, 32, 8
 BOTH = (Solver.SCAN, Solver.SIMULATED)
@@ -31,6 +32,17 @@ def test_a_machine_without_a_hopper_gpu_scans() -> None:
     assert Solver.HOPPER.resolve(jnp.float32) is Solver.HOPPER
 
 
+def test_a_hopper_gpu_takes_the_kernel_for_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(device_kind="NVIDIA H100 80GB HBM3")])
+    monkeypatch.delenv("JQUANT_UNPROVEN", raising=False)
+    assert Solver.MACHINE.resolve(jnp.float32) is Solver.HOPPER
+    assert Solver.MACHINE.resolve(jnp.float64) is Solver.SCAN
+    assert Solver.MACHINE.resolve(jnp.float32, KERNEL_ROWS + 1) is Solver.SCAN
+    assert Solver.MACHINE.resolve(jnp.float32, proven=False) is Solver.SCAN
+    monkeypatch.setenv("JQUANT_UNPROVEN", "1")
+    assert Solver.MACHINE.resolve(jnp.float32, proven=False) is Solver.HOPPER
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("groups", ["static", "dynamic"])
 def test_gptq_rounds_the_same(groups: str) -> None:
@@ -44,10 +56,11 @@ def test_gptq_rounds_the_same(groups: str) -> None:
 
 
 @pytest.mark.slow
-def test_ldlq_rounds_the_same() -> None:
+@pytest.mark.parametrize(("rounding", "passes"), [("ldlq", 1), ("stochastic", 0)])
+def test_ldlq_rounds_the_same(rounding: ldlq.Rounding, passes: int) -> None:
     weight, hessian = problem()
     solve = functools.partial(round_with_feedback, 3 * weight, hessian, jax.random.key(0), damping=0.01, top=3)
-    scan, kernel = (solve(greedy_passes=1, solver=solver) for solver in BOTH)
+    scan, kernel = (solve(rounding=rounding, greedy_passes=passes, solver=solver) for solver in BOTH)
     np.testing.assert_array_equal(scan.codes, kernel.codes)
 
 

@@ -2,8 +2,8 @@
 
 Calibration reads whole windows, keeps no cache, and needs nothing but what the linears multiply. Where keys and values
 stay exact, bfloat16 and causal, cuDNN gives the same attention in other roundings; each window goes alone through one
-program, so that results are those of any number of devices, as before. docs/solvers.md has what an H100 gave. The choice
-is made when a program is traced.
+program, so that results are those of any number of devices, as before (docs/solvers.md has what an H100 gave). The
+choice is made when a program is traced.
 """
 
 import jax

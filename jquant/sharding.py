@@ -8,7 +8,8 @@
 | q, k, v, gate, up        | its outputs                           | nothing                                          |
 | o, down                  | the inputs that it made, W[t, :]      | products are summed, float32                     |
 | o, down whose input is   | its outputs                           | inputs are gathered before, products after: a    |
-| rotated or quantized     |                                       | rotation and a token's grid see the whole token  |
+| rotated, or where inputs |                                       | rotation and a token's grid see the whole token, |
+| or caches are rounded    |                                       | and no sum is cut                                |
 | any of QuIP's            | outputs of the rotated basis          | products are gathered before they are turned     |
 | embedding, head          | its rows, its columns                 | the row that is there; logits are gathered       |
 
@@ -160,12 +161,13 @@ def choose_cuts(model: Llama, data: int, tensor: int) -> tuple[tuple[str, Cut], 
       >>> [(path, cut.describe()) for path, cut in choose_cuts(abstract_llama(tiny_config()), 1, 4)[3:5]]
       [('layers.0.self_attn.o_proj', 'whole: 2 KV heads over 4 devices'), ('layers.0.mlp.gate_proj', 'outputs')]
     """
-    heads, found = _attention_fault(model, tensor), []
+    heads, whole_sums, found = _attention_fault(model, tensor), _rounds(model), []
     for index, block in enumerate(blocks(model)):
         _check_quantizers(block, data)
         for name in BLOCK_LINEARS:
             attends = name.startswith("self_attn.")
-            cut = Cut("whole", why=heads) if attends and heads else _choose_cut(name, get(block, name), tensor)
+            cut = Cut("whole", why=heads) if attends and heads else None
+            cut = cut or _choose_cut(name, get(block, name), tensor, whole_sums=whole_sums)
             found.append((f"layers.{index}.{name}", cut))
     if model.config.intermediate_size % tensor:
         raise FormatError(
@@ -265,6 +267,15 @@ def _attention_fault(model: Llama, parts: int) -> str | None:
     return None
 
 
+def _rounds(model: Llama) -> bool:
+    """Tells whether inputs or caches are rounded anywhere: sums in another order then move codes by a whole step."""
+    return any(
+        not isinstance(block.self_attn.kv_codec, ExactKv)
+        or any(get(block, name).input_quantizer is not None for name in BLOCK_LINEARS)
+        for block in blocks(model)
+    )
+
+
 def _notes(model: Llama, cuts: dict[str, Cut], *, vocabulary: bool) -> tuple[str, ...]:
     """Returns what is whole on each device and why, each once."""
     found = dict.fromkeys(f"{path.split('.', 2)[2]}: {cut.why}" for path, cut in cuts.items() if cut.kind == "whole")
@@ -273,10 +284,10 @@ def _notes(model: Llama, cuts: dict[str, Cut], *, vocabulary: bool) -> tuple[str
     return tuple(found)
 
 
-def _choose_cut(name: str, layer: Linear, parts: int) -> Cut:
+def _choose_cut(name: str, layer: Linear, parts: int, *, whole_sums: bool) -> Cut:
     way = next(way for pattern, way in RULES if re.fullmatch(pattern, name))
-    straight = layer.input_rotation is None and layer.input_quantizer is None
-    if way == "inputs" and straight and input_cut_fault(layer.kernel, parts) is None:
+    apart = way == "inputs" and not whole_sums and layer.input_rotation is None
+    if apart and input_cut_fault(layer.kernel, parts) is None:
         return Cut("inputs")
     gathered, fault = way == "inputs", output_cut_fault(layer.kernel, parts)
     if fault is None:

@@ -21,7 +21,7 @@ from jquant.formats import (
     quantize_centered,
     rotated,
 )
-from jquant.kv import DynamicRazorKv, Kivi, KvCodec, PerTokenKv
+from jquant.kv import DynamicRazorKv, Float8Kv, Kivi, KvCodec, PerTokenKv
 from jquant.models import Llama, LlamaConfig, Sharded, blocks, forward, map_linears, random_model, set_kv_codec
 from jquant.quantizers import Rtn
 from jquant.runtime import generate
@@ -75,12 +75,39 @@ def test_logits_and_tokens_are_those_of_one_device(source: Llama) -> None:
     layers: Any = spread.layers
     q, o, down = (layers.layers[1].self_attn.q_proj, layers.layers[1].self_attn.o_proj, layers.layers[1].mlp.down_proj)
     assert q.kernel.codes.shape == (2, 32, 32)  # devices, bytes of 64 inputs, half the outputs
-    assert o.kernel.outputs == "summed"
-    assert o.kernel.inner.codes.shape == (2, 16, 64)
+    assert (o.kernel.inputs, o.kernel.outputs) == ("gathered", "gathered")  # KIVI rounds: no sum is cut
+    assert o.kernel.inner.codes.shape == (2, 32, 32)
     assert (down.kernel.inputs, down.kernel.inner.shape) == ("gathered", (96, 32))
     assert {leaf.sharding.spec[0] for leaf in jax.tree.leaves(layers)} == {"tensor"}
     assert (layers.config.num_key_value_heads, layers.notes) == (1, ())
     assert "on data 1 x tensor 2 devices" in describe_products(spread)
+
+
+def test_sums_are_cut_only_where_nothing_is_rounded(source: Llama) -> None:
+    def ways(model: Llama) -> set[str]:
+        return {cut.describe() for path, cut in choose_cuts(model, 1, 2) if path.endswith(("o_proj", "down_proj"))}
+
+    def first(path: str, layer: Any) -> Any:
+        rounded = PerToken(8).fit(None) if path == "layers.0.mlp.up_proj" else None
+        return dataclasses.replace(layer, input_quantizer=rounded)
+
+    assert ways(source) == {"inputs, products summed"}
+    for codec in (Kivi(2, 2, 16, 16), PerTokenKv(4), Float8Kv(jnp.float32(1.0), jnp.float32(1.0))):
+        assert ways(set_kv_codec(source, codec)) == {"outputs, of gathered inputs"}
+    assert ways(map_linears(source, first)) == {"outputs, of gathered inputs"}
+
+
+def test_summed_products_are_those_of_one_device_but_for_rounding(source: Llama) -> None:
+    grid = Rtn(UniformFormat(4, 16))
+    model = map_linears(
+        source,
+        lambda _, layer: dataclasses.replace(layer, kernel=grid(layer.kernel, None, jax.random.key(1))[0]),
+    )
+    spread = shard(model, make_mesh(1, 2))
+    o = spread.layers.layers[1].self_attn.o_proj.kernel  # type: ignore[union-attr]
+    assert (o.outputs, o.inner.codes.shape) == ("summed", (2, 16, 64))
+    expected = np.asarray(jax.jit(forward)(model, TOKENS))
+    np.testing.assert_allclose(np.asarray(jax.jit(forward)(spread, TOKENS)), expected, rtol=0, atol=LIMIT)
 
 
 def test_devices_that_have_whole_weights_tell_each_other_nothing(source: Llama) -> None:

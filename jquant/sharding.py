@@ -393,4 +393,5 @@ def join_processes(coordinator: str, processes: int | None = None, process: int 
         else:
             jax.distributed.initialize()
     except (RuntimeError, ValueError) as error:
-        raise RecipeError(f"cannot join the other processes by {coordinator}: {error}") from error
+        remedy = "" if explicit else "; a task of a job knows it from its environment (srun), elsewhere give host:port"
+        raise RecipeError(f"cannot join the other processes by {coordinator}: {error}{remedy}") from error

@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,30 @@ from tests.checkpoints import write_checkpoint
 from tests.test_cli import SMALL, run
 
 ROOT: Final = Path(__file__).resolve().parent.parent
+
+
+JOIN: Final = """
+import jax, numpy
+from jquant.errors import RecipeError
+from jquant.processes import gather_from_all, leave
+from jquant.sharding import join_processes
+try:
+    join_processes("slurm")
+except RecipeError as error:
+    print(error)
+    leave(2)
+print(jax.process_index(), jax.process_count(), gather_from_all(numpy.int32(jax.process_index() + 5)).tolist())
+leave(0)
+"""
+
+
+def join_as(task: int | None, job: int) -> subprocess.Popen[str]:
+    """Start a process with what Slurm tells a task of a step of two; outside a job if None."""
+    step = {"SLURM_JOB_ID": job, "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": 2}
+    given = {} if task is None else step | {"SLURM_PROCID": task, "SLURM_LOCALID": task}
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
+    environment = clean | {name: str(value) for name, value in given.items()} | {"PYTHONPATH": str(ROOT)}
+    return subprocess.Popen([sys.executable, "-c", JOIN], env=environment, stdout=subprocess.PIPE, text=True)
 
 
 @pytest.fixture
@@ -38,6 +63,19 @@ def test_meshes_that_cannot_be_are_one_line(source: str, capsys: pytest.CaptureF
     for coordinator, processes, process in (("localhost:1", 2, 2), ("localhost", 2, 0), ("localhost:1", None, None)):
         with pytest.raises(RecipeError, match="give host:port, how many"):
             join_processes(coordinator, processes, process)
+
+
+@pytest.mark.slow
+def test_tasks_of_a_slurm_step_find_each_other_by_its_environment() -> None:
+    with socket.socket() as free:
+        free.bind(("localhost", 61440 + os.getpid() % 4096))  # where JAX lets a job of this number meet
+        job = free.getsockname()[1] - 61440
+    tasks = [join_as(task, job) for task in (0, 1, None)]
+    said = [task.communicate(timeout=120)[0].splitlines()[-1] for task in tasks]  # gloo has a line too
+    assert [task.returncode for task in tasks] == [0, 0, 2], said
+    assert said[:2] == ["0 2 [5, 6]", "1 2 [5, 6]"]
+    assert "cannot join the other processes by slurm" in said[2]
+    assert "elsewhere give host:port" in said[2]
 
 
 @pytest.mark.slow

@@ -28,6 +28,7 @@ from jquant.needs import Needs, measure_needs
 from jquant.passes import ModelPass, QuantizeActivations, Sequential
 from jquant.quantizers import WeightQuantizer
 from jquant.recipe import Calibration, Recipe
+from jquant.sharding import choose_cuts
 
 UNTOUCHED = "-"  # the method of a linear that is left as it is
 
@@ -160,7 +161,7 @@ def plan(model: Llama, recipe: Recipe) -> Plan:
         solve_shapes=tuple(dict.fromkeys(_shape(model, solve) for solve in solves)),
         cache=measure_cache(result),
         needs=needs,
-        gathered=_count_gathered(result),
+        gathered=sum(cut.gathered for _, cut in choose_cuts(result, 1, 1)),
     )
 
 
@@ -201,12 +202,6 @@ def list_solves(block_pass: QuantizeWeights, index: int) -> Iterator[Solve]:
             group = tuple(path for path, own in chosen.items() if own == quantizer)
             for part in [group] if quantizer.separable else [(path,) for path in group]:
                 yield Solve(quantizer, site, part)
-
-
-def _count_gathered(model: Llama) -> int:
-    """Returns how many linears that read what devices made apart want all of it: jquant.sharding's rule."""
-    readers = [get(model, path) for path in linear_paths(model) if path.endswith((".o_proj", ".down_proj"))]
-    return sum(one.input_rotation is not None or one.input_quantizer is not None for one in readers)
 
 
 def _measuring(one: ModelPass, model: Llama, calibration: Calibration | None) -> Work:

@@ -9,7 +9,8 @@ of one device.
         [--logits] [--seconds 600]
 
 JSON lines, each as soon as it is known; the exit code is 1 if a sha256 differs, or logits by more than 2e-5 of the
-largest. Logits of methods that round activations or caches: see `benchmarks/mesh_ties.py`.
+largest. Logits of methods that round activations or caches need XLA_FLAGS="--xla_force_host_platform_device_count=8
+--xla_cpu_max_isa=AVX --xla_cpu_experimental_ynn_fusion_type=": docs/meshes.md and `benchmarks/mesh_ties.py` say why.
 """
 
 import argparse
@@ -33,6 +34,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from convert import load_model
+from jquant import checkpoint
 from jquant.calibration import BlockStore
 from jquant.checkpoint import digest, save_model
 from jquant.folders import stack_if_alike
@@ -77,7 +79,9 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=64)
     parser.add_argument("--stop", type=int, default=1, help="blocks after which the run on 8 devices is stopped")
     parser.add_argument("--prompt", type=int, default=48, help="tokens of each of the 8 rows whose logits are compared")
-    parser.add_argument("--logits", action="store_true", help="compare logits alone, of what one device quantizes")
+    parser.add_argument(
+        "--logits", action="store_true", help="compare logits alone, of what --keep has or one device quantizes"
+    )
     parser.add_argument("--set", nargs="+", default=[], help="of the recipe, such as calibration.samples=8")
     parser.add_argument("--keep", type=Path, help="folder in which the quantized models are saved, by recipe")
     parser.add_argument("--seconds", type=float, default=3600.0)
@@ -108,11 +112,17 @@ def _compare(source: Llama, name: str, arguments: argparse.Namespace) -> bool:
         found[way], seconds[way] = sha256, round(time.monotonic() - begun - sum(seconds.values()), 1)
         sys.stderr.write(f"{name} {way} {sha256} {seconds[way]} s\n")
 
-    for count in (1,) if arguments.logits else arguments.counts:
-        model, sha256 = _quantize(source, name, arguments, tuple(jax.devices()[:count]))
-        note(f"{count} devices", sha256)
-    if arguments.keep is not None:
-        save_model(model, arguments.keep / name)
+    kept = None if arguments.keep is None else arguments.keep / name
+    if arguments.logits and kept is not None and kept.exists():
+        model = checkpoint.load_model(kept)
+        note("kept", digest(model))
+    else:
+        for count in (1,) if arguments.logits else arguments.counts:
+            model, sha256 = _quantize(source, name, arguments, tuple(jax.devices()[:count]))
+            note(f"{count} devices", sha256)
+        if kept is not None:
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            save_model(model, kept)
     if _recipe(name, arguments).calibration is not None and not arguments.logits:
         note(f"stopped on 8 after {arguments.stop}, went on with 2", _resume(source, name, arguments))
     if not arguments.logits:

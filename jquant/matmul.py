@@ -73,6 +73,8 @@ def matmul(x: Activation, weight: Any) -> Float[Array, "*batch out"]:
       [[3.0]]
     """
     if isinstance(weight, ShardedTensor):
+        if isinstance(x, UniformActivation) and weight.gathers_products() and _can_scale_late(x, weight.inner):
+            return _scaled_late(x, weight)
         return weight.collect(matmul(x, weight.inner))
     operand = type(x) if isinstance(x, QuantizedActivation) else jax.Array
     kind = type(weight) if isinstance(weight, QuantizedTensor) else jax.Array
@@ -155,6 +157,27 @@ def _integer(x: UniformActivation, weight: UniformTensor) -> jax.Array:
         weight.scales.astype(sums),
         zeros,
     )
+    return y.reshape(*batch, outputs).astype(x.dtype)
+
+
+def _can_scale_late(x: UniformActivation, weight: Any) -> bool:
+    """Tells whether a product has one scale for a token and one for an output, and is not rounded to a narrow dtype."""
+    one = isinstance(weight, UniformTensor) and weight.scales.shape[0] == x.scales.shape[-1] == 1
+    return one and jnp.dtype(x.dtype) == x.scales.dtype
+
+
+def _scaled_late(x: UniformActivation, weight: ShardedTensor) -> jax.Array:
+    """Gathers products of integers, scales of outputs as one more row, and scales them after.
+
+    The sum that follows then stands beside the scaling, as on one device: XLA makes one rounding of both on CPU.
+    """
+    inner, sums = weight.inner, x.scales.dtype
+    plain = dataclasses.replace(x, scales=jnp.ones_like(x.scales), dtype=str(sums))
+    *batch, _ = x.codes.shape
+    products = matmul(plain, dataclasses.replace(inner, scales=jnp.ones_like(inner.scales)))
+    rows = jnp.concatenate([products.reshape(math.prod(batch), -1), inner.scales.astype(sums)])
+    *_, outputs = (gathered := weight.collect(rows)).shape
+    y = x.scales.reshape(-1, 1) * gathered[-1:] * gathered[:-1]
     return y.reshape(*batch, outputs).astype(x.dtype)
 
 

@@ -110,6 +110,24 @@ def test_summed_products_are_those_of_one_device_but_for_rounding(source: Llama)
     np.testing.assert_allclose(np.asarray(jax.jit(forward)(spread, TOKENS)), expected, rtol=0, atol=LIMIT)
 
 
+@pytest.mark.parametrize("symmetry", ["symmetric", "asymmetric"])
+def test_products_of_integers_are_scaled_where_one_device_scales_them(symmetry: Any) -> None:
+    """A gathered product is a rounded one; one device's scale and residual sum have one rounding on CPU.
+
+    Attention and head are whole, whose products of numbers XLA may sum in another order for fewer columns.
+    """
+    source = random_model(dataclasses.replace(CONFIG, vocab_size=65, num_key_value_heads=1), jax.random.key(0))
+    grid, rounding = Rtn(UniformFormat(4, None, symmetry)), PerToken(4, symmetry).fit(None)
+
+    def change(_: str, layer: Any) -> Any:
+        kernel = grid(layer.kernel, None, jax.random.key(1))[0]
+        return dataclasses.replace(layer, kernel=kernel, input_quantizer=rounding)
+
+    model = set_kv_codec(map_linears(source, change), PerTokenKv(4))
+    expected = np.asarray(jax.jit(forward)(model, TOKENS))
+    np.testing.assert_array_equal(np.asarray(jax.jit(forward)(shard(model, make_mesh(1, 2)), TOKENS)), expected)
+
+
 def test_devices_that_have_whole_weights_tell_each_other_nothing(source: Llama) -> None:
     """A gathered array would be laid out anew, and summed in another order than on one device."""
     for spread in (shard(mixed(source), make_mesh(2, 1)), shard(mixed(source), make_mesh(1, 2))):

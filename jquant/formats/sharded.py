@@ -60,6 +60,10 @@ class ShardedTensor:
             return x
         return jax.lax.all_gather(x, TENSOR, axis=x.ndim - 1, tiled=True)
 
+    def gathers_products(self) -> bool:
+        """Tells whether products are gathered from several devices."""
+        return self.outputs == "gathered" and not _is_alone()
+
     def collect(self, y: Float[Array, "*batch part"]) -> Float[Array, "*batch out"]:
         """Returns the outputs that this device goes on with, given the part's product."""
         if _is_alone():

@@ -9,8 +9,8 @@ of one device.
         [--logits] [--seconds 600]
 
 JSON lines, each as soon as it is known; the exit code is 1 if a sha256 differs, or logits by more than 2e-5 of the
-largest. Logits of methods that round activations or caches need XLA_FLAGS="--xla_force_host_platform_device_count=8
---xla_cpu_max_isa=AVX --xla_cpu_experimental_ynn_fusion_type=": docs/meshes.md and `benchmarks/mesh_ties.py` say why.
+largest. Logits of KIVI need --xla_cpu_experimental_ynn_fusion_type= beside --xla_force_host_platform_device_count=8 in
+XLA_FLAGS: docs/meshes.md says why.
 """
 
 import argparse

@@ -4,7 +4,7 @@ Every row is timed by `eval.measure_latency`, tokens or prompts, with its memory
 summed by kind (CUPTI). Programs are compiled first, in threads side by side, from shapes alone; what is not compiled or
 timed when the time is over is said to be left out.
 
-    [JQUANT_UNPROVEN=1] python benchmarks/runtime_table.py --seconds 240 [--rows "w4 1" "bf16 1"]
+    python benchmarks/runtime_table.py --seconds 240 [--rows "w4 1" "bf16 1"]
 
 Prints JSON lines, the most important rows first.
 """
@@ -27,7 +27,6 @@ import numpy as np
 
 from eval import Latency, Lowered, Phase, Programs, Workload, lower_latency, measure_latency, start_decode
 from jquant.folders import round_scales
-from jquant.formats import Layout, unproven
 from jquant.models import SHAPES, Llama, abstract_llama, random_like
 from jquant.plan import outline
 from jquant.recipe import load_recipe
@@ -75,8 +74,7 @@ def main() -> None:
     arguments = _arguments()
     began = time.monotonic()
     device = jax.devices()[0].device_kind
-    held_back = unproven(Layout.HOPPER)
-    _print(device=device, jax=jax.__version__, layers=arguments.layers, target=arguments.target, held_back=held_back)
+    _print(device=device, jax=jax.__version__, layers=arguments.layers, target=arguments.target)
     rows = [row for row in ROWS if row.name in arguments.rows]
     trees = {row.name: _outline(row, arguments) for row in rows}
     pool = concurrent.futures.ThreadPoolExecutor(THREADS)

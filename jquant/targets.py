@@ -28,7 +28,6 @@ from jquant.activations import OutlierQuantizer, TensorQuantizer, TokenQuantizer
 from jquant.errors import FormatError, RecipeError
 from jquant.formats import (
     SYMMETRIES,
-    UNPROVEN,
     WIDE_BITS,
     BinaryTensor,
     JoinedPart,
@@ -63,7 +62,6 @@ from jquant.formats import (
     prepare_wide,
     rotation_fault,
     spqr_fault,
-    unproven,
     wide_fault,
 )
 from jquant.kv import Kivi, KvCodec, PerTokenKv, attention_fault, pack_codec
@@ -143,8 +141,6 @@ def choose_product(layer: Linear, target: Target) -> Product:
     fault = (_input_fault(layer, weight, rotated=rotated) if integer else None) or (
         integer_fault if integer else wide_fault if wide else float_fault
     )(weight.format, weight.shape)
-    if wide and not integer and unproven(_LAYOUTS[target]):
-        fault = fault or UNPROVEN
     if fault is not None:
         return Product(None, fault)
     kernel = integer_kind(weight.format) if integer else "w8a16" if wide else "w4a16"

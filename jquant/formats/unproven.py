@@ -1,7 +1,7 @@
 """Kernels that no GPU has run yet: they are taken in the interpreter, on a GPU only where the user asks for them.
 
 A kernel that is right in the interpreter and compiles for an H100 may still fail there. Until a run on a GPU has
-checked it (docs/runtime.md has the list and the command), a model on a GPU does without. The switch belongs to a
+checked it (docs/solvers.md has the list and the command), calibration on a GPU does without. The switch belongs to a
 process: what is compiled already stays as it is.
 """
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jquant.formats import UNPROVEN, OnlineRotation, unproven
+from jquant.formats import OnlineRotation
 from jquant.kv.base import KvCodec
 from jquant.kv.packed import HeadMajorCache, PackedExactKv, PackedKv, PackedPerTokenKv, attend_packed, simulation
 
@@ -33,8 +33,6 @@ def append_fault(codec: KvCodec, rotation: OnlineRotation | None, dtype: jax.typ
     """
     if jnp.dtype(dtype) != jnp.bfloat16:
         return f"{jnp.dtype(dtype)} tokens, the kernel takes bfloat16"
-    if isinstance(codec, PackedPerTokenKv | PackedExactKv) and unproven(codec.layout):
-        return UNPROVEN
     if isinstance(codec, PackedPerTokenKv):
         if codec.inner.grid == "symmetric":
             return "symmetric grids"

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, BFloat16, Float, Float32
 
-from jquant.formats import Layout, unproven
+from jquant.formats import Layout
 from jquant.kv import KvCodec, attention_kernel
 from jquant.models.config import LlamaConfig
 from jquant.models.layers import rms_norm
@@ -50,7 +50,7 @@ def add_norm(
       ([[[2.0, 2.0]]], [[[1.0, 1.0]]])
     """
     value, update = x.value, x.update
-    if layout is Layout.PORTABLE or unproven(layout) or not _has_kernel(value, scale):
+    if layout is Layout.PORTABLE or not _has_kernel(value, scale):
         value = x.settled().value
         return value, rms_norm(value, scale, config.rms_norm_eps, config.norm_dtype(value.dtype))
     rows = value.reshape(math.prod(value.shape[:-1]), value.shape[-1])

@@ -1,10 +1,10 @@
 """Why a kernel takes its time: bytes moved, issue slots, occupancy and stalls by Nsight Compute, as JSON lines.
 
     python benchmarks/kernel_profile.py --seconds 180 --output profile.jsonl
-    python benchmarks/kernel_profile.py --cases w4a16-8192x8192 spqr3-8192x8192 --untried 1
+    python benchmarks/kernel_profile.py --cases w4a16-8192x8192 spqr3-8192x8192
     python benchmarks/kernel_profile.py --lower                    all cases lowered to CUDA, where there is no GPU
 
-Each configuration of a case is a process of its own under `ncu`; all compile side by side and take turns on the GPU.
+Each case is a process of its own under `ncu`; all compile side by side and take turns on the GPU.
 `ncu` counts exactly one call, compiled, warmed up, its operands there, and before it a copy of 512 MiB for the share.
 It repeats each kernel for groups of counters, caches flushed before each time, as weights lie beyond the second cache;
 clocks are left alone. So microseconds are one run's, and bytes that a kernel leaves in the second cache count as
@@ -39,7 +39,6 @@ from pallas_kernels.cases import Case
 from pallas_kernels.kivi_case import KiviCase
 from pallas_kernels.narrow_case import NarrowCase
 from pallas_kernels.rotation_case import RotationCase
-from pallas_kernels.untried import untried
 
 CASES: Final[dict[str, Any]] = {
     "w4a16-8192x8192": Case("w4a16", 1, 8192, 8192, 64),
@@ -65,18 +64,17 @@ def main() -> None:
     """Runs what the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
-    parser.add_argument("--untried", type=int, default=0, help="beside each, so many configurations not in use")
     parser.add_argument("--seconds", type=float, default=180.0, help="profile nothing new after so long")
     parser.add_argument("--at-once", type=int, default=os.cpu_count(), help="processes under ncu")
     parser.add_argument("--ncu", default="ncu", help="the program")
     parser.add_argument("--output", type=Path, help="a file to add JSON lines to; what ncu wrote goes into FILE.csv")
     parser.add_argument("--lower", action="store_true", help="lower to CUDA alone, where there is no GPU")
-    parser.add_argument("--child", nargs=4, metavar=("CASE", "INDEX", "TURNS", "UNTIL"), help="what runs under ncu")
+    parser.add_argument("--child", nargs=3, metavar=("CASE", "TURNS", "UNTIL"), help="what runs under ncu")
     arguments = parser.parse_args()
     os.environ.update(ENVIRONMENT)  # before JAX looks for devices
     if arguments.child:
-        name, index, turns, until = arguments.child
-        _call_once(CASES[name], variants(CASES[name], 1 + int(index))[int(index)], Path(turns), float(until))
+        name, turns, until = arguments.child
+        _call_once(CASES[name], _config(CASES[name]), Path(turns), float(until))
         return
     lines = _lowered(arguments) if arguments.lower else _profiles(arguments, time.monotonic() + arguments.seconds)
     for line in map(json.dumps, lines):
@@ -86,13 +84,9 @@ def main() -> None:
                 file.write(line + "\n")
 
 
-def variants(case: Any, count: int) -> list[Any]:
-    """Returns the configuration in use, None for the rotation's, and at most `count` others."""
-    if isinstance(case, RotationCase):
-        return [None]
-    chosen = case.config()
-    others = [] if isinstance(case, AttentionCase | KiviCase) else untried(case, chosen)
-    return list(dict.fromkeys([chosen, *others]))[: 1 + count]
+def _config(case: Any) -> Any:
+    """Returns the configuration in use, None for the rotation's."""
+    return None if isinstance(case, RotationCase) else case.config()
 
 
 def _profiles(arguments: argparse.Namespace, end: float) -> Iterator[dict[str, Any]]:
@@ -100,21 +94,14 @@ def _profiles(arguments: argparse.Namespace, end: float) -> Iterator[dict[str, A
     metrics, failed = known(arguments.ncu)
     head = {"command": " ".join(["python", *sys.argv]), "jax": jax.__version__}
     yield head | {"unknown_metrics": [name for name in EVERY if name not in metrics], "query_failed": failed}
-    jobs = [
-        (name, index, config)
-        for name in arguments.cases
-        for index, config in enumerate(variants(CASES[name], arguments.untried))
-    ]
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(arguments.at_once) as pool:
         running = {
-            pool.submit(_under_ncu, arguments.ncu, metrics, [name, str(index), f"{folder}/turns", str(end)]): (
-                name,
-                config,
-            )
-            for name, index, config in jobs
+            pool.submit(_under_ncu, arguments.ncu, metrics, [name, f"{folder}/turns", str(end)]): name
+            for name in arguments.cases
         }
         for future in as_completed(running):
-            name, config = running[future]
+            name = running[future]
+            config = _config(CASES[name])
             head = {"case": name, "config": None if config is None else dataclasses.asdict(config)}
             text, printed = future.result()
             if arguments.output is not None:
@@ -129,7 +116,7 @@ def _profiles(arguments: argparse.Namespace, end: float) -> Iterator[dict[str, A
 
 def _under_ncu(ncu: str, metrics: Sequence[str], child: list[str]) -> tuple[str, str]:
     """Returns what ncu wrote of one configuration's call, and what the program under it printed."""
-    log = Path(f"{child[2]}-{child[0]}-{child[1]}")
+    log = Path(f"{child[1]}-{child[0]}")
     command = [ncu, "--csv", "--page", "raw", "--print-units", "base", "--log-file", str(log)]
     command += ["--profile-from-start", "off", "--target-processes", "application-only", "--clock-control", "none"]
     command += ["--cache-control", "all", "--metrics", ",".join(metrics), sys.executable, __file__, "--child", *child]
@@ -137,7 +124,7 @@ def _under_ncu(ncu: str, metrics: Sequence[str], child: list[str]) -> tuple[str,
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     )
     try:
-        printed, _ = process.communicate(timeout=max(1.0, float(child[3]) + GRACE - time.monotonic()))
+        printed, _ = process.communicate(timeout=max(1.0, float(child[2]) + GRACE - time.monotonic()))
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         printed = f"killed {GRACE:.0f} s after the end: {process.communicate()[0]}"
@@ -204,11 +191,10 @@ def _bytes(case: Any) -> float:
 def _lowered(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Yields whether each configuration lowers to a kernel for CUDA, and the seconds it takes."""
     for name in arguments.cases:
-        for config in variants(CASES[name], arguments.untried):
-            start = time.monotonic()
-            text = _traced(CASES[name], config).lower(lowering_platforms=("cuda",)).as_text()
-            row = {"case": name, "lowered": "mosaic_gpu" in text, "seconds": round(time.monotonic() - start, 1)}
-            yield row | {"config": None if config is None else dataclasses.asdict(config)}
+        config, start = _config(CASES[name]), time.monotonic()
+        text = _traced(CASES[name], config).lower(lowering_platforms=("cuda",)).as_text()
+        row = {"case": name, "lowered": "mosaic_gpu" in text, "seconds": round(time.monotonic() - start, 1)}
+        yield row | {"config": None if config is None else dataclasses.asdict(config)}
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@
     python -m pallas_kernels.bench --kinds attention --check 20     decode attention over packed caches
     python -m pallas_kernels.bench --check 20                       random legal shapes, errors alone
     python -m pallas_kernels.bench --grid --seconds 400             every kernel and shape; then what is missing
-    python -m pallas_kernels.bench --grid --untried --kinds w4a16 --shapes 8192x8192 --tokens 1 16 --seconds 60
+    python -m pallas_kernels.bench --grid --kinds w4a16 --shapes 8192x8192 --tokens 1 16 --seconds 60
 
 Needs jax, numpy and jaxtyping alone. Times are kernel times by CUPTI, the sum over a call's kernels, the median over
 calls whose weights rotate beyond the second cache. "of peak": bytes of codes over the copy of 512 MiB that this run
@@ -38,7 +38,6 @@ from pallas_kernels.outlier_case import FEATURES, SHAPE, OutlierCase
 from pallas_kernels.prefill import PrefillConfig
 from pallas_kernels.rotation_case import ORDERS, TOKENS, RotationCase
 from pallas_kernels.targets import TARGETS, verdict
-from pallas_kernels.untried import untried
 
 type Work = Case | NarrowCase
 
@@ -63,7 +62,6 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", help="weights as OUTPUTSxINPUTS; by default Llama-3.1 and LUT-GEMM's")
     parser.add_argument("--tokens", nargs="+", type=int)
     parser.add_argument("--tune", type=int, default=0, help="configurations to try where the table has no row")
-    parser.add_argument("--untried", action="store_true", help="beside each, configurations that no GPU has run")
     parser.add_argument("--check", type=int, default=0, help="random legal shapes whose errors to compute first")
     parser.add_argument("--grid", action="store_true", help="all kinds, shapes and tokens, or those named, by weights")
     parser.add_argument("--turns", type=Path, help="file whose lock lets one process at a time measure")
@@ -109,7 +107,7 @@ def _run(arguments: argparse.Namespace, end: float, write: Callable[[dict[str, A
         return chosen
     jobs: list[tuple[Work, list[configs.Config]]]
     jobs = [(case, [case.config()]) for case in random_legal_cases(0, arguments.check)]
-    jobs += [(case, _tried(case, arguments.tune, untested=arguments.untried)) for case in _chosen(arguments)]
+    jobs += [(case, _tried(case, arguments.tune)) for case in _chosen(arguments)]
     print(HEAD)
     with ThreadPoolExecutor(6) as pool:
         compiled = [(case, [(config, pool.submit(_compile, case, config)) for config in tried]) for case, tried in jobs]
@@ -192,7 +190,6 @@ def _grid(arguments: argparse.Namespace, end: float, write: Callable[[dict[str, 
             given += ["--kinds", *(arguments.kinds or (*KINDS, *narrow_case.KINDS))]
             given += ["--tokens", *_tokens(arguments, outputs, inputs)]
             given += ["--results", folder, "--seconds", end - time.monotonic()]
-            given += ["--untried"] if arguments.untried else []
             commands.append([sys.executable, "-m", "pallas_kernels.bench", "--grid", *map(str, given)])
         for line in grid.lines_of(commands, end):
             if not line.startswith("{"):
@@ -215,7 +212,7 @@ def _shape(arguments: argparse.Namespace, end: float, write: Callable[[dict[str,
     """Writes and prints the rows of one shape, as JSON; returns none for the table: its parent makes it."""
     peaks, tried = (
         Peaks(functools.partial(print, flush=True)),
-        functools.partial(_tried, count=arguments.tune, untested=arguments.untried),
+        functools.partial(_tried, count=arguments.tune),
     )
     ((outputs, inputs),) = _sizes(arguments)
     for case, row in grid.rows(list(_weights(arguments, outputs, inputs)), tried, _beside, peaks, end, arguments.turns):
@@ -258,13 +255,13 @@ def _case(kind: configs.Kind, tokens: int, outputs: int, inputs: int) -> Case:
     return Case(kind, tokens, outputs, inputs, inputs // GROUP if kind == "w4a16" else 1)
 
 
-def _tried(case: Work, count: int, *, untested: bool = False) -> list[configs.Config]:
-    """Returns the configuration in use, others where it comes from the rule and tuning is wanted, and untested ones."""
+def _tried(case: Work, count: int) -> list[configs.Config]:
+    """Returns the configuration in use, and others where it comes from the rule and tuning is wanted."""
     found: list[configs.Config] = [case.config()]
     if isinstance(case, Case):
         found = configs.candidates(case.kind, case.tokens, case.outputs, case.inputs, case.groups)
         found = found[: 1 if configs.in_table(found[0]) else 1 + count]
-    return list(dict.fromkeys([*found, *(untried(case, found[0]) if untested else [])]))
+    return found
 
 
 def _compile(case: Any, config: configs.Config) -> Product:

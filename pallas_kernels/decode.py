@@ -43,7 +43,6 @@ from pallas_kernels import compat, inline, inline_warp, meet, order
 MOST_TOKENS: Final = 64
 PADDED: Final = 8  # the least number of columns of the instruction, and what they are a multiple of
 LEAST_PIECE: Final = 64  # codes, 32 bytes
-BIAS: Final = 136.0  # of int4 codes as they are unpacked to bfloat16
 SIXTEENTH: Final = 1 / 16  # int4 codes are unpacked as 16 times themselves
 
 
@@ -61,10 +60,8 @@ class DecodeConfig:
       together: groups whose products are under way at once, so that one is unpacked while another is multiplied.
       barriers: one before the copies of each step, or Pallas' own, one of all threads for each copy: which is faster
         differs by shape, by some 3 %.
-      instruction: what multiplies: wgmma, of a warpgroup, or mma.sync, of each warp; the second no GPU has run yet.
-      pieces: of binary codes alone: what makes integers of the activations; the kernel no GPU has run yet.
-      zeros: of W4A16 by warps alone: subtracted from each code, or from sums, times the sum of a group's x, which one
-        more product with ones makes; the second no GPU has run yet.
+      instruction: what multiplies: wgmma, of a warpgroup, or mma.sync, of each warp, whose cost grows with the tokens.
+      pieces: of binary codes alone: what makes integers of the activations.
     """
 
     depth: int = 256
@@ -77,7 +74,6 @@ class DecodeConfig:
     barriers: Literal["by step", "by copy"] = "by copy"
     instruction: Literal["warpgroup", "warp"] = "warpgroup"
     pieces: Literal["by XLA", "by kernel"] = "by XLA"
-    zeros: Literal["of codes", "of sums"] = "of codes"
 
     def fault(self, outputs: int, inputs: int, groups: int) -> str | None:
         """Returns why a weight cannot be multiplied with this configuration; None where it can."""
@@ -90,8 +86,6 @@ class DecodeConfig:
             return f"groups of {group} inputs and copies of {self.depth} do not divide one another"
         if group % order.RUN or self.depth % LEAST_PIECE:
             return f"groups of {group} are no multiple of {order.RUN}, or copies of {self.depth} none of {LEAST_PIECE}"
-        if self.zeros == "of sums" and self.instruction == "warpgroup":
-            return "a warpgroup's products make no sums of x: subtract zeros of codes"
         return None
 
 
@@ -216,11 +210,6 @@ class _Kernel:
         return self.config.barriers == "by step"
 
     @property
-    def bias(self) -> Literal["subtracted", "kept"]:
-        """Whether unpacked codes keep their bias, which sums of x then take out; W4A8's have none."""
-        return "kept" if self.config.zeros == "of sums" and not self.tokens else "subtracted"
-
-    @property
     def steps(self) -> int:
         return self.inputs // (self.config.depth * self.config.splits * self.config.warpgroups)
 
@@ -324,11 +313,7 @@ class _Kernel:
             for group in range(count):
                 columns = memory["x_smem"].at[warpgroup, slot, :, pl.ds(group * chunk, chunk)].T
                 b = inline_warp.load_columns(columns, simulated=self.simulated)
-                if self.bias == "kept":
-                    part, sums = inline_warp.product_and_sums(next(operands), b, simulated=self.simulated)
-                    part = part - sums * self._zeros(warpgroup, slot, group, memory, part.shape)
-                else:
-                    part = inline_warp.product(next(operands), b, simulated=self.simulated)
+                part = inline_warp.product(next(operands), b, simulated=self.simulated)
                 scales = compat.load(memory["scales_smem"].at[warpgroup, slot, group], compat.ROWS)
                 sum_ = sum_ + part.astype(jnp.float32) * compat.along_rows(scales.astype(jnp.float32), part.shape)
             return sum_
@@ -358,7 +343,7 @@ class _Kernel:
         a: Any = None
         for group in range(c.depth // chunk):
             centers = None
-            if self.centers and self.bias == "subtracted":
+            if self.centers:
                 centers = compat.load(memory["centers_smem"].at[warpgroup, slot, group], compat.ROWS)
             start = group * chunk % piece
             if start == 0:
@@ -367,18 +352,11 @@ class _Kernel:
                     a = inline.unpack_int8(codes, (rows, piece), simulated=self.simulated)
                 else:
                     inside = centers if piece == chunk else None
-                    a = inline.unpack_bf16(codes, (rows, piece), inside, None, bias=self.bias, simulated=self.simulated)
+                    a = inline.unpack_bf16(codes, (rows, piece), inside, None, simulated=self.simulated)
             operand = a if piece == chunk else a[:, start : start + chunk]
             if centers is not None and piece != chunk:
                 operand = operand - compat.along_rows(centers - jnp.bfloat16(136), (rows, chunk))
             yield operand
-
-    def _zeros(self, warpgroup: Any, slot: Any, group: int, memory: dict[str, Any], shape: tuple[int, int]) -> Any:
-        """Returns what a group's codes are above their numbers, as unpacked with a bias."""
-        if not self.centers:
-            return jnp.float32(BIAS)
-        centers = compat.load(memory["centers_smem"].at[warpgroup, slot, group], compat.ROWS)
-        return compat.along_rows(centers.astype(jnp.float32), shape)
 
     def _scaled(self, value: Any, sums: Any, memory: dict[str, Any]) -> Any:
         """Returns token_scales * (value / 16 - token_zeros * sums) of integers, and other values as they are."""

@@ -5,7 +5,7 @@ map in jnp for the interpreter. Layouts of registers are those of `compat`.
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 import jax.numpy as jnp
 import numpy as np
@@ -67,15 +67,7 @@ lop3.b32 $2, t2, 0x000F000F, bias, 0x6a; lop3.b32 $3, t3, 0x000F000F, bias, 0x6a
 _PTX_INT8: Final = "{ .reg .b32 t; shl.b32 t, $2, 4; and.b32 $0, t, 0xF0F0F0F0; and.b32 $1, $2, 0xF0F0F0F0; }"
 
 
-def unpack_bf16(
-    codes: Any,
-    shape: tuple[int, int],
-    centers: Any,
-    scales: Any,
-    *,
-    bias: Literal["subtracted", "kept"] = "subtracted",
-    simulated: bool,
-) -> Any:
+def unpack_bf16(codes: Any, shape: tuple[int, int], centers: Any, scales: Any, *, simulated: bool) -> Any:
     """Turns stored codes into the tensor cores' bfloat16 operand scales * (codes - zeros), in registers.
 
     Args:
@@ -83,15 +75,12 @@ def unpack_bf16(
       shape: (rows, columns).
       centers: 136 + zeros for each row, bfloat16 in layout `ROWS`; None for zeros of 0. Exact: all are integers < 256.
       scales: bfloat16 in layout `ROWS`, the product rounded to bfloat16; None for scales of 1.
-      bias: "kept" leaves 136 + code, where there are neither centers nor scales.
       simulated: run the map in jnp.
     """
     if simulated:
         values = stored_bf16.invert(codes[...]).astype(jnp.bfloat16)
         if centers is not None:
             values = values - along_rows(centers - jnp.bfloat16(136), shape)
-        if bias == "kept":
-            values = values + jnp.bfloat16(136)
         return values if scales is None else values * along_rows(scales, shape)
     given = [value for value in (centers, scales) if value is not None]
 
@@ -101,7 +90,7 @@ def unpack_bf16(
         pair = ir.VectorType.get((2,), ir.BF16Type.get())
         center = "$5" if centers is not None else "bias"
         factor = f"${4 + len(rows)}"
-        rest = "" if bias == "kept" else " ".join(f"sub.bf16x2 ${i}, ${i}, {center};" for i in range(4))
+        rest = " ".join(f"sub.bf16x2 ${i}, ${i}, {center};" for i in range(4))
         if scales is not None:
             rest += " ".join(f"mul.bf16x2 ${i}, ${i}, {factor};" for i in range(4))
         ptx = _PTX_BF16.format(rest=rest)

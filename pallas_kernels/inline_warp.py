@@ -99,46 +99,6 @@ def load_columns(b: Any, *, simulated: bool) -> Any:
     return load(b, COLUMN_INT8 if b.dtype == jnp.int8 else COLUMN_BF16)
 
 
-def product_and_sums(a: Any, b: Any, *, simulated: bool) -> tuple[Any, Any]:
-    """Returns a b and, in each row, the sums of b's columns: those of a product with ones.
-
-    Args:
-      a: bfloat16 [rows, depth] in layout `C`.
-      b: [depth, columns], as `load_columns` returns it.
-      simulated: run the map in jnp.
-
-    Returns:
-      Both float32 [rows, columns] in layout `C`.
-    """
-    (rows, depth), columns = a.shape, b.shape[1]
-    shape = (rows, columns)
-    if simulated:
-        sums = jnp.broadcast_to(jnp.sum(b.astype(jnp.float32), axis=0), shape)
-        return jnp.dot(a, b, preferred_element_type=jnp.float32), sums
-    steps = depth // STEP
-
-    def convert(_: Any, a: Any, b: Any) -> Any:
-        layout = C.to_mgpu()
-        found = [np.empty(layout.registers_shape(shape), dtype=object) for _ in range(2)]
-        of_b = _of_b(b, steps, columns)
-        for column in range(columns // 8):
-            sums, products = _nothing(), [_nothing() for _ in range(rows // 64)]
-            for step in range(steps):
-                sums = _instruction([*[word_of(ONES)] * 4, *of_b[step][column]], sums)
-                for row, values in enumerate(products):
-                    products[row] = _instruction([*_of_a(a, row, step), *of_b[step][column]], values)
-            for row, values in enumerate(products):
-                for out, four in zip(found, (values, sums[:2] * 2), strict=True):
-                    for half, pair in enumerate(_pairs(four, ir.F32Type.get())):
-                        out[place_of(out.shape, row, column, half)] = pair
-        return tuple(mgpu.FragmentedArray(_registers=each, _layout=layout, _is_signed=None) for each in found)
-
-    like = plgpu.ShapeDtypeStruct(shape, jnp.float32, C)
-    inline: Any = plgpu.inline_mgpu(arg_types=(C, COLUMN_BF16), return_type=(like, like))
-    products, sums = inline(convert)(a, b)
-    return products, sums
-
-
 def group_products(a: Any, x: Any, *, simulated: bool) -> tuple[Any, Any]:
     """Returns each group's own products and sums of x: column 8 t + c is that of token t and of the inputs 16 c ..
 

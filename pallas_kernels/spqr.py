@@ -10,31 +10,34 @@ over 8 columns for each token, column c keeping the inputs of each run's group c
 
         inputs of a run of 128: 16 | 16 | 16 | 16 | 16 | 16 | 16 | 16
     column 0                    x    0    0    0    0    0    0    0
-    column 1                    0    x    0    0    0    0    0    0       (XLA writes it, 8 m x in)
+    column 1                    0    x    0    0    0    0    0    0       (in registers: `inline_warp.group_products`)
     ..
-    64 outputs: 3-bit words -> registers -> bfloat16 128 + code -> wgmma -> float32 [64, 8]: each group's own sum,
-    sums of x by group from XLA;   sum += scales * (product - (128 + zeros) * sums of x), elementwise
+    64 outputs: 3-bit words -> registers -> bfloat16 128 + code -> mma.sync -> float32 [64, 8]: each group's own sum,
+    sums of x by group likewise, of ones;   sum += scales * (product - (128 + zeros) * sums of x), elementwise
 
 and eight columns are added at the end. Grids are computed in registers from their codes (`inline.two_level_grids`): a
 warp's 16 rows are the 16 outputs that share a grid. While the first copies are under way each thread gathers the x of
 its share of a row's outliers and begins the row's sum with them (`inline.gathered`).
 
 Roofline: 3 + 8 / 16 + 64 / 256 = 3.75 bits per weight over the memory's bandwidth, and 32 for each outlier. Measured
-2026-11-22 (jax 0.11.2, kernel time by CUPTI of all kernels of a call, median, weights beyond the cache;
-`python -m pallas_kernels.bench --kinds spqr3` measures anew), 8192 x 8192, one token, 1 % of outliers: on an H100 26.2
-us, two XLA kernels that spread and add x among them, 1.85 times XLA's bfloat16 (48.5, a run minutes later); issue 6
-asks for 2.2. Nothing alone is in the way: 34.7 MB at the speed of a copy take 11.8 us, a product of 64 outputs, 16
-inputs and 8 columns goes by every 37 cycles of a multiprocessor, 11 us, and a step of 64 x 256 is some 480
-instructions, a third of the issue slots. They wait for one another, and for the outliers before; half the products, or
-two runs under way (`together`), changed nothing. With 7 tokens the draft took 67.9 us, twice as long as bfloat16: no
-more than 2 are taken.
+2026-11-23 on an H100 80GB HBM3 (jax 0.11.2, kernel time by CUPTI, median, weights beyond the cache, of which a copy
+runs at 2940 GB/s; `python -m pallas_kernels.bench --kinds spqr3` measures anew), one token, 1 % of outliers, four
+warpgroups; "before" are warpgroups' products, with two XLA kernels that spread and add x, in the same run:
+
+    n x k            copies, splits     us       of a copy   XLA bfloat16    ratio    before
+    8192 x 8192      3 of 256           22.9     51 %        47.9            2.09      25.6 us    issue 6 asks for 2.2
+    7168 x 28672     2 of 512           57.2     62 %       140.4            2.45      63.9
+    12288 x 49152    3 of 256, two     183.2     57 %       399.8            2.18     221.1       one split: 198.6
+
+34.7 MB of 8192 x 8192 take 11.8 us at the speed of a copy; a step of 64 x 256 is some 480 instructions of a warp, a
+third of the issue slots. They wait for one another, and for the outliers before. With 7 tokens a draft took 67.9 us,
+twice as long as bfloat16: no more than 2 are taken.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Final
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
@@ -49,13 +52,14 @@ GROUP: Final = 16  # inputs that share a scale and a zero: one step of the instr
 PER_RUN: Final = THREES // GROUP  # groups of a run, and columns of a token
 STORED: Final = THREES * 3 // 4  # int4 numbers of a run's words
 RUNS: Final = 2  # loaded at once: their words are a multiple of 32 bytes
-COLUMNS_OF_SUMS: Final = 16  # float32: two runs are 128 bytes, the least that a copy moves
 BIAS: Final = 128.0  # of unpacked codes
 
 
 def fault_of_spqr(config: DecodeConfig, outputs: int, inputs: int) -> str | None:
     """Returns why SpQR's weights cannot be multiplied with this configuration; None where they can."""
     parts = config.splits * config.warpgroups
+    if config.instruction != "warp":
+        return "SpQR's x is spread in the registers of warps: their own instruction multiplies it"
     if config.depth % (RUNS * THREES) or inputs % (config.depth * parts):
         return f"{inputs} inputs are no multiple of {parts} ranges of {config.depth}, or those none of {RUNS * THREES}"
     if outputs % compat.ROWS_OF_ACCUMULATOR or config.rows != compat.ROWS_OF_ACCUMULATOR:
@@ -97,8 +101,7 @@ def spqr_decode(
         fault = "outliers have values or rows alone: give both, or neither"
     if fault:
         raise ValueError(f"SpQR's weight [{n}, {k}] with {config}: {fault}")
-    given = [codes, grid_codes, grids]
-    given += [x.reshape(m, -1, THREES)] if config.instruction == "warp" else [_spread(x), _sums(x)]
+    given = [codes, grid_codes, grids, x.reshape(m, -1, THREES)]
     if values is not None and rows is not None:
         if values.shape[1] % inline.SLOTS:
             raise ValueError(
@@ -107,21 +110,6 @@ def spqr_decode(
         given += [values, rows, x]
     kernel = _Kernel(config, m, k, values is not None, meet.clustered(config, simulate), simulated)
     return meet.launch(kernel, given, m, n, kernel.scratch, simulate)
-
-
-def _spread(x: jax.Array) -> jax.Array:
-    """Returns [8 tokens, in]: each token's row eight times, zero where a group of 16 is not the column's."""
-    tokens, inputs = x.shape
-    mine = (jnp.arange(inputs) // GROUP % PER_RUN)[None] == jnp.arange(PER_RUN)[:, None]
-    return jnp.where(mine[None], x[:, None, :], jnp.zeros((), x.dtype)).reshape(PER_RUN * tokens, inputs)
-
-
-def _sums(x: jax.Array) -> jax.Array:
-    """Returns [runs, columns], each group's sum where its column is; columns padded to a copy of 128 bytes."""
-    tokens, inputs = x.shape
-    apart = x.astype(jnp.float32).reshape(tokens, inputs // THREES, PER_RUN, GROUP).transpose(1, 0, 2, 3)
-    columns = apart.reshape(inputs // THREES, PER_RUN * tokens, GROUP)
-    return jnp.pad(columns, ((0, 0), (0, -columns.shape[1] % COLUMNS_OF_SUMS), (0, 0))).sum(axis=2)  # one XLA kernel
 
 
 @dataclass(frozen=True)
@@ -140,16 +128,8 @@ class _Kernel:
         return PER_RUN * self.tokens
 
     @property
-    def padded(self) -> int:
-        return COLUMNS_OF_SUMS * compat.whole_tiles(self.columns, COLUMNS_OF_SUMS)
-
-    @property
     def by_step(self) -> bool:
         return True
-
-    @property
-    def of_warps(self) -> bool:
-        return self.config.instruction == "warp"
 
     @property
     def steps(self) -> int:
@@ -161,29 +141,24 @@ class _Kernel:
 
     def scratch(self, result: Any) -> dict[str, Any]:
         """Returns the shared memory and barriers, by the names of the body's arguments."""
-        c, shared, rows, bf16 = self.config, compat.SharedMemory, self.config.rows, jnp.bfloat16
+        c, shared, rows = self.config, compat.SharedMemory, self.config.rows
         slots, groups = (c.warpgroups, self.stages), c.depth // GROUP
         words = compat.tiled(RUNS * STORED, jnp.int4)
         found = {
             "codes_smem": shared((*slots, rows, c.depth * STORED // THREES), jnp.int4, transforms=words),
             "grid_codes_smem": shared((*slots, rows, groups), jnp.int8),
             "grids_smem": shared((*slots, groups, GROUP), jnp.float16),
-            "full": compat.Barrier(num_arrivals=4 if self.of_warps else 5, num_barriers=c.warpgroups * self.stages),
+            "full": compat.Barrier(num_arrivals=4, num_barriers=c.warpgroups * self.stages),
+            "x_smem": shared((*slots, self.tokens, c.depth // THREES, THREES), jnp.bfloat16),
             "out_smem": shared((self.tokens, rows), result),
         }
-        if self.of_warps:
-            found["x_smem"] = shared((*slots, self.tokens, c.depth // THREES, THREES), bf16)
-        else:
-            found["x_smem"] = shared((*slots, self.columns, c.depth), bf16, transforms=compat.tiled(THREES, bf16))
-            found["sums_of_x_smem"] = shared((*slots, c.depth // THREES, self.padded), jnp.float32)
-        if self.simulated:
-            found["bounce"] = shared((c.warpgroups, rows, THREES), bf16)
         return found | meet.scratch(rows, self.columns, c.warpgroups, c.splits if self.clustered else 1)
 
-    def body(self, codes_gmem: Any, grid_codes_gmem: Any, grids_gmem: Any, *rest: Any, **memory: Any) -> None:
+    def body(
+        self, codes_gmem: Any, grid_codes_gmem: Any, grids_gmem: Any, x_gmem: Any, *rest: Any, **memory: Any
+    ) -> None:
         """One warpgroup's program."""
-        *others, out_gmem = rest
-        of_x, outliers_gmem = others[: 1 if self.of_warps else 2], others[1 if self.of_warps else 2 :]
+        *outliers_gmem, out_gmem = rest
         c, rows = self.config, self.config.rows
         warpgroup, split, tile = lax.axis_index("wg"), lax.axis_index("split"), lax.axis_index("tile")
         first = (split * c.warpgroups + warpgroup) * self.steps
@@ -196,14 +171,8 @@ class _Kernel:
                 (codes_gmem.at[outputs, pl.ds(number * stored, stored)], "codes_smem"),
                 (grid_codes_gmem.at[outputs, pl.ds(number * groups, groups)], "grid_codes_smem"),
                 (grids_gmem.at[tile, pl.ds(number * groups, groups)], "grids_smem"),
+                (x_gmem.at[:, runs], "x_smem"),
             ]
-            if self.of_warps:
-                copies += [(of_x[0].at[:, runs], "x_smem")]
-            else:
-                copies += [
-                    (of_x[0].at[:, pl.ds(number * c.depth, c.depth)], "x_smem"),
-                    (of_x[1].at[runs], "sums_of_x_smem"),
-                ]
             for source, name in copies:
                 compat.copy_in(source, memory[name].at[warpgroup, slot], full(slot))
 
@@ -237,44 +206,19 @@ class _Kernel:
 
     def _add(self, sum_: Any, warpgroup: Any, slot: Any, memory: dict[str, Any]) -> Any:
         """Returns the sum and the product of one copy, run by run."""
-        c, shape = self.config, (self.config.rows, self.columns)
-        bounce = memory["bounce"].at[warpgroup] if self.simulated else None
 
         def of_slot(name: str) -> Any:
             return memory[name].at[warpgroup, slot]
 
         grids = inline.two_level_grids(of_slot("grid_codes_smem"), of_slot("grids_smem"), simulated=self.simulated)
-        operands = self._operands(of_slot("codes_smem"))
-        for first in range(0, c.depth // THREES, c.together):
-            members = range(first, min(first + c.together, c.depth // THREES))
-            ready = operands if c.together % RUNS == 0 else iter([next(operands) for _ in members])
-
-            def products(*accumulators: Any, members: Any = members, ready: Any = ready) -> Any:
-                for run, accumulator in zip(members, accumulators, strict=True):
-                    b = of_slot("x_smem").at[:, pl.ds(run * THREES, THREES)].T
-                    compat.multiply(accumulator, next(ready), b, bounce)
-                    if self.simulated:
-                        compat.finish(0)
-                return [accumulator[...] for accumulator in accumulators]
-
-            if self.of_warps:
-                of_runs = [of_slot("x_smem").at[:, run] for run in members]
-                found = [inline_warp.group_products(next(ready), x, simulated=self.simulated) for x in of_runs]
-            else:
-                parts = compat.in_scope(products, *(compat.Accumulator(shape, jnp.float32) for _ in members))
-                found = [
-                    (part, self._sums_of(of_slot("sums_of_x_smem").at[run], shape))
-                    for run, part in zip(members, parts, strict=True)
-                ]
-            for run, (biased, sums) in zip(members, found, strict=True):
-                scales, zeros = (grid[:, run * PER_RUN : (run + 1) * PER_RUN] for grid in grids)
-                if self.tokens > 1:
-                    scales, zeros = (jnp.concatenate([grid] * self.tokens, axis=1) for grid in (scales, zeros))
-                sum_ = sum_ + scales * (biased - (zeros + jnp.float32(BIAS)) * sums)
+        for run, operand in enumerate(self._operands(of_slot("codes_smem"))):
+            x = of_slot("x_smem").at[:, run]
+            biased, sums = inline_warp.group_products(operand, x, simulated=self.simulated)
+            scales, zeros = (grid[:, run * PER_RUN : (run + 1) * PER_RUN] for grid in grids)
+            if self.tokens > 1:
+                scales, zeros = (jnp.concatenate([grid] * self.tokens, axis=1) for grid in (scales, zeros))
+            sum_ = sum_ + scales * (biased - (zeros + jnp.float32(BIAS)) * sums)
         return sum_
-
-    def _sums_of(self, sums_smem: Any, shape: tuple[int, int]) -> Any:
-        return compat.along_columns(compat.load(sums_smem.at[pl.ds(0, self.columns)], compat.COLUMNS), shape)
 
     def _operands(self, codes_smem: Any) -> Iterator[Any]:
         """Yields the runs of one copy, unpacked."""

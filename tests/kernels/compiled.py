@@ -3,7 +3,6 @@
 XLA's plugin for CUDA compiles for a GPU that is described; `ptxas` reports what it did.
 """
 
-import dataclasses
 import functools
 import json
 import os
@@ -25,9 +24,10 @@ from pallas_kernels.decode import DecodeConfig
 from pallas_kernels.hadamard import rotate_quantize
 from pallas_kernels.kivi_case import KiviCase
 from pallas_kernels.kronecker import prepare_rotation
-from pallas_kernels.narrow_case import KINDS, narrow_cases
+from pallas_kernels.narrow_case import KINDS, NarrowCase, narrow_cases
 from pallas_kernels.norm import add_norm
 
+SPQR_SHAPES = ((7168, 28672, 1792), (12288, 49152, 3072), (4096, 4096, 256))
 DUMP = Path(os.environ["MOSAIC_GPU_DUMP_TO"])  # read by Mosaic GPU, which writes what `ptxas` says
 # What XLA wants to know, of NVIDIA's data sheet and `cudaGetDeviceProperties`
 H100 = """gpu_device_info {
@@ -55,13 +55,7 @@ def programs() -> Iterator[tuple[str, Any, tuple[Any, ...]]]:
         for tokens in (1, configs.most_tokens(kind)):
             narrow = next(narrow_cases((kind,), [(8192, 8192)], [tokens]))
             yield str(narrow), narrow.kernel(narrow.config()), _arguments(narrow)
-    for case in (Case("w4a16", 16, 8192, 8192, 64, zeros=True), Case("w4a8", 8, 8192, 8192, 1)):
-        config = DecodeConfig(stages=3, warpgroups=4, instruction="warp")
-        yield f"{case} {config}", case.kernel(config), _arguments(case)
-    for kind in ("binary3", "spqr3"):
-        narrow = next(narrow_cases((kind,), [(8192, 8192)], [1]))
-        config = dataclasses.replace(narrow.config(), instruction="warp", pieces="by kernel")
-        yield f"{narrow} {config}", narrow.kernel(config), _arguments(narrow)
+    yield from _of_rules()
     for order in (14336, 576):
         rotation = jax.eval_shape(lambda order=order: prepare_rotation(base_matrix(base_order(order)), order))
         chosen = configs.choose_rotation(*(matrix.shape[0] for matrix in rotation))
@@ -76,6 +70,19 @@ def programs() -> Iterator[tuple[str, Any, tuple[Any, ...]]]:
         given = jax.eval_shape(lambda attention=attention: attention.operands(0))
         yield f"{attention} {attention.config()}", attention.kernel(attention.config()), given
     yield from _between_products()
+
+
+def _of_rules() -> Iterator[tuple[str, Any, tuple[Any, ...]]]:
+    """Yield what rules choose beside the tables: zeros, one group an output, groups of 32, clusters, copies of 512."""
+    few = [Case("w4a16", tokens, 8192, 8192, 64, zeros=True) for tokens in (8, 16)]
+    few += [Case("w4a16", tokens, *shape) for tokens in (8, 16) for shape in ((10240, 8192, 64), (8192, 8192, 1))]
+    few += [Case("w4a16", 16, 13824, 5120, 160, zeros=True), Case("w4a16", 16, 1024, 4096, 32)]
+    few += [NarrowCase("spqr3", tokens, *shape) for tokens in (1, 2) for shape in SPQR_SHAPES]
+    for case in (*few, NarrowCase("binary3", 1, 12288, 49152, 384)):
+        yield f"{case} {case.config()}", case.kernel(case.config()), _arguments(case)
+    case = Case("w4a8", 8, 8192, 8192, 1)
+    config = DecodeConfig(stages=3, warpgroups=4, instruction="warp")
+    yield f"{case} {config}", case.kernel(config), _arguments(case)
 
 
 def _between_products() -> Iterator[tuple[str, Any, tuple[Any, ...]]]:

@@ -1,7 +1,5 @@
 """Products of a few tokens, simulated on the CPU with detection of races, against their meaning in float32."""
 
-from typing import Literal
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -27,15 +25,13 @@ def relative(found: jax.Array, expected: jax.Array) -> float:
         (3, 64, 32, DecodeConfig(depth=64, stages=2, warpgroups=2, splits=2)),
         (9, 128, 256, DecodeConfig(depth=128, stages=2, rows=128)),
         (9, 64, 128, DecodeConfig(depth=256, stages=1, instruction="warp")),
-        (9, 128, 128, DecodeConfig(depth=256, stages=1, rows=128, instruction="warp", zeros="of sums")),
-        (3, 64, 32, DecodeConfig(depth=64, stages=2, warpgroups=2, splits=2, instruction="warp", zeros="of sums")),
+        (3, 64, 32, DecodeConfig(depth=64, stages=2, splits=4, cluster=True, barriers="by step", instruction="warp")),
     ],
     ids=[
         "groups of 32, shared inputs",
         "per channel, padded tokens",
         "products of warps",
-        "zeros subtracted from sums",
-        "zeros subtracted from sums of groups of 32",
+        "products of warps in clusters",
     ],
 )
 def test_w4a16_is_the_product(tokens: int, outputs: int, group: int, config: DecodeConfig) -> None:
@@ -66,13 +62,12 @@ def test_w4a8_is_the_product_with_tokens_zeros() -> None:
     assert not compat.races_found()
 
 
-@pytest.mark.parametrize("zeros", ["of codes", "of sums"])
 @pytest.mark.parametrize("kind", ["w4a16", "w4a8"])
-def test_products_of_warps_lower_to_cuda(kind: configs.Kind, zeros: Literal["of codes", "of sums"]) -> None:
+def test_products_of_warps_lower_to_cuda(kind: configs.Kind) -> None:
     case = Case(kind, 16, 64, 1024, 8 if kind == "w4a16" else 1)
     given = jax.eval_shape(lambda: case.operands(0))
     weight = jax.eval_shape(case.prepare, given)
-    kernel = jax.jit(case.kernel(DecodeConfig(depth=256, stages=2, instruction="warp", zeros=zeros)))
+    kernel = jax.jit(case.kernel(DecodeConfig(depth=256, stages=2, instruction="warp")))
     traced = kernel.trace(given.x, given.steps, given.shift, weight)
     assert "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()
 
@@ -81,8 +76,6 @@ def test_what_does_not_fit_is_refused() -> None:
     weight = prepare_w4a16(jnp.zeros((64, 256), jnp.int4), jnp.ones((2, 64)))
     with pytest.raises(ValueError, match="256 inputs are no multiple of 512"):
         w4a16_matmul(jnp.zeros((1, 256), jnp.bfloat16), weight, config=DecodeConfig(depth=256, splits=2))
-    with pytest.raises(ValueError, match="make no sums of x"):
-        w4a16_matmul(jnp.zeros((1, 256), jnp.bfloat16), weight, config=DecodeConfig(zeros="of sums"))
     with pytest.raises(ValueError, match="65 tokens are more than 64"):
         w4a16_matmul(jnp.zeros((65, 256), jnp.bfloat16), weight, config=DecodeConfig())
     with pytest.raises(ValueError, match="no w4a16 kernel multiplies 1 tokens by a weight"):

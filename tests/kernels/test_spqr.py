@@ -1,7 +1,8 @@
 """Products with SpQR's weights, simulated on the CPU with detection of races, against their meaning in float32."""
 
+import dataclasses
 import functools
-from typing import Literal
+from typing import Final
 
 import jax
 import jax.numpy as jnp
@@ -18,9 +19,16 @@ RNG = np.random.default_rng(0)
 BF16_ROUNDING = 2.0**-8  # relative, of the output's one rounding; operands are exact, sums float32
 
 
-@pytest.mark.parametrize("tokens", [1, 2])
-@pytest.mark.parametrize("instruction", ["warpgroup", "warp"])
-def test_product_is_that_of_float32(instruction: Literal["warpgroup", "warp"], tokens: int) -> None:
+WARPS: Final = DecodeConfig(depth=256, stages=1, warpgroups=2, barriers="by step", instruction="warp")
+SPLIT: Final = dataclasses.replace(WARPS, warpgroups=1, splits=2, cluster=True)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "config"),
+    [(1, SPLIT), (1, dataclasses.replace(SPLIT, cluster=False)), (2, WARPS)],
+    ids=["a cluster of two blocks", "two blocks that XLA adds", "two tokens in two warpgroups"],
+)
+def test_product_is_that_of_float32(tokens: int, config: DecodeConfig) -> None:
     outputs, inputs, slots = 128, 512, 3
     codes = jnp.asarray(RNG.integers(0, 8, (outputs, inputs)), jnp.int8)
     grid_codes = (jnp.asarray(RNG.integers(0, 16, (inputs // 16, outputs)), jnp.int32) for _ in range(2))
@@ -30,7 +38,6 @@ def test_product_is_that_of_float32(instruction: Literal["warpgroup", "warp"], t
     rows = jnp.asarray(RNG.integers(0, inputs, (outputs, slots)), jnp.uint16)
     x = jnp.asarray(RNG.standard_normal((tokens, inputs)), jnp.bfloat16)
     weight = jax.jit(prepare_spqr)(codes, grids, values, rows)
-    config = DecodeConfig(depth=256, stages=1, warpgroups=2, instruction=instruction)
     found = spqr_decode(x, *weight, config=config, simulate=compat.Simulation(detect_races=True))
     dense = reference.spqr_weight(codes, *grids, values, rows)
     expected = jnp.dot(x.astype(jnp.float32), dense.T, precision="highest")
@@ -53,10 +60,11 @@ def test_what_does_not_fit_is_refused() -> None:
     weight = jax.eval_shape(prepare_spqr, whole((64, 256)), grids)
     alone = weight._replace(values=values)
     with pytest.raises(ValueError, match="values or rows alone"):
-        jax.eval_shape(functools.partial(spqr_decode, config=DecodeConfig()), struct((1, 256), jnp.bfloat16), *alone)
+        jax.eval_shape(functools.partial(spqr_decode, config=SPLIT), struct((1, 256), jnp.bfloat16), *alone)
     for tokens, config, message in (
-        (3, DecodeConfig(), "3 tokens are more than 2"),
-        (1, DecodeConfig(warpgroups=2), "256 inputs are no multiple of 2 ranges of 256"),
+        (3, dataclasses.replace(WARPS, warpgroups=1), "3 tokens are more than 2"),
+        (1, WARPS, "256 inputs are no multiple of 2 ranges of 256"),
+        (1, DecodeConfig(), "their own instruction multiplies it"),
     ):
         with pytest.raises(ValueError, match=message):
             jax.eval_shape(functools.partial(spqr_decode, config=config), struct((tokens, 256), jnp.bfloat16), *weight)

@@ -42,6 +42,7 @@ from pallas_kernels.rotation_case import RotationCase
 
 CASES: Final[dict[str, Any]] = {
     "w4a16-8192x8192": Case("w4a16", 1, 8192, 8192, 64),
+    "w4a16-8192x8192-16": Case("w4a16", 16, 8192, 8192, 64),
     "spqr3-8192x8192": NarrowCase("spqr3", 1, 8192, 8192, 512),
     "w4a16-4096x4096": Case("w4a16", 1, 4096, 4096, 32),
     "w4a16-4096x14336": Case("w4a16", 1, 4096, 14336, 112),

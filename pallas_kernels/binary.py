@@ -23,21 +23,22 @@ the same bits.
 
 Roofline: bytes of signs and alphas, n * k * bits * (1 / 8 + 2 / g), over the memory's bandwidth; 4 bits in groups of
 128 are 4.5 bits per weight, and 3.2 instructions per weight of a thread: half of the issue slots at 75 % of a copy.
-Measured 2026-11-22 (jax 0.11.2, kernel time by CUPTI of all kernels of a call, median, weights beyond the cache;
+Measured (jax 0.11.2, kernel time by CUPTI of all kernels of a call, median, weights beyond the cache;
 `python -m pallas_kernels.bench --kinds binary4 binary3` measures anew), one token, groups of 128; on an H100 80GB HBM3
-the draft, with XLA's four kernels that made the pieces then (a copy runs at 2937 GB/s), on an H200 this file, with
-three (3360), when a group's step was its largest number over 32512:
+2026-11-23, a kernel making the pieces and warps multiplying three planes (a copy runs at 2940 GB/s), on an H200 the
+day before, with three XLA kernels and warpgroups' products (3360), when a group's step was its largest number / 32512:
 
                      H100    XLA bfloat16    ratio            H200    ratio    LUT-GEMM's own table
-    7168 x 28672     51.8 us    140.5 us      2.71, 4 bits     47.4    2.05     2.1
-    8192 x 32768     64.3       182.2         2.83             53.7    2.33
-    12288 x 49152   136.5       401.0         2.94            121.7    2.24
-    7168 x 28672     45.4       140.5         3.10, 3 bits     41.2    2.36     2.58
-    8192 x 32768     56.6       182.2         3.22             46.4    2.70
-    12288 x 49152   115.6       401.0         3.47            104.4    2.61
+    7168 x 28672     48.1 us    140.4 us      2.92, 4 bits     47.4    2.05     2.1
+    8192 x 32768     61.5       180.5         2.93             53.7    2.33
+    12288 x 49152   133.4       402.2         3.01            121.7    2.24
+    7168 x 28672     43.1       140.4         3.26, 3 bits     41.2    2.36     2.58
+    8192 x 32768     51.3       180.5         3.52             46.4    2.70
+    12288 x 49152   110.5       399.8         3.62            104.4    2.61
 
-7168 outputs are 112 tiles, on 132 multiprocessors. The H200's faster memory helps bfloat16 alone: here instructions are
-felt, of the tensor cores one for each plane, 64 outputs and 32 inputs, every 23 cycles of a multiprocessor.
+7168 outputs are 112 tiles, on 132 multiprocessors; 12288 are 192, which two blocks a tile share, in a cluster. The
+H200's faster memory helps bfloat16 alone: here instructions are felt, of the tensor cores one for each plane, 64
+outputs and 32 inputs, every 23 cycles of a multiprocessor by warpgroups.
 """
 
 from dataclasses import dataclass

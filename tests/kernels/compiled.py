@@ -20,7 +20,6 @@ from jquant.numerics import base_matrix, base_order
 from pallas_kernels import Coding, PackedCache, append_token, configs
 from pallas_kernels.attention_case import AttentionCase
 from pallas_kernels.cases import Case
-from pallas_kernels.decode import DecodeConfig
 from pallas_kernels.hadamard import rotate_quantize
 from pallas_kernels.kivi_case import KiviCase
 from pallas_kernels.kronecker import prepare_rotation
@@ -80,9 +79,6 @@ def _of_rules() -> Iterator[tuple[str, Any, tuple[Any, ...]]]:
     few += [NarrowCase("spqr3", tokens, *shape) for tokens in (1, 2) for shape in SPQR_SHAPES]
     for case in (*few, NarrowCase("binary3", 1, 12288, 49152, 384)):
         yield f"{case} {case.config()}", case.kernel(case.config()), _arguments(case)
-    case = Case("w4a8", 8, 8192, 8192, 1)
-    config = DecodeConfig(stages=3, warpgroups=4, instruction="warp")
-    yield f"{case} {config}", case.kernel(config), _arguments(case)
 
 
 def _between_products() -> Iterator[tuple[str, Any, tuple[Any, ...]]]:

@@ -1,9 +1,10 @@
 r"""Whether a GPU gives what it shall: solver kernels against the scan, cuDNN's attention in calibration against XLA's.
 
-    JQUANT_UNPROVEN=1 python benchmarks/solver_parity.py [--inputs 1024] [--outputs 4096] [--seconds 90]
+    python benchmarks/solver_parity.py [--only solvers] [--inputs 1024] [--outputs 4096] [--seconds 90]
 
 Prints JSON lines. All large programs are compiled first, beside each other. Kernels: how many codes of a whole solve
-differ from the scan's, on a factor of correlated inputs, and milliseconds of both. Attention: one block of a named
+differ from the scan's, on a factor of correlated inputs, the loss of the kernel's solution over that of the scan's by
+the undamped Hessian, outliers included, and milliseconds of both. Attention: one block of a named
 shape with random bfloat16 weights, what it gives and the Hessians that it leads to: the largest differences, relative
 to the root of the two diagonal entries; how many bytes of GPTQ's codes differ by it, and the loss of its codes on
 XLA's Hessian over that of XLA's own codes; whether a second run has the same bits; milliseconds a window. On a CPU the
@@ -44,13 +45,17 @@ def main() -> None:
     parser.add_argument("--shape", choices=list(SHAPES), default="llama-3.1-8b")
     parser.add_argument("--windows", type=int, default=8)
     parser.add_argument("--length", type=int, default=2048)
+    parser.add_argument("--only", choices=("solvers", "attention"), help="leave the other out")
     parser.add_argument("--seconds", type=float, default=90.0, help="no part is begun after so many")
     arguments = parser.parse_args()
     device = jax.devices()[0].device_kind
     on_gpu = hopper_card(device) is not None
     show(device=device, jax=jax.__version__, **vars(arguments))
-    parts = list(_kernels(arguments.inputs, arguments.outputs, Solver.HOPPER if on_gpu else Solver.SIMULATED))
-    parts.insert(1, _attention(arguments, Layout.HOPPER if on_gpu else Layout.SIMULATED))
+    parts: list[Part] = []
+    if arguments.only != "attention":
+        parts += _kernels(arguments.inputs, arguments.outputs, Solver.HOPPER if on_gpu else Solver.SIMULATED)
+    if arguments.only != "solvers":
+        parts.insert(1, _attention(arguments, Layout.HOPPER if on_gpu else Layout.SIMULATED))
     show(traced=sum(len(part.programs) for part in parts))
     compile_ahead((program for part in parts for program in part.programs), MOST_COMPILERS)
     show(compiled=True)
@@ -72,36 +77,47 @@ def _kernels(inputs: int, outputs: int, kernel: Solver) -> Iterator[Part]:
     keys = jax.random.split(jax.random.key(0), 3)
     x = jax.random.normal(keys[0], (2 * inputs, inputs)) @ jax.random.normal(keys[1], (inputs, inputs))
     hessian, weight = x.T @ x / x.shape[0], jax.random.normal(keys[2], (inputs, outputs))
-    method = Spqr(SpqrFormat(bits=3, group_size=16))
-    problem = method.prepare(weight, hessian, jnp.argsort(-jnp.diagonal(hessian)))
+    method, order = Spqr(SpqrFormat(bits=3, group_size=16)), jnp.argsort(-jnp.diagonal(hessian))
+    problem = method.prepare(weight, hessian, order)
     limit = 0.25 * jnp.mean(jnp.var(problem.rows, axis=1) * problem.counts**2)
+    target = weight + 1.5
 
-    def spqr(solver: Solver, rows: jax.Array) -> jax.Array:
+    def spqr(solver: Solver, rows: jax.Array) -> tuple[jax.Array, jax.Array]:
         solution = method.solve(problem._replace(rows=rows, solver=solver), limit)
-        return jnp.where(solution.outliers, 255, solution.codes)
+        return jnp.where(solution.outliers, 255, solution.codes), solution.dense
 
-    def steps(rounding: Any, passes: int, solver: Solver, rows: jax.Array) -> jax.Array:
-        return round_with_feedback(
+    def steps(rounding: Any, passes: int, solver: Solver, rows: jax.Array) -> tuple[jax.Array, jax.Array]:
+        codes = round_with_feedback(
             rows, hessian, keys[0], damping=0.01, rounding=rounding, top=3, greedy_passes=passes, solver=solver
         ).codes
+        return codes, codes
 
-    for name, solve, rows in (
-        ("SpQR, 3 bits, groups of 16", spqr, problem.rows),
-        ("stochastic LDLQ, 2 bits", functools.partial(steps, "stochastic", 0), weight + 1.5),
-        ("LDLQ, 2 bits, 2 greedy passes", functools.partial(steps, "ldlq", 2), weight + 1.5),
+    in_order = hessian[order[:, None], order[None, :]]
+    for name, solve, rows, moments in (
+        ("SpQR, 3 bits, groups of 16", spqr, problem.rows, in_order),
+        ("stochastic LDLQ, 2 bits", functools.partial(steps, "stochastic", 0), target, hessian),
+        ("LDLQ, 2 bits, 2 greedy passes", functools.partial(steps, "ldlq", 2), target, hessian),
     ):
         ways = {one: compiled(functools.partial(solve, one)) for one in (kernel, Solver.SCAN)}
-        traced = tuple(way.trace(rows) for way in ways.values())
-        yield Part(traced, functools.partial(_compare, name, ways, rows))
+        lost = compiled(_loss)
+        traced = *(way.trace(rows) for way in ways.values()), lost.trace(rows, rows, moments)
+        yield Part(traced, functools.partial(_compare, name, ways, lost, rows, moments))
 
 
-def _compare(name: str, ways: Mapping[Solver, Callable[[jax.Array], jax.Array]], rows: jax.Array) -> None:
-    found, figures = [], {}
+def _loss(rows: jax.Array, dense: jax.Array, hessian: jax.Array) -> jax.Array:
+    off = rows - dense
+    return jnp.sum(off * jnp.matmul(hessian, off, precision=jax.lax.Precision.HIGHEST))
+
+
+def _compare(name: str, ways: Mapping[Solver, Any], lost: Any, rows: jax.Array, hessian: jax.Array) -> None:
+    found, losses, figures = [], [], {}
     for solver, way in ways.items():
-        result, seconds = timed(way, rows)
-        found.append(result)
+        (codes, dense), seconds = timed(way, rows)
+        found.append(codes)
+        losses.append(float(lost(rows, dense, hessian)))
         figures[f"{solver.value}_ms"] = round(1e3 * seconds, 2)
-    show(solver=name, codes_differ=int(jnp.sum(found[0] != found[1])), of=rows.size, **figures)
+    differ = int(jnp.sum(found[0] != found[1]))
+    show(solver=name, codes_differ=differ, of=rows.size, loss_ratio=losses[0] / losses[1], **figures)
 
 
 def _attention(arguments: argparse.Namespace, layout: Layout) -> Part:

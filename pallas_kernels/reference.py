@@ -239,7 +239,8 @@ def round_with_outliers(
     def apply(values: jax.Array, row: jax.Array) -> tuple[jax.Array, ...]:
         told = ((values - nearest(values)[1]) * counts[row]) ** 2 > limit
         codes, rounded = nearest(jnp.where(told, 0.0, values))
-        dense = jnp.where(told, values.astype(dtype).astype(jnp.float32), rounded)
+        stored = jax.lax.optimization_barrier(values.astype(dtype))  # XLA would leave the two conversions out on a GPU
+        dense = jnp.where(told, stored.astype(jnp.float32), rounded)
         return codes.astype(jnp.uint8), told.astype(jnp.uint8), dense, (values - dense) / factor[row, row]
 
     return _feed_back(rows, factor, apply)

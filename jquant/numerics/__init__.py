@@ -22,6 +22,7 @@ from jquant.numerics.rotation import Rotation, Transform, random_rotation, rotat
 from jquant.numerics.rounding import (
     Grid,
     Symmetry,
+    as_stored,
     cast_scales,
     decode,
     encode,
@@ -49,6 +50,7 @@ __all__ = [
     "Transform",
     "UnitFactor",
     "affine_product",
+    "as_stored",
     "base_matrix",
     "base_order",
     "cast_scales",

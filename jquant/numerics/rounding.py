@@ -259,6 +259,26 @@ def cast_scales(grid: Grid, dtype: DType) -> Grid:
     return grid._replace(scales=stored.astype(grid.scales.dtype))
 
 
+def as_stored(values: Float[Array, "*shape"], dtype: DType) -> Float[Array, "*shape"]:
+    """Return what is left of values that are stored in `dtype`, in their own dtype.
+
+    XLA leaves a conversion to fewer bits and back out where it may, as on GPUs, so that what follows would use numbers
+    that are not those stored; the barrier keeps both conversions.
+
+    Args:
+        values: numbers of any size.
+        dtype: dtype of storage.
+
+    Returns:
+        Values that `dtype` can hold exactly.
+
+    Example:
+        >>> float(as_stored(jnp.array(0.1), "float16"))
+        0.0999755859375
+    """
+    return jax.lax.optimization_barrier(values.astype(dtype)).astype(values.dtype)
+
+
 def straight_through(values: Float[Array, "*shape"], rounded: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """Return `rounded`, exactly, with the gradient of `values`.
 

@@ -25,8 +25,9 @@ from jaxtyping import Array, Float, UInt8
 
 from jquant.errors import FormatError
 from jquant.formats import BinaryFormat, BinaryTensor, quantize_binary
+from jquant.numerics import as_stored
 from jquant.quantizers.base import Diagnostics, WeightQuantizer, weight_error
-from jquant.types import DType, Key, compute_dtype
+from jquant.types import Key, compute_dtype
 
 CONJUGATE_FLOOR: Final = 1e-6  # added to the denominators of LUT-GEMM's conjugate gradients: reference code
 
@@ -93,7 +94,7 @@ class Bcq(WeightQuantizer):
     def fit(self, values: Float[Array, "size out"]) -> BinaryFit:
         """Fits one group of inputs for every output; the alphas are those that the format will store."""
         rounds = {"greedy": 0, "refined": 1, "alternating": self.rounds}[self.method]
-        store = functools.partial(_as_stored, dtype=self.format.scale_dtype)
+        store = functools.partial(as_stored, dtype=self.format.scale_dtype)
         if rounds == 0 or self.format.bits == 1:  # one sign: mean |w| and sign(w) are the optimum
             return _wide(greedy(values, self.format.bits, store))
         first = _wide(greedy(values, self.format.bits, lambda alphas: alphas))
@@ -239,10 +240,6 @@ def _conjugate_gradients(gram: jax.Array, right: jax.Array, start: jax.Array) ->
         before, energy = energy, jnp.sum(residual**2, axis=0)
         direction = residual + (energy / (before + CONJUGATE_FLOOR))[None] * direction
     return solution
-
-
-def _as_stored(alphas: jax.Array, dtype: DType) -> jax.Array:
-    return alphas.astype(dtype).astype(alphas.dtype)
 
 
 def _wide(fit: BinaryFit) -> BinaryFit:

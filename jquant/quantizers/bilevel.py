@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from jquant.formats import SpqrFormat, StatisticCodes
-from jquant.types import DType
+from jquant.numerics import as_stored
 
 type Fidelity = Literal["paper", "reference"]
 
@@ -124,11 +124,6 @@ def nearest(
     return codes.astype(jnp.uint8), scales * (codes - zeros)
 
 
-def stored(values: Float[Array, "*shape"], dtype: DType) -> Float[Array, "*shape"]:
-    """Returns what is left of values that are stored in `dtype`."""
-    return values.astype(dtype).astype(values.dtype)
-
-
 def _grid(
     low: Float[Array, "out"], high: Float[Array, "out"], bits: int, fidelity: Fidelity
 ) -> tuple[Float[Array, "out"], Float[Array, "out"]]:
@@ -153,13 +148,13 @@ def _second_level(
 ) -> tuple[Float[Array, "out"], StatisticCodes | None]:
     """Rounds one statistic of all outputs to the levels of its run; returns what is stored, and its codes."""
     if bits is None:
-        return stored(values, format.dtype), None
+        return as_stored(values, format.dtype), None
     runs = values.reshape(-1, format.second_group_size)
     low, high = jnp.min(runs, axis=1), jnp.max(runs, axis=1)
     if fidelity == "reference":
         low, high = _widen(low, high)
-    bases = stored(low, format.dtype)
-    steps = stored(jnp.maximum((high - bases) / (2**bits - 1), 0.0), format.dtype)
+    bases = as_stored(low, format.dtype)
+    steps = as_stored(jnp.maximum((high - bases) / (2**bits - 1), 0.0), format.dtype)
     divisors = jnp.where(steps > 0, steps, 1.0)
     codes = jnp.clip(jnp.round((runs - bases[:, None]) / divisors[:, None]), 0, 2**bits - 1)
     rounded = bases[:, None] + steps[:, None] * codes

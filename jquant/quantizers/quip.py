@@ -31,7 +31,7 @@ from jquant.formats import (
     quantize_uniform,
     rotated,
 )
-from jquant.numerics import Transform, revive_dead, rotate
+from jquant.numerics import Transform, as_stored, revive_dead, rotate
 from jquant.quantizers.base import Diagnostics, WeightQuantizer, hessian_figures
 from jquant.quantizers.ldlq import Factored, Fidelity, Order, Rounded, Rounding, factorize, round_factored
 from jquant.quantizers.rtn import fit_groups, round_to_nearest
@@ -215,7 +215,7 @@ def incoherent_basis(
     Returns:
       diag(1/s) W rotated on both sides, diag(s) H diag(s) rotated on the inputs' side, and s.
     """
-    scales = balance(weight, hessian).astype(scale_dtype).astype(weight.dtype)
+    scales = as_stored(balance(weight, hessian), scale_dtype)
     alive = (scales > 0)[:, None]
     weight = jnp.where(alive, weight, 0) / jnp.where(alive, scales[:, None], 1)
     hessian = scales[:, None] * hessian * scales[None, :]

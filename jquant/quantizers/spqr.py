@@ -23,9 +23,9 @@ from jaxtyping import Array, Bool, Float, Int, Shaped, UInt8
 
 from jquant.errors import FormatError
 from jquant.formats import PermutedTensor, QuantizedTensor, SpqrFormat, StatisticCodes, quantize_spqr
-from jquant.numerics import inverse_factor, revive_dead
+from jquant.numerics import as_stored, inverse_factor, revive_dead
 from jquant.quantizers.base import Diagnostics, WeightQuantizer, weight_error
-from jquant.quantizers.bilevel import Fidelity, Grids, fit_group, leave_one_out, nearest, stored
+from jquant.quantizers.bilevel import Fidelity, Grids, fit_group, leave_one_out, nearest
 from jquant.quantizers.solver import Solver
 from jquant.quantizers.statistics import HESSIAN, SecondMoment
 from jquant.types import Key
@@ -230,7 +230,7 @@ class Spqr(WeightQuantizer):
             _, rounded = nearest(values, scales, zeros, self.format.bits)
             outliers = ((values - rounded) * counts[index]) ** 2 > limit
             codes, rounded = nearest(jnp.where(outliers, 0.0, values), scales, zeros, self.format.bits)
-            dense = jnp.where(outliers, stored(values, self.format.dtype), rounded)
+            dense = jnp.where(outliers, as_stored(values, self.format.dtype), rounded)
             errors = (values - dense) / upper[index, index]
             return rows - upper[index][:, None] * errors[None, :], (codes, outliers, dense, errors)
 

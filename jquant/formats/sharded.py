@@ -4,8 +4,8 @@ Under `jax.shard_map`, with T devices along the mesh's axis `tensor`, the device
 
     outputs cut      y_t = x W[:, t]                        nothing is told; y stays cut, as heads and features are
     inputs cut       y = sum_t x_t W[t, :]                  partial products are summed in float32
-    both gathered    x = [x_0 .. x_T],  y = [x W[:, t]]_t   where inputs are rotated, or inputs or caches rounded: a whole
-                                                            token is seen, and no sum is taken in another order
+    both gathered    x = [x_0 .. x_T],  y = [x W[:, t]]_t   where inputs are rotated, or inputs or caches rounded:
+                                                            a whole token is seen, and no sum taken in another order
     outputs taken    y_t = (x W)[:, t]                      W mixes outputs (QuIP), so that products are whole
 
 A device then does what one device alone would do with a smaller weight: kernels, layouts and formats know of no mesh

@@ -74,5 +74,3 @@ from jquant.formats.uniform import ScaleDtype as ScaleDtype
 from jquant.formats.uniform import UniformFormat as UniformFormat
 from jquant.formats.uniform import UniformTensor as UniformTensor
 from jquant.formats.uniform import quantize_uniform as quantize_uniform
-from jquant.formats.unproven import UNPROVEN as UNPROVEN
-from jquant.formats.unproven import unproven as unproven

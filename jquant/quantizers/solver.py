@@ -11,7 +11,7 @@ from typing import Any, Final
 import jax
 import jax.numpy as jnp
 
-from jquant.formats import Layout, hopper_card, unproven
+from jquant.formats import hopper_card
 from jquant.types import DType
 
 SCANNED_ROWS: Final = 64  # rows of a scan between matrix products; GPTQ's paper has 128, the codes are the same
@@ -33,17 +33,15 @@ class Solver(enum.Enum):
     HOPPER = "hopper"
     SIMULATED = "simulated"
 
-    def resolve(self, dtype: DType, rows: int = KERNEL_ROWS, *, proven: bool = True) -> "Solver":
+    def resolve(self, dtype: DType, rows: int = KERNEL_ROWS) -> "Solver":
         """Returns what rounds blocks of so many rows of a dtype: one of the others, by the kind of the first device.
-
-        A kernel that is not `proven`, as no GPU has run it, is left alone as `jquant.formats.unproven` says.
 
         >>> Solver.MACHINE.resolve("float64")
         <Solver.SCAN: 'scan'>
         """
         if self is not Solver.MACHINE:
             return self
-        served = jnp.dtype(dtype) == jnp.float32 and rows <= KERNEL_ROWS and (proven or not unproven(Layout.HOPPER))
+        served = jnp.dtype(dtype) == jnp.float32 and rows <= KERNEL_ROWS
         hopper = served and hopper_card(jax.devices()[0].device_kind) is not None
         return Solver.HOPPER if hopper else Solver.SCAN
 

@@ -218,7 +218,7 @@ class Spqr(WeightQuantizer):
 
     def _round_rows(self, arrays: tuple[jax.Array, ...], solver: Solver) -> tuple[Shaped[Array, "size out"], ...]:
         """Rounds the rows of one group in turn; returns codes, outliers, dense rows and errors."""
-        solver = solver.resolve(arrays[0].dtype, len(arrays[0]), proven=False)
+        solver = solver.resolve(arrays[0].dtype, len(arrays[0]))
         found: tuple[jax.Array, ...] = solver.run(self._round_by_kernel, self._round_by_scan, *arrays)
         return found
 

@@ -34,13 +34,9 @@ def test_a_machine_without_a_hopper_gpu_scans() -> None:
 
 def test_a_hopper_gpu_takes_the_kernel_for_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(device_kind="NVIDIA H100 80GB HBM3")])
-    monkeypatch.delenv("JQUANT_UNPROVEN", raising=False)
     assert Solver.MACHINE.resolve(jnp.float32) is Solver.HOPPER
     assert Solver.MACHINE.resolve(jnp.float64) is Solver.SCAN
     assert Solver.MACHINE.resolve(jnp.float32, KERNEL_ROWS + 1) is Solver.SCAN
-    assert Solver.MACHINE.resolve(jnp.float32, proven=False) is Solver.SCAN
-    monkeypatch.setenv("JQUANT_UNPROVEN", "1")
-    assert Solver.MACHINE.resolve(jnp.float32, proven=False) is Solver.HOPPER
 
 
 @pytest.mark.slow

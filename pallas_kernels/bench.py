@@ -19,6 +19,7 @@ import datetime
 import functools
 import json
 import math
+import os
 import sys
 import tempfile
 import time
@@ -49,6 +50,7 @@ ATTENTION: Final = "attention"  # likewise, over packed caches
 OUTLIERS: Final = "outliers"  # likewise: int8 products with features kept as numbers
 ROTATION: Final = "rotation"  # a kind of its own: activations rotated and quantized, no product
 HEAD: Final = f"{'kernel':34s}      us  of peak  x bf16  x best XLA  error    bf16's   target"
+SHARED: Final = ("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # several processes hold the GPU's memory beside each other
 FAILURES: Final = (ValueError, RuntimeError)  # of compiling and running; a kernel that fails is a row that says so
 RESERVED: Final = 60.0  # seconds of `--grid` that are kept for what is no product of a weight
 SERVED: Final = ((1, 8), (9, 16), (17, 64), (65, 512), (513, 4096), (4097, 1 << 30))  # tokens, by a row of the table
@@ -70,6 +72,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results"), help="folder for the JSON lines")
     parser.add_argument("--table", type=Path, help="a copy of the package's table to write, what was measured in it")
     arguments = parser.parse_args()
+    os.environ.setdefault(*SHARED)
     end = time.monotonic() + arguments.seconds
     arguments.results.mkdir(parents=True, exist_ok=True)
     day = datetime.datetime.now(tz=datetime.UTC).date().isoformat()

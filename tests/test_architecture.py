@@ -45,7 +45,7 @@ MAX_FILE_LINES: Final = 400
 MAX_FUNCTION_LINES: Final = 60
 MAX_KERNEL_LINES: Final = 150  # a kernel's body is one loop nest that reads worse in pieces
 MAY_PRINT: Final = ("jquant.cli", "pallas_kernels.bench")
-MAY_READ_ENVIRONMENT: Final = ("jquant.cli", "jquant.demo")
+MAY_READ_ENVIRONMENT: Final = ("jquant.cli", "jquant.demo", "pallas_kernels.bench")
 BLANKET: Final = {"Exception", "BaseException"}
 BARE_ARRAYS: Final = {"Array", "ArrayLike", "ndarray", "NDArray"}
 

@@ -42,6 +42,8 @@ def main() -> None:
     """Makes the file of every recipe."""
     arguments = _arguments()
     windows = np.load(arguments.windows).astype(np.int32)[: arguments.count]
+    if len(windows) < PROMPTS:
+        raise SystemExit(f"{len(windows)} windows: {PROMPTS} at least, as so many prompts are their first tokens")
     for name, model in quantized(arguments.recipes, arguments.model):
         reference = in_float32(stack_if_alike(model))
         written = _write(reference, windows[:PROMPTS, :PROMPT])

@@ -9,8 +9,8 @@ of one device.
         [--logits] [--seconds 600]
 
 JSON lines, each as soon as it is known; the exit code is 1 if a sha256 differs, or logits by more than 2e-5 of the
-largest. Logits of KIVI need --xla_cpu_experimental_ynn_fusion_type= beside --xla_force_host_platform_device_count=8 in
-XLA_FLAGS: docs/meshes.md says why.
+largest. Unless XLA_FLAGS is set, products on the CPU are Eigen's, not YNNPACK's, whose bits depend on how many columns
+are asked for: KIVI's logits need it, docs/meshes.md says why.
 """
 
 import argparse
@@ -26,7 +26,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+WITHOUT_YNNPACK = " --xla_cpu_experimental_ynn_fusion_type="
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8" + WITHOUT_YNNPACK)
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
@@ -189,7 +190,8 @@ def _two_processes(name: str, arguments: argparse.Namespace) -> str:
         *(() if arguments.layers is None else ("--layers", str(arguments.layers))),
         *(("--set", *arguments.set) if arguments.set else ()),
     ]
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    without = WITHOUT_YNNPACK if WITHOUT_YNNPACK.strip() in os.environ["XLA_FLAGS"] else ""
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2" + without}
     children = [
         subprocess.Popen(
             [sys.executable, __file__, *options, "--process", str(process)],

@@ -16,6 +16,7 @@ from jquant.kv import (
     KvCodec,
     PackedPerTokenKv,
     PerTokenKv,
+    append_fault,
     attend_packed,
     attention_kernel,
     pack_codec,
@@ -137,7 +138,9 @@ def test_a_prepared_model_steps_by_the_kernels() -> None:
         lambda: tuple(jax.vmap(lambda _, one=one: one.init(128, 2, 64, jnp.bfloat16))(jnp.arange(2)) for one in packed)
     )
     text = jax.jit(decode).trace(ready, vector, Cache(cache, vector, 128)).lower(lowering_platforms=("cuda",)).as_text()
-    assert text.count("mosaic_gpu_v2") == len(packed)  # one for each layer
+    appended = [codec for codec in packed if append_fault(codec, None, jnp.bfloat16) is None]
+    assert [type(codec) for codec in appended] == [PackedPerTokenKv]
+    assert text.count("mosaic_gpu_v2") == len(packed) + len(appended)  # attention of each layer, and a new token's codes
     assert prepare(ready, Target.H100) is ready
     restored = [block.self_attn.kv_codec for block in blocks(prepare(ready, Target.REFERENCE))]
     assert restored == list(CODECS.values())

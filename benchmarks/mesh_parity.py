@@ -26,8 +26,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-WITHOUT_YNNPACK = " --xla_cpu_experimental_ynn_fusion_type="
-os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8" + WITHOUT_YNNPACK)
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8 --xla_cpu_experimental_ynn_fusion_type=")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
@@ -190,8 +189,7 @@ def _two_processes(name: str, arguments: argparse.Namespace) -> str:
         *(() if arguments.layers is None else ("--layers", str(arguments.layers))),
         *(("--set", *arguments.set) if arguments.set else ()),
     ]
-    without = WITHOUT_YNNPACK if WITHOUT_YNNPACK.strip() in os.environ["XLA_FLAGS"] else ""
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2" + without}
+    environment = os.environ | {"XLA_FLAGS": os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=2")}
     children = [
         subprocess.Popen(
             [sys.executable, __file__, *options, "--process", str(process)],

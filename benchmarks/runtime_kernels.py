@@ -179,7 +179,7 @@ def _times(function: Callable[[], Any], repeats: int) -> dict[str, float]:
         for _ in range(3):
             with kernel_times() as times:
                 jax.block_until_ready(function())
-            sums.append(sum(times))
+            sums.append(sum(microseconds for _, microseconds in times))
         found |= {"us of kernels": statistics.median(sums), "kernels": len(times)}
     return {key: round(value, 1) for key, value in found.items()}
 

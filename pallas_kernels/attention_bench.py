@@ -24,6 +24,7 @@ from pallas_kernels.attention_case import (
     relative_error,
 )
 from pallas_kernels.kivi_case import KiviCase
+from pallas_kernels.measure import WITHOUT_AUTOTUNING
 
 # Processes share the cases and take turns on the GPU, as in `grid`: lowering keeps Python busy.
 
@@ -36,7 +37,6 @@ WRONG: Final = 2.0**-8  # relative errors that are too large, as in tests/kernel
 AS_GOOD: Final = 1.1  # of bfloat16's own error, likewise
 THREADS: Final = 3  # of a process
 FAILURES: Final = (ValueError, RuntimeError)  # of compiling and running
-UNTRIED: Final[dict[str, Any]] = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}  # no measuring
 SEED: Final = jax.ShapeDtypeStruct((), jnp.int32)
 NAMES: Final = ("kind", "rows", "heads", "kv_heads", "dim", "tokens", "page", "group")
 LLAMA: Final = (32, 8, 128)  # query heads, KV heads and numbers of a head of Llama-3.1-8B
@@ -123,7 +123,8 @@ class _Programs:
         given = jax.eval_shape(lambda: case.operands(0))
         self.kernel = jax.jit(case.kernel(case.config())).lower(*given).compile()
         self.operands, self.meaning, self.rounded = (
-            jax.jit(each).lower(SEED).compile(UNTRIED) for each in (case.operands, case.meaning, case.rounded)
+            jax.jit(each).lower(SEED).compile(WITHOUT_AUTOTUNING)
+            for each in (case.operands, case.meaning, case.rounded)
         )
 
     def _of_others(self, times: Times) -> dict[str, float]:

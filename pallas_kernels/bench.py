@@ -6,6 +6,7 @@
     python -m pallas_kernels.bench --check 20                       random legal shapes, errors alone
     python -m pallas_kernels.bench --grid --seconds 400             every kernel and shape; then what is missing
     python -m pallas_kernels.bench --grid --kinds w4a16 --shapes 8192x8192 --tokens 1 16 --seconds 60
+    python -m pallas_kernels.bench --grid --seconds 400 --after OLD.jsonl   what an earlier run of that day left missing
 
 Needs jax, numpy and jaxtyping alone. Times are kernel times by CUPTI, the sum over a call's kernels, the median over
 calls whose weights rotate beyond the second cache. "of peak": bytes of codes over the copy of 512 MiB that this run
@@ -30,7 +31,7 @@ from typing import Any, Final
 
 import jax
 
-from pallas_kernels import attention_bench, configs, grid, narrow_case, shapes
+from pallas_kernels import attention_bench, configs, grid, narrow_case, report, shapes
 from pallas_kernels.cases import KINDS, Case, Product, random_legal_cases, relative_error
 from pallas_kernels.decode import DecodeConfig
 from pallas_kernels.measure import Peaks, copies, kernel_microseconds
@@ -49,10 +50,11 @@ MODELS: Final = (*shapes.LLAMA_8B, *shapes.LLAMA_70B)
 ATTENTION: Final = "attention"  # likewise, over packed caches
 OUTLIERS: Final = "outliers"  # likewise: int8 products with features kept as numbers
 ROTATION: Final = "rotation"  # a kind of its own: activations rotated and quantized, no product
-HEAD: Final = f"{'kernel':34s}      us  of peak  x bf16  x best XLA  error    bf16's   target"
 SHARED: Final = ("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # several processes hold the GPU's memory beside each other
 FAILURES: Final = (ValueError, RuntimeError)  # of compiling and running; a kernel that fails is a row that says so
-RESERVED: Final = 60.0  # seconds of `--grid` that are kept for what is no product of a weight
+RESERVED: Final = 120.0  # seconds of `--grid` that are kept for what is no product of a weight: 60 did not do
+TUNED: Final = 256  # tokens of `--grid` up to which `--tune` tries others: beyond, they were 1 % faster at most
+PEAKS: Final = "peaks.json"  # beside the file of `--turns`: what one process measured for all
 SERVED: Final = ((1, 8), (9, 16), (17, 64), (65, 512), (513, 4096), (4097, 1 << 30))  # tokens, by a row of the table
 
 
@@ -66,6 +68,7 @@ def main() -> None:
     parser.add_argument("--tune", type=int, default=0, help="configurations to try where the table has no row")
     parser.add_argument("--check", type=int, default=0, help="random legal shapes whose errors to compute first")
     parser.add_argument("--grid", action="store_true", help="all kinds, shapes and tokens, or those named, by weights")
+    parser.add_argument("--after", nargs="+", type=Path, default=[], help="rows of --grid whose products to leave out")
     parser.add_argument("--turns", type=Path, help="file whose lock lets one process at a time measure")
     parser.add_argument("--cases", nargs="+", type=int, default=[], help="of attention, with --turns: which ones")
     parser.add_argument("--seconds", type=float, default=600.0, help="begin nothing new after so long")
@@ -95,14 +98,14 @@ def main() -> None:
 
 def _run(arguments: argparse.Namespace, end: float, write: Callable[[dict[str, Any]], None]) -> list[configs.Row]:
     """Writes and prints all rows; returns those of the table for what was timed."""
-    bench, chosen = Bench(), []
+    bench, chosen = Bench(arguments.turns), []
     if arguments.cases:
         own = arguments.check, end, arguments.cases, arguments.turns
         for row in attention_bench.rows(kernel_microseconds, bench.peaks.copy_rate, *own):
             print(json.dumps(row), flush=True)
         return []
     if arguments.grid and arguments.turns:
-        return _shape(arguments, end, write)
+        return _shape(arguments, bench.peaks, end, write)
     if arguments.grid:
         chosen = _grid(arguments, end - (0.0 if arguments.kinds else RESERVED), write)
         if not arguments.kinds:
@@ -111,7 +114,7 @@ def _run(arguments: argparse.Namespace, end: float, write: Callable[[dict[str, A
     jobs: list[tuple[Work, list[configs.Config]]]
     jobs = [(case, [case.config()]) for case in random_legal_cases(0, arguments.check)]
     jobs += [(case, _tried(case, arguments.tune)) for case in _chosen(arguments)]
-    print(HEAD)
+    print(report.HEAD)
     with ThreadPoolExecutor(6) as pool:
         compiled = [(case, [(config, pool.submit(_compile, case, config)) for config in tried]) for case, tried in jobs]
         for index, (case, variants) in enumerate(compiled):
@@ -121,7 +124,7 @@ def _run(arguments: argparse.Namespace, end: float, write: Callable[[dict[str, A
             try:
                 for row in bench.rows(case, variants, timed=index >= arguments.check):
                     write(row)
-                    print(_line(case, row), flush=True)
+                    print(report.line(case, row), flush=True)
                     if "chosen" in row and "microseconds" in row and isinstance(case, Case):
                         chosen.append(_served(case, row))
             except FAILURES as error:
@@ -145,7 +148,7 @@ def _others(bench: "Bench", arguments: argparse.Namespace, end: float, write: Ca
             turn = RotationCase(arguments.tokens[-1] if arguments.tokens else TOKENS, *order)
             if time.monotonic() < end:
                 write(row := bench.rotation(turn))
-                print(_rotation_line(turn, row), flush=True)
+                print(report.rotation_line(turn, row), flush=True)
     if ATTENTION in (arguments.kinds or ()) or not asked:
         for row in attention_bench.rows_by_processes(arguments.check, end):
             write(row)
@@ -178,46 +181,55 @@ def _chosen(arguments: argparse.Namespace) -> Iterator[Work]:
 
 def _grid(arguments: argparse.Namespace, end: float, write: Callable[[dict[str, Any]], None]) -> list[configs.Row]:
     """Writes and prints the rows of all shapes, each made by a process; returns those of the table."""
-    print(HEAD, flush=True)
-    found: dict[Any, configs.Row] = {}
-    missing = {
-        (case.kind, count, outputs, inputs): None
-        for outputs, inputs in _sizes(arguments)
-        for case, tokens in _weights(arguments, outputs, inputs)
-        for count in tokens
-    }
+    begin, found = time.monotonic(), dict[Any, configs.Row]()
+
+    def keep(row: dict[str, Any]) -> Work:
+        of_kind = Case if row["kind"] in KINDS else NarrowCase
+        case = of_kind(**{field.name: row[field.name] for field in dataclasses.fields(of_kind)})
+        if "chosen" in row and isinstance(case, Case):
+            served = _served(case, row)
+            found.setdefault((case.kind, case.outputs, case.inputs, served.least), served)
+        return case
+
+    for row in grid.timed(arguments.after).values():
+        keep(row)
+    sizes = [size for size in _sizes(arguments) if any(_weights(arguments, *size))]
+    missing = dict.fromkeys(
+        (case.kind, count, *size) for size in sizes for case, tokens in _weights(arguments, *size) for count in tokens
+    )
+    print(f"{len(missing)} products\n{report.HEAD}", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         commands = []
-        for outputs, inputs in _sizes(arguments):
+        for outputs, inputs in sizes:
             given = ["--shapes", f"{outputs}x{inputs}", "--tune", arguments.tune, "--turns", f"{folder}/turns"]
-            given += ["--kinds", *(arguments.kinds or (*KINDS, *narrow_case.KINDS))]
+            given += ["--kinds", *(arguments.kinds or (*narrow_case.KINDS, *KINDS))]
             given += ["--tokens", *_tokens(arguments, outputs, inputs)]
             given += ["--results", folder, "--seconds", end - time.monotonic()]
+            given += ["--after", *(path.resolve() for path in arguments.after)] if arguments.after else []
             commands.append([sys.executable, "-m", "pallas_kernels.bench", "--grid", *map(str, given)])
         for line in grid.lines_of(commands, end):
             if not line.startswith("{"):
                 continue
-            write(row := json.loads(line))
-            of_kind = Case if row["kind"] in KINDS else NarrowCase
-            case = of_kind(**{field.name: row[field.name] for field in dataclasses.fields(of_kind)})
-            print(_line(case, row), flush=True)
+            row = json.loads(line) | {"at": round(time.monotonic() - begin, 1)}
+            write(row)
+            case = keep(row)
+            print(f"{report.line(case, row)} at {row['at']}", flush=True)
             if "microseconds" in row:
-                missing.pop((case.kind, case.tokens, case.outputs, case.inputs), None)
-            if "chosen" in row and isinstance(case, Case):
-                served = _served(case, row)
-                found.setdefault((case.kind, case.outputs, case.inputs, served.least), served)
+                missing.pop(grid.product(row), None)
     write({"missing": [list(each) for each in missing]})
     print(f"rows missing: {len(missing)}", *missing, sep="\n", flush=True)
     return list(found.values())
 
 
-def _shape(arguments: argparse.Namespace, end: float, write: Callable[[dict[str, Any]], None]) -> list[configs.Row]:
+def _shape(
+    arguments: argparse.Namespace, peaks: Peaks, end: float, write: Callable[[dict[str, Any]], None]
+) -> list[configs.Row]:
     """Writes and prints the rows of one shape, as JSON; returns none for the table: its parent makes it."""
-    peaks, tried = (
-        Peaks(functools.partial(print, flush=True)),
-        functools.partial(_tried, count=arguments.tune),
-    )
     ((outputs, inputs),) = _sizes(arguments)
+
+    def tried(case: Work) -> list[configs.Config]:
+        return _tried(case, arguments.tune if case.tokens <= TUNED else 0)
+
     for case, row in grid.rows(list(_weights(arguments, outputs, inputs)), tried, _beside, peaks, end, arguments.turns):
         row |= verdict(case, row) if "chosen" in row else {}
         write(row)
@@ -239,12 +251,16 @@ def _tokens(arguments: argparse.Namespace, outputs: int, inputs: int) -> tuple[i
 
 
 def _weights(arguments: argparse.Namespace, outputs: int, inputs: int) -> Iterator[tuple[Work, tuple[int, ...]]]:
-    """Yields a case of most tokens for each weight of a shape, and the numbers of tokens."""
-    kinds = arguments.kinds or (*KINDS, *narrow_case.KINDS)
+    """Yields a case of most tokens for each weight of a shape, and the numbers of tokens; one-token formats first."""
+    kinds, done = arguments.kinds or (*KINDS, *narrow_case.KINDS), grid.timed(arguments.after)
+    every: list[tuple[Work, tuple[int, ...]]]
+    every = [(case, (1,)) for case in narrow_cases(tuple(kinds), [(outputs, inputs)], [1])]
     tokens = _tokens(arguments, outputs, inputs)
-    for kind in (kind for kind in KINDS if kind in kinds):
-        yield _case(kind, tokens[-1], outputs, inputs), tokens
-    yield from ((case, (1,)) for case in narrow_cases(tuple(kinds), [(outputs, inputs)], [1]))
+    every += [(_case(kind, tokens[-1], outputs, inputs), tokens) for kind in KINDS if kind in kinds]
+    for case, counts in every:
+        left = tuple(count for count in counts if (case.kind, count, outputs, inputs) not in done)
+        if left:
+            yield dataclasses.replace(case, tokens=left[-1]), left
 
 
 def _beside(case: Work) -> tuple[str, ...]:
@@ -277,9 +293,9 @@ def _compile(case: Any, config: configs.Config) -> Product:
 class Bench:
     """What one run measures once: XLA's products and the machine's peaks."""
 
-    def __init__(self) -> None:
+    def __init__(self, turns: Path | None = None) -> None:
         self._baselines: dict[Any, tuple[Product, float]] = {}
-        self.peaks = Peaks(functools.partial(print, flush=True))
+        self.peaks = Peaks(functools.partial(print, flush=True), turns and turns.with_name(PEAKS))
 
     def rows(self, case: Any, variants: list[tuple[configs.Config, Future[Any]]], *, timed: bool) -> Iterator[Any]:
         """Yields a row for each configuration of a product, the fastest last where several are tried."""
@@ -365,35 +381,6 @@ class Bench:
                     bf16_error = relative_error(self._baselines[key][0](*sets[0]), expected[0])
             times[name] = self._baselines[key][1]
         return times, bf16_error
-
-
-def _line(case: Work, row: dict[str, Any]) -> str:
-    zeros = " zeros" if case.zeros else ""
-    text = f"{case.kind} {case.tokens:5d} x {case.outputs}x{case.inputs} g{case.inputs // case.groups}{zeros}".ljust(34)
-    if "failure" in row:
-        return f"{text} FAILED with {row.get('config')}: {row['failure'][:200]}"
-    if "rate" in row:
-        text += f"{row['microseconds']:8.1f} {row['of_peak']:7.0%} {row['over_bf16']:8.2f} {row['over_best_xla']:10.2f}"
-    text += f"   {row['errors'][0]:.2e} {row['bf16_error']:.2e} {row.get('target', '')}"
-    changed = {name: value for name, value in row["config"].items() if value != _default(row, name)}
-    return (
-        f"{text} {'' if row['same_bits'] else 'OTHER BITS '}{row['kernel'] if 'chosen' in row else ' tried'} {changed}"
-    )
-
-
-def _rotation_line(case: RotationCase, row: dict[str, Any]) -> str:
-    text = f"{ROTATION} {case.tokens:5d} x {case.order} of {case.base}".ljust(34)
-    if "failure" in row:
-        return f"{text} FAILED: {row['failure'][:200]}"
-    return (
-        f"{text}{row['microseconds']:8.1f} {row['of_peak']:7.0%} {'':8s} {row['xla'] / row['microseconds']:10.2f}   "
-        f"{row['share']:.1%} of codes differ, at most by {row['most']:.0f}; {row['target']}"
-    )
-
-
-def _default(row: dict[str, Any], name: str) -> Any:
-    config: Any = DecodeConfig() if row["kernel"] == "decode" else PrefillConfig()
-    return getattr(config, name)
 
 
 if __name__ == "__main__":

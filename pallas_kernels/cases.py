@@ -76,7 +76,7 @@ class Case:
         """Returns what the table or the rule chooses."""
         return choose(self.kind, self.tokens, self.outputs, self.inputs, self.groups)
 
-    def operands(self, seed: int) -> Operands:
+    def operands(self, seed: int | jax.Array) -> Operands:
         """Returns random operands."""
         return _operands(self, jax.random.key(seed))
 

@@ -209,14 +209,14 @@ def races_found() -> bool:
 
 
 @contextlib.contextmanager
-def kernel_times() -> Iterator[list[float]]:
-    """Yields a list that holds, after the block, the microseconds of each GPU kernel that ran in it, in order."""
+def kernel_times() -> Iterator[list[tuple[str, float]]]:
+    """Yields a list that holds, after the block, names and microseconds of the GPU kernels that ran in it, in order."""
     from jax._src.lib import mosaic_gpu
 
     library: Any = vars(mosaic_gpu)["_mosaic_gpu_ext"]
-    found: list[float] = []
+    found: list[tuple[str, float]] = []
     library._cupti_init()
     try:
         yield found
     finally:
-        found += [1e3 * milliseconds for _, milliseconds in library._cupti_get_timings(True)]
+        found += [(name, 1e3 * milliseconds) for name, milliseconds in library._cupti_get_timings(True)]

@@ -1,7 +1,10 @@
 """What a benchmark measures with: kernel times by CUPTI, and the rates of this GPU that products are compared with."""
 
+import itertools
+import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Final
 
 import jax
@@ -10,25 +13,77 @@ import jax.numpy as jnp
 from pallas_kernels import compat
 from pallas_kernels.cases import FEW_TOKENS, Product
 
+type Timed = tuple[Product, list[tuple[Any, ...]]]  # a call and its sets of arguments
+
 BEYOND_CACHE: Final = 120e6  # bytes of weights that one round reads; an H100's second cache holds 50 MB
 MOST_COPIES: Final = 16
 ROUNDS: Final = 5
 ATTEMPTS: Final = 3  # to count kernels while no other thread launches one
+WITHOUT_AUTOTUNING: Final[dict[str, Any]] = {  # compile options: XLA chooses without measuring, on the processor alone
+    "xla_gpu_autotune_level": 0,
+    "xla_gpu_enable_triton_gemm": False,  # untried, XLA's int8 products by Triton are wrong
+}
 
 
 def kernel_microseconds(call: Product, sets: list[tuple[Any, ...]]) -> tuple[float, int]:
     """Returns the median microseconds of all GPU kernels of a call, and how many kernels there are."""
-    calls = ROUNDS * len(sets)
-    jax.block_until_ready([call(*arguments) for arguments in sets])
+    return each_microseconds([(call, sets)])[0]
+
+
+def each_microseconds(calls: Sequence[Timed]) -> list[tuple[float, int]]:
+    """Returns `kernel_microseconds` of several calls, of one session: to begin and to end one takes CUPTI long.
+
+    Args:
+      calls: each with its sets of arguments; a kernel that is theirs alone parts what was measured of one and the next.
+    """
+    part, one = jax.jit(jnp.cbrt), jnp.ones(())
+    for call, sets in calls:
+        jax.block_until_ready([call(*arguments) for arguments in sets])
+    jax.block_until_ready(part(one))
+    found: list[tuple[float, int] | None] = [None] * len(calls)
     for _ in range(ATTEMPTS):
-        with compat.kernel_times() as times:
-            for _ in range(ROUNDS):
-                jax.block_until_ready([call(*arguments) for arguments in sets])
-        each = len(times) // calls
-        if each and len(times) % calls == 0:
-            totals = sorted(sum(times[index * each : (index + 1) * each]) for index in range(calls))
-            return totals[calls // 2], each
-    return math.nan, 0
+        with compat.kernel_times() as kernels:
+            jax.block_until_ready(part(one))
+            for call, sets in calls:
+                for _ in range(1 + ROUNDS):
+                    jax.block_until_ready([call(*arguments) for arguments in sets])
+                jax.block_until_ready(part(one))
+        parts = parted(kernels, len(calls))
+        now = [median_of_calls(times, len(sets)) for times, (_, sets) in zip(parts, calls, strict=True)]
+        found = [before or after for before, after in zip(found, now, strict=True)]
+        if all(found):
+            break
+    return [each or (math.nan, 0) for each in found]
+
+
+def parted(kernels: Sequence[tuple[str, float]], count: int) -> list[list[float]]:
+    """Returns the times between the kernels named as the first is, empty ones if there are not `count` stretches.
+
+    >>> parted([("part", 1.0), ("a", 2.0), ("b", 3.0), ("part", 1.0), ("a", 4.0), ("part", 1.0)], 2)
+    [[2.0, 3.0], [4.0]]
+    """
+    places = [place for place, (name, _) in enumerate(kernels) if name == kernels[0][0]]
+    if len(places) != count + 1 or places[-1] != len(kernels) - 1:
+        return [[] for _ in range(count)]
+    return [[time for _, time in kernels[first + 1 : last]] for first, last in itertools.pairwise(places)]
+
+
+def median_of_calls(times: Sequence[float], sets: int) -> tuple[float, int] | None:
+    """Returns the median of a call's kernels together and how many they are; None where calls have not as many each.
+
+    Args:
+      times: of the kernels of 1 + ROUNDS rounds over the sets of arguments, of which the first is left out.
+      sets: how many sets.
+
+    >>> median_of_calls([9.0, 9.0, *(1.0, 0.5) * ROUNDS], 1)
+    (1.5, 2)
+    """
+    calls = (1 + ROUNDS) * sets
+    each = len(times) // calls
+    if not each or len(times) % calls:
+        return None
+    totals = sorted(sum(times[index * each : (index + 1) * each]) for index in range(sets, calls))
+    return totals[len(totals) // 2], each
 
 
 def copies(weight: float) -> int:
@@ -43,8 +98,9 @@ def copies(weight: float) -> int:
 class Peaks:
     """The machine's peaks, each measured when it is first asked for and told to `say`."""
 
-    def __init__(self, say: Callable[[str], None]) -> None:
-        self._say = say
+    def __init__(self, say: Callable[[str], None], shared: Path | None = None) -> None:
+        """Takes what it is told by, and the file by which processes that take turns measure each peak once."""
+        self._say, self._shared = say, shared
         self._peaks: dict[str, float] = {}
 
     def copy_rate(self) -> float:
@@ -72,6 +128,8 @@ class Peaks:
         return found
 
     def _peak(self, name: str) -> float:
+        if self._shared is not None and self._shared.exists():
+            self._peaks |= json.loads(self._shared.read_text(encoding="utf-8"))
         if name not in self._peaks:
             size = 1 << 13
             if name.startswith("copy"):
@@ -90,5 +148,7 @@ class Peaks:
                 call, arguments, work = jax.jit(product), (values, values), 2e-6 * size**3
             jax.block_until_ready(call(*arguments))
             self._peaks[name] = work / kernel_microseconds(call, [arguments])[0]
+            if self._shared is not None:
+                self._shared.write_text(json.dumps(self._peaks), encoding="utf-8")
             self._say(f"peak: {name[:-5]:28s} {self._peaks[name]:8.0f} {name[-4:]}")
         return self._peaks[name]

@@ -77,7 +77,7 @@ class NarrowCase:
         """Returns what the table or the rule chooses."""
         return choose_narrow(self.kind, self.tokens, self.outputs, self.inputs, self.groups)
 
-    def operands(self, seed: int) -> NarrowOperands:
+    def operands(self, seed: int | jax.Array) -> NarrowOperands:
         """Returns random operands."""
         return _operands(self, jax.random.key(seed))
 

@@ -69,7 +69,7 @@ def rows_by_processes(check: int, end: float) -> Iterator[dict[str, Any]]:
     count, found = check + len(TARGETS), []
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "pallas_kernels.bench", "--kinds", "attention", "--check", str(check)]
-        command += ["--turns", f"{folder}/turns", "--results", folder, "--seconds", str(end - time.monotonic())]
+        command += ["--turns", f"{folder}/turns", "--results", folder]
         shared = [range(first, count, grid.PROCESSES) for first in range(min(grid.PROCESSES, count))]
         for text in grid.lines_of([[*command, "--cases", *map(str, own)] for own in shared], end):
             if text.startswith("{"):

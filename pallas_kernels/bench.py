@@ -204,7 +204,7 @@ def _grid(arguments: argparse.Namespace, end: float, write: Callable[[dict[str, 
             given = ["--shapes", f"{outputs}x{inputs}", "--tune", arguments.tune, "--turns", f"{folder}/turns"]
             given += ["--kinds", *(arguments.kinds or (*narrow_case.KINDS, *KINDS))]
             given += ["--tokens", *_tokens(arguments, outputs, inputs)]
-            given += ["--results", folder, "--seconds", end - time.monotonic()]
+            given += ["--results", folder]
             given += ["--after", *(path.resolve() for path in arguments.after)] if arguments.after else []
             commands.append([sys.executable, "-m", "pallas_kernels.bench", "--grid", *map(str, given)])
         for line in grid.lines_of(commands, end):

@@ -18,6 +18,7 @@ import json
 import math
 import queue
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -118,7 +119,7 @@ def lines_of(commands: Sequence[Sequence[str]], end: float) -> Iterator[str]:
     """Yields the lines that processes print, as they come; some run at once, in order, until `end`.
 
     Args:
-      commands: their arguments.
+      commands: their arguments, behind which each has `--seconds`, those that are left when it begins.
       end: by `time.monotonic`.
     """
     waiting, lines, running = list(commands), queue.SimpleQueue[str | None](), 0
@@ -126,16 +127,19 @@ def lines_of(commands: Sequence[Sequence[str]], end: float) -> Iterator[str]:
     def read(process: subprocess.Popen[str]) -> None:
         late = threading.Timer(max(1.0, end + GRACE - time.monotonic()), process.kill)
         late.start()
-        assert process.stdout is not None
-        for line in process.stdout:
-            lines.put(line)
-        process.wait()
+        with process:
+            assert process.stdout is not None
+            for line in process.stdout:
+                lines.put(line)
         late.cancel()
+        if process.returncode:
+            sys.stderr.write(f"exit status {process.returncode} of {process.args!r}\n")
         lines.put(None)
 
     while waiting or running:
         while waiting and running < PROCESSES and time.monotonic() < end:
-            process = subprocess.Popen(waiting.pop(0), stdout=subprocess.PIPE, text=True)
+            command = [*waiting.pop(0), "--seconds", str(end - time.monotonic())]
+            process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
             threading.Thread(target=read, args=(process,), daemon=True).start()
             running += 1
         if not running:

@@ -3,6 +3,8 @@
 import argparse
 import json
 import math
+import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -105,6 +107,22 @@ def test_a_second_run_leaves_out_what_the_first_has_timed(tmp_path: Path) -> Non
     ((case, tokens),) = bench._weights(arguments, 8192, 8192)
     assert (case.kind, case.tokens, tokens) == ("w4a8", 2048, (8, 16, 64, 256, 2048))
     assert [case.kind for case, _ in bench._weights(arguments, 4096, 4096)] == ["spqr3", "w4a8"]
+
+
+def test_processes_have_the_seconds_that_are_left_when_they_begin() -> None:
+    program = "import sys, time; time.sleep(0.2); print(sys.argv[-1])"
+    commands = (grid.PROCESSES + 1) * [[sys.executable, "-c", program]]
+    seconds = [float(line) for line in grid.lines_of(commands, time.monotonic() + 60)]
+    assert len(seconds) == len(commands)
+    assert max(seconds) <= 60
+    assert min(seconds) < max(seconds) - 0.2
+    assert list(grid.lines_of(commands, time.monotonic())) == []
+
+
+def test_a_process_that_dies_is_told(capfd: pytest.CaptureFixture[str]) -> None:
+    command = [sys.executable, "-c", "import os; print('row', flush=True); os.abort()"]
+    assert list(grid.lines_of([command], time.monotonic() + 60)) == ["row\n"]
+    assert "exit status -6" in capfd.readouterr().err
 
 
 def test_calls_that_end_in_other_kernels_are_not_counted() -> None:

@@ -32,7 +32,7 @@ import numpy as np
 from jaxtyping import Int
 
 from pallas_kernels.configs import Config
-from pallas_kernels.decode import DecodeConfig
+from pallas_kernels.decode_config import DecodeConfig
 from pallas_kernels.measure import WITHOUT_AUTOTUNING, Peaks, Timed, copies, each_microseconds
 
 type Tried = Callable[[Any], Sequence[Config]]
@@ -261,11 +261,16 @@ class _Weight:
                 if "target" not in row and "failure" not in row:
                     calls.append((row, (kernel.result(), sets)))
         watch.lap("checked")
-        times = each_microseconds([*untimed.values(), *(call for _, call in calls)])
+        jobs: list[tuple[int, Any, Timed]] = [(key[1], key, call) for key, call in untimed.items()]
+        jobs += [(row["tokens"], row, call) for row, call in calls]
+        jobs.sort(key=lambda job: job[0])  # what takes the most power last, and XLA's product beside ours
+        times = each_microseconds([call for *_, call in jobs])
         watch.lap("timed")
-        timed |= {key: (call, time) for (key, (call, _)), (time, _) in zip(untimed.items(), times, strict=False)}
-        for (row, _), (microseconds, kernels) in zip(calls, times[len(untimed) :], strict=True):
-            row |= {"microseconds": microseconds, "kernels": kernels}
+        for (_, what, (call, _)), (microseconds, kernels) in zip(jobs, times, strict=True):
+            if isinstance(what, dict):
+                what |= {"microseconds": microseconds, "kernels": kernels}
+            else:
+                timed[what] = call, microseconds
         for case, row in found:
             row["xla"] = {each.name: timed[each.key(case)][1] for each in self.formulations if case in each.cases}
             if "microseconds" in row:

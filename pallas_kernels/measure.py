@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -18,6 +19,7 @@ type Timed = tuple[Product, list[tuple[Any, ...]]]  # a call and its sets of arg
 BEYOND_CACHE: Final = 120e6  # bytes of weights that one round reads; an H100's second cache holds 50 MB
 MOST_COPIES: Final = 16
 ROUNDS: Final = 5
+REST: Final = 0.3  # seconds before measuring: behind products of thousands of tokens the clock is lower for a while
 ATTEMPTS: Final = 3  # to count kernels while no other thread launches one
 WITHOUT_AUTOTUNING: Final[dict[str, Any]] = {  # compile options: XLA chooses without measuring, on the processor alone
     "xla_gpu_autotune_level": 0,
@@ -40,6 +42,7 @@ def each_microseconds(calls: Sequence[Timed]) -> list[tuple[float, int]]:
     for call, sets in calls:
         jax.block_until_ready([call(*arguments) for arguments in sets])
     jax.block_until_ready(part(one))
+    time.sleep(REST)
     found: list[tuple[float, int] | None] = [None] * len(calls)
     for _ in range(ATTEMPTS):
         with compat.kernel_times() as kernels:

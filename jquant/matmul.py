@@ -7,8 +7,9 @@ from typing import Any, Final
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, BFloat16, Float, Float32, Int, Int8, Shaped
+from jaxtyping import Array, BFloat16, Float, Float32
 
+from jquant import kernels
 from jquant.errors import FormatError
 from jquant.formats import (
     BinaryTensor,
@@ -28,10 +29,9 @@ from jquant.formats import (
     ShardedTensor,
     SplitActivation,
     SpqrTensor,
+    UndividedActivation,
     UniformActivation,
     UniformTensor,
-    padded_binary,
-    padded_spqr,
 )
 from jquant.numerics import CHUNK, affine_product, lookup_product, unpack
 from jquant.types import compute_dtype
@@ -192,37 +192,75 @@ def _float_kernel(x: jax.Array, weight: PreparedFloatTensor) -> jax.Array:
     """Multiplies numbers by the W4A16 kernel that suits their count; x is rounded to bfloat16, as is the product."""
     *batch, inputs = x.shape
     rows = math.prod(batch)
-    y = _w4a16(x.reshape(rows, inputs).astype(jnp.bfloat16), weight) if rows else jnp.zeros((0, weight.shape[1]))
+    y = kernels.w4a16(x.reshape(rows, inputs).astype(jnp.bfloat16), weight) if rows else jnp.zeros((0, weight.shape[1]))
     return y.reshape(*batch, weight.shape[1]).astype(x.dtype)
+
+
+def _undivided_kernel(x: UndividedActivation, weight: PreparedFloatTensor) -> jax.Array:
+    """Multiplies a norm by the W4A16 kernel that divides it; padded weights, more tokens and narrow ones divided."""
+    *batch, inputs = x.numbers.shape
+    rows = math.prod(batch)
+    if weight.codes.shape[1] != inputs or not 0 < rows <= x.squares.shape[1]:
+        return _dequantized(x, weight)
+    y = kernels.w4a16_undivided(x.numbers.reshape(rows, inputs), x.squares, weight, eps=x.eps)
+    return y.reshape(*batch, weight.shape[1]).astype(x.dtype)
+
+
+def matmul_onto(
+    x: Float[Array, "*batch in"],
+    weight: PreparedFloatTensor,
+    stream: Float32[Array, "*batch out"],
+    scale: BFloat16[Array, "out"],
+    eps: float,
+) -> tuple[Float32[Array, "*batch out"], UndividedActivation]:
+    """Adds a product to the residual stream and begins the norm of the sum, in the product's kernel.
+
+    Args:
+      x: activations, rounded to bfloat16.
+      weight: prepared for kernels.
+      stream: what is added to.
+      scale: of the norm of the sum.
+      eps: likewise.
+
+    Returns:
+      stream + x W, the product not rounded before, and the norm.
+
+    Raises:
+      ValueError: no kernel does so: see `onto_fault`.
+    """
+    *batch, inputs = x.shape
+    rows = math.prod(batch)
+    sums, numbers, squares = kernels.w4a16_onto(
+        x.reshape(rows, inputs).astype(jnp.bfloat16), weight, stream.reshape(rows, -1), scale
+    )
+    return sums.reshape(stream.shape), UndividedActivation(numbers.reshape(stream.shape), squares, eps, "bfloat16")
+
+
+def onto_fault(x: jax.Array, weight: Any, stream: jax.Array, scale: jax.Array) -> str | None:
+    """Returns why `matmul_onto` has no kernel for a product; None where it has."""
+    if not isinstance(weight, PreparedFloatTensor):
+        return f"a {type(weight).__name__}, kernels that add to a stream have W4A16"
+    if (stream.dtype, scale.dtype, x.dtype) != (jnp.float32, jnp.bfloat16, jnp.bfloat16):
+        return f"{x.dtype} onto {stream.dtype} with a norm in {scale.dtype}, kernels add bfloat16 onto float32"
+    if weight.codes.shape[0] != weight.shape[1]:
+        return f"{weight.shape[1]} outputs, filled up to {weight.codes.shape[0]} for the kernels"
+    if not x.size:
+        return "no token"
+    from pallas_kernels import FloatWeight, matmul_onto_fault
+
+    operand = FloatWeight(weight.codes, weight.scales, weight.centers)
+    return matmul_onto_fault(math.prod(x.shape[:-1]), operand, kernels.simulation(weight.layout))
 
 
 def _wide_kernel(x: jax.Array, weight: PreparedWideTensor) -> jax.Array:
     """Multiplies up to 64 tokens, rounded to bfloat16, by the W8A16 kernel, and more of them by XLA."""
-    from pallas_kernels.decode import MOST_TOKENS
+    from pallas_kernels.decode_config import MOST_TOKENS
 
     *batch, inputs = x.shape
     rows = math.prod(batch)
     if not 0 < rows <= MOST_TOKENS:
         return _reference(x, weight)
-    return _w8a16(x.reshape(rows, inputs).astype(jnp.bfloat16), weight).reshape(*batch, -1).astype(x.dtype)
-
-
-@jax.jit
-def _w8a16(x: BFloat16[Array, "rows in"], weight: PreparedWideTensor) -> BFloat16[Array, "rows out"]:
-    from pallas_kernels.wide import WideWeight, w8a16_decode
-
-    operand = WideWeight(weight.codes, weight.scales)
-    y = w8a16_decode(_pad_inputs(x, weight.codes), operand, simulate=_simulation(weight.layout))
-    return y[:, : weight.shape[1]]
-
-
-@jax.jit  # so that layers of one shape share one kernel, traced and lowered once
-def _w4a16(x: BFloat16[Array, "rows in"], weight: PreparedFloatTensor) -> BFloat16[Array, "rows out"]:
-    from pallas_kernels import FloatWeight, w4a16_matmul
-
-    padded = _pad_inputs(x, weight.codes)
-    operand = FloatWeight(weight.codes, weight.scales, weight.centers)
-    return w4a16_matmul(padded, operand, simulate=_simulation(weight.layout))[:, : weight.shape[1]]
+    return kernels.w8a16(x.reshape(rows, inputs).astype(jnp.bfloat16), weight).reshape(*batch, -1).astype(x.dtype)
 
 
 def _integer_kernel(x: UniformActivation, weight: PreparedIntegerTensor) -> jax.Array:
@@ -231,7 +269,7 @@ def _integer_kernel(x: UniformActivation, weight: PreparedIntegerTensor) -> jax.
         return _dequantized(x, weight)
     *batch, _ = x.codes.shape
     rows = math.prod(batch)
-    y = _integers(*_tokens(x), None, weight) if rows else jnp.zeros((0, weight.shape[1]))
+    y = kernels.integers(*_tokens(x), None, weight) if rows else jnp.zeros((0, weight.shape[1]))
     return y.reshape(*batch, weight.shape[1]).astype(x.dtype)
 
 
@@ -248,7 +286,7 @@ def _split_kernel(x: SplitActivation, weight: PreparedIntegerTensor) -> jax.Arra
 
     def together(_: None) -> jax.Array:
         kept = jnp.take(outliers, features, axis=1, mode="fill", fill_value=0)
-        y = _integers(*_tokens(x.inner), (kept, jnp.minimum(features, inputs - 1)), weight)
+        y = kernels.integers(*_tokens(x.inner), (kept, jnp.minimum(features, inputs - 1)), weight)
         return y.reshape(*batch, weight.shape[1]).astype(x.dtype)
 
     return jax.lax.cond(count <= MOST_FEATURES, together, lambda _: _split(x, weight), None)
@@ -261,22 +299,6 @@ def _tokens(x: UniformActivation) -> tuple[jax.Array, jax.Array, jax.Array | Non
     return codes, x.scales.reshape(-1).astype(jnp.float32), zeros
 
 
-@jax.jit
-def _integers(
-    codes: Int8[Array, "rows in"],
-    scales: Float32[Array, "rows"],
-    zeros: Float32[Array, "rows"] | None,
-    outliers: tuple[BFloat16[Array, "rows kept"], Int[Array, "kept"]] | None,
-    weight: PreparedIntegerTensor,
-) -> BFloat16[Array, "rows out"]:
-    from pallas_kernels import IntegerWeight, integer_matmul
-
-    padded = _pad_inputs(codes, weight.codes)
-    operand = IntegerWeight(weight.codes, weight.scales, weight.sums, weight.zeros)
-    y = integer_matmul(padded, scales, zeros, operand, outliers, simulate=_simulation(weight.layout))
-    return y[:, : weight.shape[1]]
-
-
 def _narrow_kernel(x: jax.Array, weight: PreparedBinaryTensor | PreparedSpqrTensor) -> jax.Array:
     """Multiplies a few tokens, rounded to bfloat16, by the kernel of the weight's format, and more of them by XLA."""
     from pallas_kernels.configs import most_tokens
@@ -285,41 +307,8 @@ def _narrow_kernel(x: jax.Array, weight: PreparedBinaryTensor | PreparedSpqrTens
     rows = math.prod(batch)
     if not 0 < rows <= most_tokens("spqr3" if isinstance(weight, PreparedSpqrTensor) else "binary4"):
         return _reference(x, weight)
-    y = _narrow(x.reshape(rows, inputs).astype(jnp.bfloat16), weight)
+    y = kernels.narrow(x.reshape(rows, inputs).astype(jnp.bfloat16), weight)
     return y.reshape(*batch, weight.shape[1]).astype(x.dtype)
-
-
-@jax.jit
-def _narrow(
-    x: BFloat16[Array, "rows in"], weight: PreparedBinaryTensor | PreparedSpqrTensor
-) -> BFloat16[Array, "rows out"]:
-    from pallas_kernels import binary_decode, spqr_decode
-    from pallas_kernels.configs import BINARY_KINDS, choose_narrow
-
-    (inputs, outputs), simulate = weight.shape, _simulation(weight.layout)
-    if isinstance(weight, PreparedSpqrTensor):
-        wide, tall = padded_spqr(weight.shape)
-        operands = weight.codes, weight.grid_codes, weight.grids, weight.values, weight.rows
-        config = choose_narrow("spqr3", len(x), tall, wide, weight.grid_codes.shape[1])
-        y = spqr_decode(jnp.pad(x, ((0, 0), (0, wide - inputs))), *operands, config=config, simulate=simulate)
-    else:
-        wide, tall = padded_binary(weight.format, weight.shape)
-        kind = BINARY_KINDS[weight.format.bits - 2]
-        config = choose_narrow(kind, len(x), tall, wide, len(weight.alphas))
-        x = jnp.pad(x, ((0, 0), (0, wide - inputs)))
-        y = binary_decode(x, weight.signs, weight.alphas, weight.offsets, config=config, simulate=simulate)
-    return y[:, :outputs]
-
-
-def _pad_inputs(x: Shaped[Array, "rows in"], codes: Int[Array, "out padded"]) -> Shaped[Array, "rows padded"]:
-    return jnp.pad(x, ((0, 0), (0, codes.shape[1] - x.shape[1])))
-
-
-def _simulation(layout: Layout) -> Any:
-    """Returns what makes a kernel run in the interpreter; None where the GPU shall run it."""
-    from pallas_kernels.compat import Simulation
-
-    return Simulation() if layout is Layout.SIMULATED else None
 
 
 def _split(x: SplitActivation, weight: Any) -> jax.Array:
@@ -360,19 +349,22 @@ _RULES: Final[Mapping[tuple[type, type, Layout], MatmulRule]] = {
     (UniformActivation, PermutedTensor, _PORTABLE): _permuted_integer,
     **{(RazoredActivation, weight, _PORTABLE): _dequantized for weight in _WEIGHTS},
     **{(SplitActivation, weight, _PORTABLE): _split for weight in _WEIGHTS},
+    **{(UndividedActivation, weight, _PORTABLE): _dequantized for weight in _WEIGHTS},
     **{(jax.Array, PreparedFloatTensor, layout): _float_kernel for layout in _PREPARED},
     **{(UniformActivation, PreparedFloatTensor, layout): _dequantized for layout in _PREPARED},
     **{(RazoredActivation, PreparedFloatTensor, layout): _dequantized for layout in _PREPARED},
     **{(SplitActivation, PreparedFloatTensor, layout): _split for layout in _PREPARED},
+    **{(UndividedActivation, PreparedFloatTensor, layout): _undivided_kernel for layout in _PREPARED},
     **{(jax.Array, PreparedIntegerTensor, layout): _reference for layout in _PREPARED},
     **{(UniformActivation, PreparedIntegerTensor, layout): _integer_kernel for layout in _PREPARED},
     **{(RazoredActivation, PreparedIntegerTensor, layout): _dequantized for layout in _PREPARED},
     **{(SplitActivation, PreparedIntegerTensor, layout): _split_kernel for layout in _PREPARED},
+    **{(UndividedActivation, PreparedIntegerTensor, layout): _dequantized for layout in _PREPARED},
     **{(jax.Array, PreparedWideTensor, layout): _wide_kernel for layout in _PREPARED},
     **{(jax.Array, weight, layout): _narrow_kernel for weight in _NARROW for layout in _PREPARED},
     **{
         (x, weight, layout): _dequantized
-        for x in (UniformActivation, RazoredActivation)
+        for x in (UniformActivation, RazoredActivation, UndividedActivation)
         for weight in _OF_NUMBERS
         for layout in _PREPARED
     },

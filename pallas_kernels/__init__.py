@@ -30,7 +30,10 @@ from pallas_kernels.kronecker import Rotation as Rotation
 from pallas_kernels.kronecker import prepare_rotation as prepare_rotation
 from pallas_kernels.kronecker import restore_rotation as restore_rotation
 from pallas_kernels.matmul import integer_matmul as integer_matmul
+from pallas_kernels.matmul import matmul_onto_fault as matmul_onto_fault
 from pallas_kernels.matmul import w4a16_matmul as w4a16_matmul
+from pallas_kernels.matmul import w4a16_matmul_onto as w4a16_matmul_onto
+from pallas_kernels.matmul import w4a16_matmul_undivided as w4a16_matmul_undivided
 from pallas_kernels.narrow import BinaryWeight as BinaryWeight
 from pallas_kernels.narrow import SpqrWeight as SpqrWeight
 from pallas_kernels.narrow import TwoLevelGrids as TwoLevelGrids
@@ -38,6 +41,7 @@ from pallas_kernels.narrow import prepare_binary as prepare_binary
 from pallas_kernels.narrow import prepare_spqr as prepare_spqr
 from pallas_kernels.narrow import restore_binary as restore_binary
 from pallas_kernels.narrow import restore_spqr as restore_spqr
+from pallas_kernels.residual import Undivided as Undivided
 from pallas_kernels.spqr import spqr_decode as spqr_decode
 from pallas_kernels.weights import FloatWeight as FloatWeight
 from pallas_kernels.weights import IntegerWeight as IntegerWeight

@@ -33,7 +33,7 @@ import jax
 
 from pallas_kernels import attention_bench, configs, grid, narrow_case, report, shapes
 from pallas_kernels.cases import KINDS, Case, Product, random_legal_cases, relative_error
-from pallas_kernels.decode import DecodeConfig
+from pallas_kernels.decode_config import DecodeConfig
 from pallas_kernels.measure import Peaks, copies, kernel_microseconds
 from pallas_kernels.narrow_case import NarrowCase, narrow_cases
 from pallas_kernels.outlier_case import FEATURES, SHAPE, OutlierCase

@@ -50,7 +50,7 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, BFloat16, Float16, Int
 
 from pallas_kernels import compat, inline, inline_warp, meet
-from pallas_kernels.decode import DecodeConfig
+from pallas_kernels.decode_config import DecodeConfig
 from pallas_kernels.fields import BLOCK, BLOCKS
 from pallas_kernels.pieces import COLUMNS, PIECES, pieces_by_kernel, pieces_by_xla
 
@@ -122,7 +122,7 @@ def binary_decode(
         simulated=simulated,
     )
     given = [pieces, signs, alphas, grids, *([] if offsets is None else [offsets])]
-    return meet.launch(kernel, given, m, n, kernel.scratch, simulate)
+    return meet.launch(kernel, given, m, n, kernel.scratch, simulate)[0]
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ import jax
 from pallas_kernels import compat, order
 from pallas_kernels.binary import MOST_TOKENS as BINARY_TOKENS
 from pallas_kernels.binary import fault_of_binary
-from pallas_kernels.decode import MOST_TOKENS, DecodeConfig
+from pallas_kernels.decode_config import MOST_TOKENS, DecodeConfig
 from pallas_kernels.decode_rules import (
     LEAST_DEPTH,
     MANY_OF_FEW,

@@ -35,7 +35,7 @@ benchmarks/results/2026-11-23-h100-kernel-variants.jsonl), groups of 128, by war
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 import jax
 import jax.numpy as jnp
@@ -43,55 +43,11 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jaxtyping import Array, BFloat16, Float, Float32, Int, Int8
 
-from pallas_kernels import compat, inline, inline_warp, meet, order
+from pallas_kernels import compat, inline, inline_warp, meet, residual
+from pallas_kernels.decode_config import LEAST_PIECE, MOST_TOKENS, PADDED, DecodeConfig
 
-MOST_TOKENS: Final = 64
-PADDED: Final = 8  # the least number of columns of the instruction, and what they are a multiple of
-LEAST_PIECE: Final = 64  # codes, 32 bytes
+OF_TOKENS: Final = ("token_scales", "token_zeros")  # arguments that only products of integers have
 SIXTEENTH: Final = 1 / 16  # int4 codes are unpacked as 16 times themselves
-
-
-@dataclass(frozen=True)
-class DecodeConfig:
-    """How the work is divided.
-
-    Attributes:
-      depth: inputs of one copy.
-      stages: copies that a warpgroup has under way.
-      warpgroups: warpgroups of a block, each with its own range of inputs.
-      splits: blocks that share the inputs of the same outputs.
-      rows: outputs of a block, 64 or 128: more of them use the activations that a warpgroup has copied.
-      cluster: add the splits in the shared memory of a cluster's first block; otherwise XLA adds them.
-      together: groups whose products are under way at once, so that one is unpacked while another is multiplied.
-      barriers: one before the copies of each step, or Pallas' own, one of all threads for each copy: which is faster
-        differs by shape, by some 3 %.
-      instruction: what multiplies: wgmma, of a warpgroup, or mma.sync, of each warp, whose cost grows with the tokens.
-      pieces: of binary codes alone: what makes integers of the activations.
-    """
-
-    depth: int = 256
-    stages: int = 4
-    warpgroups: int = 1
-    splits: int = 1
-    rows: int = compat.ROWS_OF_ACCUMULATOR
-    cluster: bool = False
-    together: int = 1
-    barriers: Literal["by step", "by copy"] = "by copy"
-    instruction: Literal["warpgroup", "warp"] = "warpgroup"
-    pieces: Literal["by XLA", "by kernel"] = "by XLA"
-
-    def fault(self, outputs: int, inputs: int, groups: int) -> str | None:
-        """Returns why a weight cannot be multiplied with this configuration; None where it can."""
-        group, parts = inputs // groups, self.splits * self.warpgroups
-        if outputs % self.rows:
-            return f"{outputs} outputs are no multiple of {self.rows}"
-        if inputs % (self.depth * parts):
-            return f"{inputs} inputs are no multiple of {self.depth * parts}, {parts} ranges of copies of {self.depth}"
-        if self.depth % group and group % self.depth:
-            return f"groups of {group} inputs and copies of {self.depth} do not divide one another"
-        if group % order.RUN or self.depth % LEAST_PIECE:
-            return f"groups of {group} are no multiple of {order.RUN}, or copies of {self.depth} none of {LEAST_PIECE}"
-        return None
 
 
 def w4a16_decode(
@@ -100,6 +56,8 @@ def w4a16_decode(
     scales: BFloat16[Array, "groups out"],
     centers: BFloat16[Array, "groups out"] | None = None,
     *,
+    squares: Float32[Array, "runs columns"] | None = None,
+    eps: float = 0.0,
     config: DecodeConfig,
     simulate: compat.Simulation | None = None,
 ) -> BFloat16[Array, "tokens out"]:
@@ -110,13 +68,52 @@ def w4a16_decode(
       codes: int4 in the order of `order.stored_bf16`.
       scales: the groups' steps; one group is "per channel".
       centers: 136 + zeros; None where all zeros are 0.
+      squares: of x's features before a norm, where x is `residual.Undivided`; None where it is divided.
+      eps: of that norm.
       config: how the work is divided.
       simulate: run in the interpreter on the CPU with these settings.
 
     Raises:
       ValueError: the configuration does not fit the weight, or there are too many tokens.
     """
-    return _run(x, codes, scales, centers, [], None, config, simulate)
+    ends = residual.Ends(x.shape[1], None if squares is None else eps)
+    return _run((x, codes, scales), {"centers": centers, "squares": squares}, ends, config, simulate)[0]
+
+
+def w4a16_onto(
+    x: BFloat16[Array, "tokens in"],
+    codes: Int[Array, "out in"],
+    scales: BFloat16[Array, "groups out"],
+    centers: BFloat16[Array, "groups out"] | None,
+    stream: Float32[Array, "tokens out"],
+    scale: BFloat16[Array, "out"],
+    *,
+    config: DecodeConfig,
+    simulate: compat.Simulation | None = None,
+) -> tuple[Float32[Array, "tokens out"], residual.Undivided]:
+    """Adds the product of `w4a16_decode`, not rounded, to the residual stream, and begins the norm of the sum.
+
+    Args:
+      x: activations.
+      codes: as of `w4a16_decode`.
+      scales: likewise.
+      centers: likewise.
+      stream: what is added to.
+      scale: of the norm of the sum.
+      config: how the work is divided: splits meet in a cluster, if there are any.
+      simulate: run in the interpreter on the CPU with these settings.
+
+    Returns:
+      The sum, and its norm but for the division.
+
+    Raises:
+      ValueError: the configuration does not fit the weight, or there are too many tokens.
+    """
+    if config.splits > 1 and not meet.clustered(config, simulate):
+        raise ValueError(f"{config}: XLA would add the {config.splits} splits, so that no kernel has the sum")
+    ends, beside = residual.Ends(x.shape[1], onto=True), {"centers": centers, "stream": stream, "scale": scale}
+    numbers, sums, squares = _run((x, codes, scales), beside, ends, config, simulate)
+    return sums, residual.Undivided(numbers, squares)
 
 
 def w4a8_decode(
@@ -150,65 +147,76 @@ def w4a8_decode(
     group = x.shape[1] // scales.shape[0]
     if group < LEAST_PIECE:
         raise ValueError(f"groups of {group} inputs: int8 products want at least {LEAST_PIECE}; use W4A16")
-    if token_zeros is None:
-        return _run(x, codes, scales, None, [token_scales], None, config, simulate)
-    return _run(x, codes, scales, None, [token_scales, token_zeros], sums, config, simulate)
+    of_tokens = {"token_scales": token_scales, "token_zeros": token_zeros}
+    beside = {"sums": None if token_zeros is None else sums} | of_tokens
+    return _run((x, codes, scales), beside, residual.Ends(x.shape[1]), config, simulate)[0]
 
 
 def _run(
-    x: jax.Array,
-    codes: jax.Array,
-    scales: jax.Array,
-    centers: jax.Array | None,
-    of_tokens: list[jax.Array],
-    sums: jax.Array | None,
+    operands: tuple[jax.Array, jax.Array, jax.Array],
+    beside: dict[str, jax.Array | None],
+    ends: residual.Ends,
     config: DecodeConfig,
     simulate: compat.Simulation | None,
-) -> jax.Array:
-    (m, k), n, simulated = x.shape, codes.shape[0], simulate is not None
+) -> tuple[jax.Array, ...]:
+    """Runs the kernel on x, codes, scales and others by name; returns the product and what is made beside."""
+    (x, codes, scales), simulated = operands, simulate is not None
+    (m, k), n = x.shape, codes.shape[0]
     fault = config.fault(n, k, scales.shape[0])
     if m > MOST_TOKENS:
         fault = f"{m} tokens are more than {MOST_TOKENS}: use the kernels of prefill.py"
     if fault:
         raise ValueError(f"decode of a weight [{n}, {k}] with {config}: {fault}")
-    columns = compat.columns_of(m, integer=bool(of_tokens))
+    given = {name: array for name, array in beside.items() if array is not None}
+    columns = compat.columns_of(m, integer="token_scales" in given)
     copied = 32 * compat.whole_tiles(m, 32)  # of the tokens' scales: a copy moves a multiple of 128 bytes
-    if (m > PADDED or simulated) and columns != m:  # fewer than 8 lie outside the array, which copies fill and drop
-        x = jnp.pad(x, ((0, columns - m), (0, 0)))
+    stored = columns if m > PADDED or simulated else m  # fewer than 8 lie outside the array, which copies fill and drop
+    x = _pad_rows(x, stored)
+    if "stream" in given:
+        given["stream"] = _pad_rows(given["stream"], stored)
     if simulated:
-        of_tokens = [jnp.pad(each, (0, copied - m)) for each in of_tokens]
-    given = [x, codes, scales, *(each for each in (centers, sums) if each is not None), *of_tokens]
+        given |= {name: jnp.pad(given[name], (0, copied - m)) for name in OF_TOKENS if name in given}
     kernel = _Kernel(
         config=config,
         columns=columns,
         inputs=k,
         group=k // scales.shape[0],
         copied=copied,
-        centers=centers is not None,
-        sums=sums is not None,
-        tokens=len(of_tokens),
+        names=tuple(given),
+        ends=ends,
         clustered=meet.clustered(config, simulate),
         simulated=simulated,
     )
     scratch = functools.partial(kernel.scratch, x.dtype, scales.dtype)
-    y = meet.launch(kernel, given, x.shape[0], n, scratch, simulate)
-    return y[:m] if y.shape[0] != m else y
+    made, reduction = ends.made(stored, n, config.rows, columns), ends.reduction_bytes()
+    y, *others = meet.launch(kernel, [x, codes, scales, *given.values()], stored, n, scratch, simulate, made, reduction)
+    return tuple(each[:m] if each.shape[0] == stored != m else each for each in (y, *others))
+
+
+def _pad_rows(x: jax.Array, rows: int) -> jax.Array:
+    return x if x.shape[0] == rows else jnp.pad(x, ((0, rows - x.shape[0]), (0, 0)))
 
 
 @dataclass(frozen=True)
 class _Kernel:
-    """One kernel's sizes and program; `_gmem` names what lies in the GPU's memory, `_smem` in a block's own."""
+    """One kernel's sizes and program; `_gmem` names what lies in the GPU's memory, `_smem` in a block's own.
+
+    `names` are of the arguments behind x, codes and scales.
+    """
 
     config: DecodeConfig
     columns: int
     inputs: int
     group: int
     copied: int
-    centers: bool
-    sums: bool
-    tokens: int
+    names: tuple[str, ...]
+    ends: residual.Ends
     clustered: bool
     simulated: bool
+
+    @property
+    def of_tokens(self) -> list[str]:
+        return [name for name in OF_TOKENS if name in self.names]
 
     @property
     def by_step(self) -> bool:
@@ -242,27 +250,28 @@ class _Kernel:
             "x_smem": shared((*slots, self.columns, c.depth), operand, transforms=inner),
             "codes_smem": shared((*slots, rows, c.depth), jnp.int4, transforms=compat.tiled(self.piece, jnp.int4)),
             "scales_smem": shared(grids, steps_of_grid),
-            "full": compat.Barrier(num_arrivals=3 + self.centers, num_barriers=c.warpgroups * self.stages),
+            "full": compat.Barrier(num_arrivals=3 + ("centers" in self.names), num_barriers=c.warpgroups * self.stages),
             "out_smem": shared((self.columns, rows), result, transforms=compat.tiled(swizzled, result)),
         }
-        if self.centers:
+        if "centers" in self.names:
             found["centers_smem"] = shared(grids, jnp.bfloat16)
-        if self.tokens:
-            found["tokens_smem"] = shared((self.tokens, self.copied), float32)
-            found["told"] = compat.Barrier(num_arrivals=self.tokens)
+        if self.of_tokens:
+            found["tokens_smem"] = shared((len(self.of_tokens), self.copied), float32)
+            found["told"] = compat.Barrier(num_arrivals=len(self.of_tokens))
         if self.simulated:
             found["bounce"] = shared((c.warpgroups, rows, self.chunk), operand)
+        found |= self.ends.scratch(rows, self.columns)
         return found | meet.scratch(rows, self.columns, c.warpgroups, c.splits if self.clustered else 1)
 
     def body(self, x_gmem: Any, codes_gmem: Any, scales_gmem: Any, *rest: Any, **memory: Any) -> None:
         """One warpgroup's program."""
-        *optional, out_gmem = rest
-        centers_gmem = optional.pop(0) if self.centers else None
-        sums_gmem = optional.pop(0) if self.sums else None
+        gmem = dict(zip((*self.names, "out", "sum", "squares of sum"), rest, strict=False))
         c, m, rows = self.config, self.columns, self.config.rows
         warpgroup, split, tile = lax.axis_index("wg"), lax.axis_index("split"), lax.axis_index("tile")
         first = (split * c.warpgroups + warpgroup) * self.steps
         outputs = pl.ds(tile * rows, rows)
+        loaded: dict[str, Any] = {}
+        stores = (warpgroup == 0) & (split == 0) if self.clustered else warpgroup == 0
 
         def fetch(step: Any, slot: Any) -> None:
             barrier, start = full(slot), (first + step) * c.depth
@@ -270,39 +279,46 @@ class _Kernel:
             compat.copy_in(codes_gmem.at[outputs, inputs], memory["codes_smem"].at[warpgroup, slot], barrier)
             compat.copy_in(x_gmem.at[pl.ds(0, m), inputs], memory["x_smem"].at[warpgroup, slot], barrier)
             compat.copy_in(scales_gmem.at[groups, outputs], memory["scales_smem"].at[warpgroup, slot], barrier)
-            if centers_gmem is not None:
-                compat.copy_in(centers_gmem.at[groups, outputs], memory["centers_smem"].at[warpgroup, slot], barrier)
+            if "centers" in gmem:
+                compat.copy_in(gmem["centers"].at[groups, outputs], memory["centers_smem"].at[warpgroup, slot], barrier)
 
         def full(slot: Any) -> Any:
             return memory["full"].at[warpgroup * self.stages + slot]
 
         def begun() -> Any:
-            if self.tokens:
+            loaded.update(self.ends.load(gmem, outputs))
+            if self.of_tokens or self.ends.onto:
 
-                @pl.when(warpgroup == 0)
+                @pl.when(stores)
                 def _() -> None:
-                    for index, source in enumerate(optional):
+                    self.ends.fetch(gmem, memory, outputs)
+                    for index, name in enumerate(self.of_tokens):
                         target = memory["tokens_smem"].at[index]
-                        compat.copy_in(source.at[pl.ds(0, self.copied)], target, memory["told"])
+                        compat.copy_in(gmem[name].at[pl.ds(0, self.copied)], target, memory["told"])
 
             return compat.cast(jnp.zeros((rows, m), jnp.float32), compat.C)
 
         sum_ = meet.walk(self, fetch, lambda sum_, slot: self._add(sum_, warpgroup, slot, memory), begun, full)
 
         def store(sum_: Any) -> None:
+            if self.of_tokens:
+                compat.wait(memory["told"])
             row_sums = None
-            if sums_gmem is not None:  # the zeros' part belongs to one split
-                row_sums = compat.load(sums_gmem.at[outputs], compat.ROWS, checked=False)
+            if "sums" in gmem:  # the zeros' part belongs to one split
+                row_sums = compat.load(gmem["sums"].at[outputs], compat.ROWS, checked=False)
                 row_sums = row_sums * jnp.where(split == 0, jnp.float32(1), jnp.float32(0))
-            value = self._scaled(sum_, row_sums, memory)
+            value = total = self.ends.divided(self._scaled(sum_, row_sums, memory), loaded)
+            if self.ends.onto:
+                total = self.ends.summed(value, memory)
+                value = total * compat.along_rows(loaded["scale"].astype(jnp.float32), total.shape)
             target = memory["out_smem"]
             target.T[...] = compat.cast(value.astype(target.dtype), compat.C_TRANSPOSED)
             compat.commit()
-            compat.copy_out(target, out_gmem.at[0 if self.clustered else split, pl.ds(0, m), outputs])
+            compat.copy_out(target, gmem["out"].at[0 if self.clustered else split, pl.ds(0, m), outputs])
+            if self.ends.onto:
+                self.ends.store(total, gmem, memory, outputs, tile)
 
         def across_splits(sum_: Any) -> None:
-            if self.tokens:
-                compat.wait(memory["told"])
             meet.across_cluster(sum_, split, c.splits if self.clustered else 1, memory, store)
 
         meet.across_warpgroups(sum_, warpgroup, c.warpgroups, memory, across_splits)
@@ -312,7 +328,7 @@ class _Kernel:
         """Returns the sum and the product of one copy, group by group, `together` of them under way at once."""
         c, rows, chunk = self.config, self.config.rows, self.chunk
         bounce = memory["bounce"].at[warpgroup] if self.simulated else None
-        count, result = c.depth // chunk, jnp.int32 if self.tokens else jnp.float32
+        count, result = c.depth // chunk, jnp.int32 if self.of_tokens else jnp.float32
         operands = self._operands(warpgroup, slot, memory)
         if c.instruction == "warp":
             for group in range(count):
@@ -348,12 +364,12 @@ class _Kernel:
         a: Any = None
         for group in range(c.depth // chunk):
             centers = None
-            if self.centers:
+            if "centers" in self.names:
                 centers = compat.load(memory["centers_smem"].at[warpgroup, slot, group], compat.ROWS)
             start = group * chunk % piece
             if start == 0:
                 codes = memory["codes_smem"].at[warpgroup, slot, :, pl.ds(group * chunk, piece)]
-                if self.tokens:
+                if self.of_tokens:
                     a = inline.unpack_int8(codes, (rows, piece), simulated=self.simulated)
                 else:
                     inside = centers if piece == chunk else None
@@ -365,13 +381,13 @@ class _Kernel:
 
     def _scaled(self, value: Any, sums: Any, memory: dict[str, Any]) -> Any:
         """Returns token_scales * (value / 16 - token_zeros * sums) of integers, and other values as they are."""
-        if not self.tokens:
+        if not self.of_tokens:
             return value
         of_tokens = [
             compat.along_columns(
                 compat.load(memory["tokens_smem"].at[index, pl.ds(0, self.columns)], compat.COLUMNS), value.shape
             )
-            for index in range(self.tokens)
+            for index in range(len(self.of_tokens))
         ]
         value = value * SIXTEENTH
         if sums is not None:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Any, Final, Literal
 
 from pallas_kernels import compat, order
-from pallas_kernels.decode import DecodeConfig
+from pallas_kernels.decode_config import DecodeConfig
 
 MULTIPROCESSORS: Final = 132  # of an H100 or H200
 WARPGROUPS_UNDER_WAY: Final = 4 * MULTIPROCESSORS

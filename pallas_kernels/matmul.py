@@ -7,8 +7,11 @@ from jaxtyping import Array, BFloat16, Float32, Int, Int8
 
 from pallas_kernels import configs
 from pallas_kernels.compat import Simulation
-from pallas_kernels.decode import DecodeConfig, w4a8_decode, w4a16_decode
+from pallas_kernels.decode import w4a8_decode, w4a16_decode, w4a16_onto
+from pallas_kernels.decode_config import DecodeConfig
+from pallas_kernels.decode_rules import MANY_OF_FEW
 from pallas_kernels.prefill import PrefillConfig, fitting, integer_prefill, w4a16_prefill
+from pallas_kernels.residual import Undivided
 from pallas_kernels.weights import FloatWeight, IntegerWeight
 
 
@@ -35,6 +38,75 @@ def w4a16_matmul(
     if isinstance(chosen, DecodeConfig):
         return w4a16_decode(x, weight.codes, weight.scales, weight.centers, config=chosen, simulate=simulate)
     return w4a16_prefill(x, weight.codes, weight.scales, weight.centers, config=chosen, simulate=simulate)
+
+
+def w4a16_matmul_undivided(
+    x: Undivided, weight: FloatWeight, *, eps: float, simulate: Simulation | None = None
+) -> BFloat16[Array, "tokens out"]:
+    """Multiplies a norm whose tokens are not divided: `reference.float_matmul` of what it stands for, up to rounding.
+
+    Args:
+      x: what `w4a16_matmul_onto` returned.
+      weight: what `prepare_w4a16` returned.
+      eps: of the norm.
+      simulate: run in the interpreter on the CPU with these settings; None on an H100 or H200.
+
+    Raises:
+      ValueError: no kernel of few tokens multiplies this shape.
+    """
+    (tokens, inputs), groups = x.numbers.shape, weight.scales.shape[0]
+    chosen = _choose("w4a16", (tokens, weight.codes.shape[0], inputs), groups, simulate)
+    if not isinstance(chosen, DecodeConfig):
+        raise ValueError(f"{tokens} undivided tokens: kernels of few tokens divide, {chosen} is none; divide before")
+    codes, scales, centers = weight
+    return w4a16_decode(x.numbers, codes, scales, centers, squares=x.squares, eps=eps, config=chosen, simulate=simulate)
+
+
+def w4a16_matmul_onto(
+    x: BFloat16[Array, "tokens in"],
+    weight: FloatWeight,
+    stream: Float32[Array, "tokens out"],
+    scale: BFloat16[Array, "out"],
+    *,
+    simulate: Simulation | None = None,
+) -> tuple[Float32[Array, "tokens out"], Undivided]:
+    """Adds a product to the residual stream: `reference.add_norm` of it, but for the division by the root of the mean.
+
+    Args:
+      x: activations.
+      weight: what `prepare_w4a16` returned.
+      stream: what is added to.
+      scale: of the norm of the sum.
+      simulate: run in the interpreter on the CPU with these settings; None on an H100 or H200.
+
+    Raises:
+      ValueError: no kernel does so with this shape: see `matmul_onto_fault`.
+    """
+    fault = matmul_onto_fault(x.shape[0], weight, simulate)
+    if fault:
+        raise ValueError(f"{x.shape[0]} tokens times {weight.codes.shape} onto a stream: {fault}; use `norm.add_norm`")
+    config = _onto_config(x.shape[0], weight, simulate)
+    return w4a16_onto(x, *weight, stream, scale, config=config, simulate=simulate)
+
+
+def matmul_onto_fault(tokens: int, weight: FloatWeight, simulate: Simulation | None = None) -> str | None:
+    """Returns why `w4a16_matmul_onto` has no kernel for a product; None where it has.
+
+    >>> matmul_onto_fault(17, FloatWeight(jnp.zeros((4096, 64), jnp.int4), jnp.ones((1, 4096)), None))
+    '17 tokens, kernels that add to a stream take 16'
+    """
+    if tokens > MANY_OF_FEW:
+        return f"{tokens} tokens, kernels that add to a stream take {MANY_OF_FEW}"
+    config = _onto_config(tokens, weight, simulate)
+    return f"XLA adds the {config.splits} splits" if config.splits > 1 and not config.cluster else None
+
+
+def _onto_config(tokens: int, weight: FloatWeight, simulate: Simulation | None) -> DecodeConfig:
+    """Returns the choice for a product; simulated, of one split: the interpreter has no clusters."""
+    outputs, inputs = weight.codes.shape
+    chosen = _choose("w4a16", (tokens, outputs, inputs), weight.scales.shape[0], simulate)
+    assert isinstance(chosen, DecodeConfig), "few tokens have no other kernel"
+    return chosen if simulate is None else dataclasses.replace(chosen, splits=1)
 
 
 def integer_matmul(

@@ -32,7 +32,9 @@ def launch(
     outputs: int,
     scratch_of: Callable[[Any], dict[str, Any]],
     simulate: compat.Simulation | None,
-) -> BFloat16[Array, "{tokens} {outputs}"]:
+    beside: tuple[jax.ShapeDtypeStruct, ...] = (),
+    reduction_bytes: int = 0,
+) -> tuple[BFloat16[Array, "{tokens} {outputs}"], *tuple[jax.Array, ...]]:
     """Runs a kernel on a grid of tiles and splits; returns [tokens, out], the splits added in it or by XLA.
 
     Args:
@@ -42,22 +44,25 @@ def launch(
       outputs: of the weight.
       scratch_of: its shared memory, by the dtype that it stores.
       simulate: run in the interpreter on the CPU with these settings.
+      beside: what else it stores, where the splits do not meet in XLA; returned behind the product.
+      reduction_bytes: of the scratch memory of reductions, which one warpgroup of a block alone may make.
     """
     config = kernel.config
     in_xla = config.splits > 1 and not kernel.clustered
     shape, dtype = (config.splits if in_xla else 1, tokens, outputs), jnp.float32 if in_xla else jnp.bfloat16
     splits, tiles = {"split": config.splits}, {"tile": outputs // config.rows}
-    parts = compat.kernel(
+    parts, *others = compat.kernel(
         kernel.body,
-        out=jax.ShapeDtypeStruct(shape, dtype),
+        out=(jax.ShapeDtypeStruct(shape, dtype), *beside),
         scratch=scratch_of(dtype),
         grid=tiles if kernel.clustered else tiles | splits,
         cluster=splits if kernel.clustered else None,
         warpgroups=config.warpgroups,
         manual_barriers=kernel.by_step,
+        reduction_bytes=reduction_bytes,
         simulate=simulate,
     )(*given)
-    return parts.sum(0).astype(jnp.bfloat16) if in_xla else parts[0]
+    return (parts.sum(0).astype(jnp.bfloat16) if in_xla else parts[0], *others)
 
 
 def walk(

@@ -13,7 +13,7 @@ from jaxtyping import Array, BFloat16, Float, Float32
 from pallas_kernels import reference
 from pallas_kernels.binary import binary_decode
 from pallas_kernels.configs import NarrowKind, choose_narrow, most_tokens
-from pallas_kernels.decode import DecodeConfig
+from pallas_kernels.decode_config import DecodeConfig
 from pallas_kernels.narrow import BinaryWeight, SpqrWeight, TwoLevelGrids, prepare_binary, prepare_spqr
 from pallas_kernels.spqr import GROUP, spqr_decode
 

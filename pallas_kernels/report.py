@@ -2,7 +2,7 @@
 
 from typing import Any, Final
 
-from pallas_kernels.decode import DecodeConfig
+from pallas_kernels.decode_config import DecodeConfig
 from pallas_kernels.prefill import PrefillConfig
 from pallas_kernels.rotation_case import RotationCase
 

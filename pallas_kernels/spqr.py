@@ -44,7 +44,7 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, BFloat16, Float16, Int, Int8, Integer
 
 from pallas_kernels import compat, inline, inline_warp, meet
-from pallas_kernels.decode import DecodeConfig
+from pallas_kernels.decode_config import DecodeConfig
 from pallas_kernels.fields import THREES
 
 MOST_TOKENS: Final = 2
@@ -109,7 +109,7 @@ def spqr_decode(
             )
         given += [values, rows, x]
     kernel = _Kernel(config, m, k, values is not None, meet.clustered(config, simulate), simulated)
-    return meet.launch(kernel, given, m, n, kernel.scratch, simulate)
+    return meet.launch(kernel, given, m, n, kernel.scratch, simulate)[0]
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, BFloat16, Float32, Int8
 
 from pallas_kernels import compat, inline_wide, meet
-from pallas_kernels.decode import MOST_TOKENS, PADDED, DecodeConfig
+from pallas_kernels.decode_config import MOST_TOKENS, PADDED, DecodeConfig
 
 RUN: Final = 16  # inputs of one permutation
 PIECE: Final = 128  # inputs that are unpacked at once
@@ -144,7 +144,7 @@ def w8a16_decode(
     if (m > PADDED or simulate is not None) and columns != m:
         x = jnp.pad(x, ((0, columns - m), (0, 0)))
     kernel = _Kernel(chosen, columns, k, meet.clustered(chosen, simulate), simulate is not None)
-    y = meet.launch(kernel, [x, *weight], x.shape[0], n, kernel.scratch, simulate)
+    y = meet.launch(kernel, [x, *weight], x.shape[0], n, kernel.scratch, simulate)[0]
     return y[:m] if y.shape[0] != m else y
 
 

@@ -3,6 +3,7 @@
 from jquant.formats.activation import QuantizedActivation as QuantizedActivation
 from jquant.formats.activation import RazoredActivation as RazoredActivation
 from jquant.formats.activation import SplitActivation as SplitActivation
+from jquant.formats.activation import UndividedActivation as UndividedActivation
 from jquant.formats.activation import UniformActivation as UniformActivation
 from jquant.formats.base import Layout as Layout
 from jquant.formats.base import QuantizedTensor as QuantizedTensor

@@ -3,12 +3,14 @@
     uniform    x ~ scales * (codes - zeros)              one scale for each token and group of features
     razored    x ~ scales * (codes << shifts)            one scale for each token, one shift for each group
     split      x ~ scales * codes + outliers             features with outliers keep their numbers
+    undivided  x = numbers / sqrt(mean(sum^2) + eps)     no integers: a norm that its product with a weight divides
 
 Codes are int8, so that they multiply int8 weights into int32 sums; an asymmetric code q of b bits is held as
 q - 2^(b-1), its zero likewise. A scale that a whole tensor shares is repeated for each token.
 """
 
 import abc
+import math
 from typing import final
 
 import jax
@@ -21,7 +23,7 @@ from jquant.types import Leaf, compute_dtype
 
 
 class QuantizedActivation(abc.ABC):
-    """An activation [..., in] kept in integers. Final subclasses are `flax.struct` dataclasses.
+    """An activation [..., in] kept in integers, or else in parts. Final subclasses are `flax.struct` dataclasses.
 
     `dequantize` is the meaning of the node: every rule of `jquant.matmul` must agree with it.
 
@@ -105,3 +107,34 @@ class SplitActivation(QuantizedActivation):
         """Returns the sum of both parts, computed in float32 or wider and rounded once to `dtype`."""
         wide = compute_dtype(self.dtype)
         return (self.inner.dequantize(wide) + self.outliers.astype(wide)).astype(dtype)
+
+
+@final
+@struct.dataclass
+class UndividedActivation(QuantizedActivation):
+    """x[t] = numbers[t] / sqrt(sum(squares[:, t]) / in + eps): what a kernel leaves that begins a norm.
+
+    Attributes:
+      numbers: bfloat16 [..., in], the norm's scale times what is normed.
+      squares: float32 [runs, columns], sums of the squares of what is normed over runs of features; column t is of
+        token t, in the order of `numbers`, and columns behind the last token mean nothing.
+      eps: of the norm.
+      dtype: of the activation.
+    """
+
+    numbers: Leaf
+    squares: Leaf
+    eps: float = struct.field(pytree_node=False)
+    dtype: str = struct.field(pytree_node=False)
+
+    def dequantize(self, dtype: jax.typing.DTypeLike = jnp.float32) -> Float[Array, "*batch in"]:
+        """Returns the numbers divided, computed in float32 and rounded once to `dtype`.
+
+        >>> ones = jnp.ones((1, 4), jnp.bfloat16)
+        >>> UndividedActivation(ones, jnp.full((2, 8), 8.0), 0.0, "bfloat16").dequantize().tolist()
+        [[0.5, 0.5, 0.5, 0.5]]
+        """
+        *batch, features = self.numbers.shape
+        means = jnp.sum(self.squares, axis=0)[: math.prod(batch)] / features
+        factors = jax.lax.rsqrt(means + self.eps).reshape(*batch, 1)
+        return (self.numbers.astype(jnp.float32) * jnp.broadcast_to(factors, self.numbers.shape)).astype(dtype)

@@ -10,9 +10,10 @@ from jaxtyping import Array, Bool, Float, Int
 from jquant.formats import Layout
 from jquant.kv import LayerCache, Rope
 from jquant.models.config import LlamaConfig
-from jquant.models.layers import apply_rope, attention, causal_mask, linear, linears, rms_norm
-from jquant.models.stream import Stream, add_norm
+from jquant.models.layers import Input, apply_rope, attention, causal_mask, linears, rms_norm
+from jquant.models.stream import Stream, add_linear, add_norm
 from jquant.models.tree import Attention, Block, Mlp
+from jquant.types import Leaf
 
 type Valid = Bool[Array, "batch tokens"] | None  # which tokens are no padding; None: all
 type KeysValues = tuple[jax.Array, jax.Array]
@@ -49,7 +50,13 @@ def run_block(
 
 
 def stream_block(
-    layer: Block, x: Stream, valid: Valid, attend: Attend, config: LlamaConfig, layout: Layout
+    layer: Block,
+    x: Stream,
+    valid: Valid,
+    attend: Attend,
+    config: LlamaConfig,
+    layout: Layout,
+    following: Leaf | None = None,
 ) -> tuple[Stream, LayerCache, Taps]:
     """Runs a block, its attention by `attend`.
 
@@ -61,16 +68,20 @@ def stream_block(
         shall be kept.
       config: the model's sizes.
       layout: whose kernel makes the norms.
+      following: the scale of the norm behind the block, which its last kernel may begin; None where none is known.
 
     Returns:
-      The block's output, its last update not yet added, what `attend` keeps, and the taps.
+      The block's output, its last update perhaps not yet added, what `attend` keeps, and the taps.
     """
     attention, mlp = layer.self_attn, layer.mlp
+    between = layer.post_attention_layernorm if layout is not Layout.PORTABLE else None
     value, normed = add_norm(x, layer.input_layernorm, config, layout)
-    update, cache, attention_input, attention_output = _attention(attention, normed, valid, attend, config)
-    value, normed = add_norm(Stream(value, update), layer.post_attention_layernorm, config, layout)
-    update, mlp_input, mlp_hidden = _mlp(mlp, normed, valid)
-    return Stream(value, update), cache, Taps(attention_input, attention_output, mlp_input, mlp_hidden)
+    context, cache, attention_input = _attend(attention, normed, valid, attend, config)
+    x, attention_output = add_linear(value, attention.o_proj, context, valid, between, config)
+    value, normed = add_norm(x, layer.post_attention_layernorm, config, layout)
+    hidden, mlp_input = _hidden(mlp, normed, valid)
+    x, mlp_hidden = add_linear(value, mlp.down_proj, hidden, valid, following, config)
+    return x, cache, Taps(attention_input, attention_output, mlp_input, mlp_hidden)
 
 
 def exact_block(
@@ -109,30 +120,22 @@ def exact_block(
     return y, seen
 
 
-def _attention(
-    layer: Attention, x: Float[Array, "batch tokens hidden"], valid: Valid, attend: Attend, config: LlamaConfig
-) -> tuple[
-    Float[Array, "batch tokens hidden"],
-    LayerCache,
-    Float[Array, "batch tokens hidden"],
-    Float[Array, "batch tokens queries"],
-]:
-    batch, tokens, _ = x.shape
+def _attend(
+    layer: Attention, x: Input, valid: Valid, attend: Attend, config: LlamaConfig
+) -> tuple[Float[Array, "batch tokens queries"], LayerCache, Float[Array, "batch tokens hidden"]]:
+    """Returns what the queries gather, what `attend` keeps, and the tap of the three linears."""
     projected, tap = linears((layer.q_proj, layer.k_proj, layer.v_proj), x, valid)
-    queries, keys, values = (y.reshape(batch, tokens, -1, config.head_dim) for y in projected)
+    queries, keys, values = (y.reshape(*y.shape[:2], -1, config.head_dim) for y in projected)
     if layer.q_norm is not None and layer.k_norm is not None:
         queries = rms_norm(queries, layer.q_norm, config.rms_norm_eps)
         keys = rms_norm(keys, layer.k_norm, config.rms_norm_eps)
     context, cache = attend(queries, keys, values)
-    y, output_tap = linear(layer.o_proj, context.reshape(batch, tokens, -1), valid)
-    return y, cache, tap, output_tap
+    return context.reshape(*context.shape[:2], -1), cache, tap
 
 
-def _mlp(
-    layer: Mlp, x: Float[Array, "batch tokens hidden"], valid: Valid
-) -> tuple[
-    Float[Array, "batch tokens hidden"], Float[Array, "batch tokens hidden"], Float[Array, "batch tokens inner"]
-]:
+def _hidden(
+    layer: Mlp, x: Input, valid: Valid
+) -> tuple[Float[Array, "batch tokens inner"], Float[Array, "batch tokens hidden"]]:
+    """Returns silu(gate(x)) * up(x), and the tap of both linears."""
     (gate, up), tap = linears((layer.gate_proj, layer.up_proj), x, valid)
-    y, hidden_tap = linear(layer.down_proj, jax.nn.silu(gate) * up, valid)
-    return y, tap, hidden_tap
+    return jax.nn.silu(gate) * up, tap

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jquant.formats import JoinedPart, PreparedRotation, ShardedTensor
+from jquant.formats import JoinedPart, PreparedRotation, ShardedTensor, UndividedActivation
 from jquant.matmul import matmul
 from jquant.models.config import RopeConfig
 from jquant.models.tree import Linear
@@ -18,8 +18,11 @@ from jquant.types import DType, compute_dtype
 QUERY_CHUNK: Final = 128  # 2-core CPU, 2048 tokens, 9 heads of 64: 0.04 s, 0.07 s by 256, 0.17 s with the scores whole
 
 
+type Input = Float[Array, "*batch in"] | UndividedActivation
+
+
 def linear(
-    layer: Linear, x: Float[Array, "*batch in"], valid: Bool[Array, "*batch"] | None = None
+    layer: Linear, x: Input, valid: Bool[Array, "*batch"] | None = None
 ) -> tuple[Float[Array, "*batch out"], Float[Array, "*batch tap"]]:
     """Returns (x @ kernel + bias, tap), the tap being the rotated x that the kernel multiplies, not yet quantized.
 
@@ -28,6 +31,10 @@ def linear(
       x: its input.
       valid: which tokens are real, for input quantizers whose statistics cross tokens; None if all are.
     """
+    if isinstance(x, UndividedActivation):
+        if layer.input_rotation is None and layer.input_quantizer is None:
+            return _add_bias(matmul(x, layer.kernel), layer), x.dequantize(x.dtype)
+        x = x.dequantize(x.dtype)
     if isinstance(layer.kernel, ShardedTensor):
         x = layer.kernel.gather_inputs(x)
     if isinstance(layer.input_rotation, PreparedRotation) and x.size:
@@ -42,7 +49,7 @@ def linear(
 
 
 def linears(
-    layers: Sequence[Linear], x: Float[Array, "*batch in"], valid: Bool[Array, "*batch"] | None = None
+    layers: Sequence[Linear], x: Input, valid: Bool[Array, "*batch"] | None = None
 ) -> tuple[tuple[Float[Array, "*batch out"], ...], Float[Array, "*batch in"]]:
     """Returns what several linears make of one input, and the first one's tap, as `linear`; joined ones at once."""
     first, *others = layers

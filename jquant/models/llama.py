@@ -216,14 +216,10 @@ def decode(model: Llama, tokens: Int[Array, "batch"], cache: Cache) -> tuple[Flo
         positions = replicate(cache.positions + 1, model.layers)
         return replicate(logits, model.layers), Cache(layers, positions, cache.capacity)
 
-    def apply(layer: Block, x: Stream, layer_cache: LayerCache) -> tuple[Stream, LayerCache]:
-        y, kept = step_block(layer, x, layer_cache, cache.positions, model.config)
-        return (y.settled() if isinstance(model.layers, Stacked) else y), kept
-
+    x, layers = _step_layers(model, Stream(embed(model, tokens[:, None])), cache)
     last = model.layers.block if isinstance(model.layers, Stacked) else model.layers[-1]
-    x, layers = _through_layers(model, Stream(embed(model, tokens[:, None])), cache.layers, apply)
-    layout = layout_of_norms(last.self_attn.kv_codec)
-    _, normed = add_norm(x, model.norm, model.config, layout)
+    _, normed = add_norm(x, model.norm, model.config, layout_of_norms(last.self_attn.kv_codec))
+    assert isinstance(normed, jax.Array), "no kernel begins the last norm"
     logits = project(model, normed[:, 0])
     room = (cache.positions < cache.capacity)[:, None]
     kept = Cache(layers=layers, positions=cache.positions + 1, capacity=cache.capacity)
@@ -322,9 +318,14 @@ def chunk_block(
 
 
 def step_block(
-    layer: Block, x: Stream, cache: LayerCache, positions: Int[Array, "batch"], config: LlamaConfig
+    layer: Block,
+    x: Stream,
+    cache: LayerCache,
+    positions: Int[Array, "batch"],
+    config: LlamaConfig,
+    following: Leaf | None = None,
 ) -> tuple[Stream, LayerCache]:
-    """Runs one block over one token for each row: push, read and attend, settle."""
+    """Runs one block over one token for each row: push, read and attend, settle; `following` as of `stream_block`."""
     codec, rotation = layer.self_attn.kv_codec, layer.self_attn.query_key_rotation
     rope = make_rope(layer.self_attn, config)
     packed = attention_kernel(codec) if config.sliding_window is None else None
@@ -352,8 +353,24 @@ def step_block(
         context = attention(rotated, seen_keys, seen_values, mask)
         return context, jax.vmap(codec.settle)(pushed, positions)
 
-    y, cache, _ = stream_block(layer, x, None, attend, config, layout_of_norms(codec))
+    y, cache, _ = stream_block(layer, x, None, attend, config, layout_of_norms(codec), following)
     return y, cache
+
+
+def _step_layers(model: Llama, x: Stream, cache: Cache) -> tuple[Stream, Any]:
+    """Runs all blocks over one token for each row; those that lie apart begin the next one's norm."""
+    if isinstance(model.layers, tuple):
+        followings, kept = [*(layer.input_layernorm for layer in model.layers[1:]), None], []
+        for layer, own, following in zip(model.layers, cache.layers, followings, strict=True):
+            x, after = step_block(layer, x, own, cache.positions, model.config, following)
+            kept.append(after)
+        return x, tuple(kept)
+
+    def apply(layer: Block, x: Stream, own: LayerCache) -> tuple[Stream, LayerCache]:
+        y, kept = step_block(layer, x, own, cache.positions, model.config)
+        return y.settled(), kept
+
+    return _through_layers(model, x, cache.layers, apply)
 
 
 def _through_layers(model: Llama, x: Any, caches: Any, apply: Apply) -> tuple[Any, Any]:

@@ -2,16 +2,19 @@
 
 import math
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jaxtyping import Array, BFloat16, Float, Float32
+from jaxtyping import Array, BFloat16, Bool, Float, Float32
 
-from jquant.formats import Layout
+from jquant.formats import Layout, UndividedActivation
 from jquant.kv import KvCodec, attention_kernel
+from jquant.matmul import matmul_onto, onto_fault
 from jquant.models.config import LlamaConfig
-from jquant.models.layers import rms_norm
+from jquant.models.layers import linear, rms_norm
+from jquant.models.tree import Linear
 from jquant.types import Leaf
 
 
@@ -22,10 +25,12 @@ class Stream:
     Attributes:
       value: [batch, tokens, hidden], in the residual stream's dtype.
       update: what is to be added, of the same shape; None for nothing.
+      normed: the norm that comes next, where the kernel that added the last update began it; there is no update then.
     """
 
     value: Leaf
     update: Leaf | None = None
+    normed: UndividedActivation | None = None
 
     def settled(self) -> "Stream":
         """Returns the stream with its update added."""
@@ -34,7 +39,7 @@ class Stream:
 
 def add_norm(
     x: Stream, scale: Float[Array, "hidden"], config: LlamaConfig, layout: Layout
-) -> tuple[Float[Array, "batch tokens hidden"], Float[Array, "batch tokens hidden"]]:
+) -> tuple[Float[Array, "batch tokens hidden"], Float[Array, "batch tokens hidden"] | UndividedActivation]:
     """Returns the hidden states, the update added, and their RMS norm: by one kernel where the layout has one.
 
     Args:
@@ -49,6 +54,8 @@ def add_norm(
       >>> value.tolist(), normed.round(3).tolist()
       ([[[2.0, 2.0]]], [[[1.0, 1.0]]])
     """
+    if x.normed is not None:
+        return x.value, x.normed
     value, update = x.value, x.update
     if layout is Layout.PORTABLE or not _has_kernel(value, scale):
         value = x.settled().value
@@ -57,6 +64,36 @@ def add_norm(
     flat = None if update is None else update.reshape(rows.shape)
     sums, normed = _add_norm(rows, flat, scale, eps=config.rms_norm_eps, layout=layout)
     return sums.reshape(value.shape), normed.reshape(value.shape)
+
+
+def add_linear(
+    value: Float[Array, "batch tokens hidden"],
+    layer: Linear,
+    x: Float[Array, "batch tokens in"],
+    valid: Bool[Array, "batch tokens"] | None,
+    following: Float[Array, "hidden"] | None,
+    config: LlamaConfig,
+) -> tuple[Stream, Float[Array, "batch tokens tap"]]:
+    """Returns the stream behind a linear, whose kernel adds the update and begins the next norm where it can.
+
+    Args:
+      value: the stream before it.
+      layer: the linear.
+      x: its input.
+      valid: which tokens are no padding; None if all are.
+      following: the scale of the norm that the stream meets next; None where that is left open.
+      config: of the model.
+
+    Returns:
+      The stream, and the linear's tap.
+    """
+    kernel: Any = layer.kernel
+    alone = layer.bias is None and layer.input_rotation is None and layer.input_quantizer is None
+    if following is None or not alone or onto_fault(x, kernel, value, following) is not None:
+        update, tap = linear(layer, x, valid)
+        return Stream(value, update), tap
+    sums, normed = matmul_onto(x, kernel, value, following, config.rms_norm_eps)
+    return Stream(sums, None, normed), x
 
 
 def layout_of_norms(codec: KvCodec) -> Layout:

@@ -17,7 +17,16 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 
 from jquant.numerics import base_matrix, base_order
-from pallas_kernels import Coding, PackedCache, append_token, configs
+from pallas_kernels import (
+    Coding,
+    FloatWeight,
+    PackedCache,
+    Undivided,
+    append_token,
+    configs,
+    w4a16_matmul_onto,
+    w4a16_matmul_undivided,
+)
 from pallas_kernels.attention_case import AttentionCase
 from pallas_kernels.cases import Case
 from pallas_kernels.hadamard import rotate_quantize
@@ -82,7 +91,7 @@ def _of_rules() -> Iterator[tuple[str, Any, tuple[Any, ...]]]:
 
 
 def _between_products() -> Iterator[tuple[str, Any, tuple[Any, ...]]]:
-    """Yield our own kernels that a step of Llama-3.1-8B has between its products, beside attention."""
+    """Yield our own kernels that a step of Llama-3.1-8B has between its products, and the products that norm."""
 
     def shaped(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype)
@@ -96,6 +105,19 @@ def _between_products() -> Iterator[tuple[str, Any, tuple[Any, ...]]]:
         keys, grids = shaped(jnp.uint8, rows, 8, 2176, 64), shaped(jnp.float16, rows, 8, 2176, 4)
         token = shaped(jnp.bfloat16, rows, 6144), shaped(jnp.float32, rows, 128), shaped(jnp.int32, rows)
         yield f"append {rows}", append, (*token, PackedCache(keys, keys, grids))
+        for outputs, inputs in ((4096, 4096), (4096, 14336), (6144, 4096), (28672, 4096)):
+            codes, scales = shaped(jnp.int4, outputs, inputs), shaped(jnp.bfloat16, inputs // 128, outputs)
+            x, weight = shaped(jnp.bfloat16, rows, inputs), FloatWeight(codes, scales, None)
+            if outputs == 4096:
+                stream = shaped(jnp.float32, rows, outputs), shaped(jnp.bfloat16, outputs)
+                yield f"{outputs} x {inputs} onto {rows}", w4a16_matmul_onto, (x, weight, *stream)
+            else:
+                norm = Undivided(x, shaped(jnp.float32, 64, 8 * -(-rows // 8)))
+                yield (
+                    f"{outputs} x {inputs} undivided {rows}",
+                    functools.partial(w4a16_matmul_undivided, eps=1e-5),
+                    (norm, weight),
+                )
 
 
 def _arguments(case: Any) -> tuple[Any, ...]:

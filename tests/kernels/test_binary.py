@@ -7,7 +7,7 @@ import pytest
 from pallas_kernels import compat, configs, reference, shapes
 from pallas_kernels.binary import binary_decode, fault_of_binary
 from pallas_kernels.cases import relative_error
-from pallas_kernels.decode import DecodeConfig
+from pallas_kernels.decode_config import DecodeConfig
 from pallas_kernels.narrow import prepare_binary, restore_binary
 
 RNG = np.random.default_rng(0)

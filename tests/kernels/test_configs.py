@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 
 from pallas_kernels import configs, shapes
-from pallas_kernels.decode import DecodeConfig
+from pallas_kernels.decode_config import DecodeConfig
 from pallas_kernels.matmul import integer_matmul, w4a16_matmul
 from pallas_kernels.weights import FloatWeight, IntegerWeight
 

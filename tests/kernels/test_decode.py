@@ -7,7 +7,7 @@ import pytest
 
 from pallas_kernels import compat, configs, reference
 from pallas_kernels.cases import Case
-from pallas_kernels.decode import DecodeConfig
+from pallas_kernels.decode_config import DecodeConfig
 from pallas_kernels.matmul import integer_matmul, w4a16_matmul
 from pallas_kernels.weights import prepare_w4a8, prepare_w4a16
 

@@ -16,7 +16,7 @@ import pytest
 from pallas_kernels import bench, grid, measure, reference
 from pallas_kernels.cases import KINDS, Case
 from pallas_kernels.configs import Kind
-from pallas_kernels.decode import DecodeConfig
+from pallas_kernels.decode_config import DecodeConfig
 
 RIGHT, SLOWER, WRONG, FAILING = (DecodeConfig(stages=stages) for stages in (1, 2, 3, 4))
 TOKENS = (1, 3, 300)  # the last are more than the rows that are checked

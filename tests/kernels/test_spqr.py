@@ -11,7 +11,7 @@ import pytest
 
 from pallas_kernels import compat, reference
 from pallas_kernels.cases import relative_error
-from pallas_kernels.decode import DecodeConfig
+from pallas_kernels.decode_config import DecodeConfig
 from pallas_kernels.narrow import TwoLevelGrids, prepare_spqr, restore_spqr
 from pallas_kernels.spqr import spqr_decode
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import compat, reference
-from pallas_kernels.decode import DecodeConfig
+from pallas_kernels.decode_config import DecodeConfig
 from pallas_kernels.wide import choose_wide, prepare_w8a16, restore_w8a16, w8a16_decode
 
 RNG = np.random.default_rng(0)

@@ -32,6 +32,7 @@ from jquant.numerics.rounding import (
     safe_scale,
     search_range,
     straight_through,
+    to_storage,
 )
 
 __all__ = [
@@ -87,6 +88,7 @@ __all__ = [
     "shift_bits",
     "sign_tables",
     "straight_through",
+    "to_storage",
     "two_factors",
     "unit_factor",
     "unpack",

@@ -254,20 +254,16 @@ def cast_scales(grid: Grid, dtype: DType) -> Grid:
         >>> float(cast_scales(Grid(jnp.array(0.1), jnp.array(8.0)), "float16").scales)
         0.0999755859375
     """
-    smallest = jnp.finfo(dtype).smallest_subnormal
-    stored = jnp.maximum(grid.scales.astype(dtype), jnp.asarray(smallest, dtype=dtype))
-    return grid._replace(scales=stored.astype(grid.scales.dtype))
+    return grid._replace(scales=as_stored(grid.scales, dtype, positive=True))
 
 
-def as_stored(values: Float[Array, "*shape"], dtype: DType) -> Float[Array, "*shape"]:
-    """Return what is left of values that are stored in `dtype`, in their own dtype.
-
-    XLA leaves a conversion to fewer bits and back out where it may, as on GPUs, so that what follows would use numbers
-    that are not those stored; the barrier keeps both conversions.
+def as_stored(values: Float[Array, "*shape"], dtype: DType, *, positive: bool = False) -> Float[Array, "*shape"]:
+    """Return what is left of values that are stored in `dtype`, in their own dtype; see `to_storage`.
 
     Args:
         values: numbers of any size.
         dtype: dtype of storage.
+        positive: see `to_storage`.
 
     Returns:
         Values that `dtype` can hold exactly.
@@ -276,7 +272,32 @@ def as_stored(values: Float[Array, "*shape"], dtype: DType) -> Float[Array, "*sh
         >>> float(as_stored(jnp.array(0.1), "float16"))
         0.0999755859375
     """
-    return jax.lax.optimization_barrier(values.astype(dtype)).astype(values.dtype)
+    return to_storage(values, dtype, positive=positive).astype(values.dtype)
+
+
+def to_storage(values: Float[Array, "*shape"], dtype: DType, *, positive: bool = False) -> Float[Array, "*shape"]:
+    """Round values to the dtype they are stored in, so that whoever reads them in this program has them rounded.
+
+    XLA leaves a conversion to fewer bits and back out where it may, as on GPUs, so that what follows would use numbers
+    that are not those stored; the barrier keeps both conversions.
+
+    Args:
+        values: numbers of any size.
+        dtype: dtype of storage.
+        positive: whether what is below the smallest positive number of `dtype` becomes that number, as of scales, by
+            which is divided.
+
+    Returns:
+        Values in `dtype`.
+
+    Example:
+        >>> [float(to_storage(jnp.array(1e-9), "float16", positive=positive)) for positive in (False, True)]
+        [0.0, 5.960464477539063e-08]
+    """
+    stored = values.astype(dtype)
+    if positive:
+        stored = jnp.maximum(stored, jnp.asarray(jnp.finfo(dtype).smallest_subnormal, dtype=dtype))
+    return jax.lax.optimization_barrier(stored)
 
 
 def straight_through(values: Float[Array, "*shape"], rounded: Float[Array, "*shape"]) -> Float[Array, "*shape"]:

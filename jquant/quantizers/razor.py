@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int32
 
 from jquant.errors import FormatError
 from jquant.formats import RazoredFormat, RazoredTensor, quantize_razored
-from jquant.numerics import Grid, RazorFidelity, cast_scales, range_of, razor_integers, safe_scale, unrazor
+from jquant.numerics import RazorFidelity, as_stored, range_of, razor_integers, safe_scale, unrazor
 from jquant.quantizers.base import Diagnostics, WeightQuantizer, weight_error
 from jquant.quantizers.rtn import Clip
 from jquant.types import Key, compute_dtype
@@ -92,7 +92,7 @@ class Razor(WeightQuantizer):
             return jnp.sum(errors.reshape(scales.shape[0], -1, scales.shape[1]), axis=1)
 
         def shrink(best: tuple[Array, Array], factor: Float[Array, ""]) -> tuple[tuple[Array, Array], None]:
-            tried = _store(factor * scales, self.format)
+            tried = as_stored(factor * scales, self.format.scale_dtype, positive=True)
             error = error_of(tried)
             better = error < best[1]
             return (jnp.where(better, tried, best[0]), jnp.where(better, error, best[1])), None
@@ -110,8 +110,9 @@ def fit_scales(
     low, high = range_of(weight.reshape(groups, -1, weight.shape[1]), axis=1)
     low, high = safe_scale(low, high, format.base_bits)
     if step == "range":
-        return _store((high - low) / (2**format.base_bits - 1), format)
-    return _store(jnp.maximum(jnp.abs(low), high) / (2 ** (format.base_bits - 1) - 1), format)
+        return as_stored((high - low) / (2**format.base_bits - 1), format.scale_dtype, positive=True)
+    largest = jnp.maximum(jnp.abs(low), high)
+    return as_stored(largest / (2 ** (format.base_bits - 1) - 1), format.scale_dtype, positive=True)
 
 
 def round_to_integers(
@@ -152,9 +153,3 @@ def razor_to_nearest(
     axis = _AXES[format.axis]
     codes, shifts = razor_integers(integers, format.bits, format.group_size, axis=axis, fidelity=fidelity)
     return quantize_razored(codes, shifts, scales, format)
-
-
-def _store(scales: Float[Array, "scale_groups out"], format: RazoredFormat) -> Float[Array, "scale_groups out"]:
-    """Returns scales as storage rounds them."""
-    stored: jax.Array = cast_scales(Grid(scales, scales), format.scale_dtype).scales
-    return stored

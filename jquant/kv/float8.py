@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Int
 from jquant.kv.base import KvCodec, Prompt, Rope
 from jquant.kv.exact import ExactCache
 from jquant.kv.vectors import write
+from jquant.numerics import to_storage
 from jquant.types import Leaf, compute_dtype
 
 LARGEST: Final = 448.0  # of float8_e4m3fn, which has no infinity: what is larger would become NaN
@@ -117,7 +118,7 @@ def to_float8(x: Float[Array, "*shape"], scale: Float[Array, ""]) -> Float[Array
     """
     wide = x.astype(compute_dtype(x.dtype))
     steps = wide / jnp.broadcast_to(scale.astype(wide.dtype), wide.shape)
-    return jnp.clip(steps, -LARGEST, LARGEST).astype(jnp.float8_e4m3fn)
+    return to_storage(jnp.clip(steps, -LARGEST, LARGEST), jnp.float8_e4m3fn)
 
 
 def fit_float8_scale(largest: Float[Array, ""]) -> Float[Array, ""]:

@@ -31,7 +31,7 @@ from jaxtyping import Array, Float, Int
 from jquant.errors import FormatError
 from jquant.kv.base import KvCodec, Prompt, Rope
 from jquant.kv.vectors import ScaleDtype, pack_last, unpack_last, write
-from jquant.numerics import nearest_code, packed_length
+from jquant.numerics import nearest_code, packed_length, to_storage
 from jquant.types import Leaf
 
 
@@ -370,6 +370,6 @@ def _nonzero(half_widths: Array) -> Array:
 
 
 def _narrow(x: Array, dtype: ScaleDtype) -> Array:
-    """Casts; what is too large becomes the largest number of the dtype, not infinite."""
+    """Rounds for storage; what is too large becomes the largest number of the dtype, not infinite."""
     largest = float(jnp.finfo(dtype).max)
-    return jnp.clip(x, -largest, largest).astype(dtype)
+    return to_storage(jnp.clip(x, -largest, largest), dtype)

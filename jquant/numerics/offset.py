@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt8
 
 from jquant.errors import FormatError
+from jquant.numerics.rounding import to_storage
 from jquant.types import DType, Leaf, compute_dtype
 
 LEAST_RANGE: Final = 1e-5  # QuaRot's runtime: narrower groups count as this wide, so a constant one comes back exactly
@@ -49,9 +50,8 @@ def fit_offset_grid(values: Float[Array, "*batch group"], bits: int, dtype: DTyp
         raise FormatError(f"{bits} bits given for a grid with a float offset, which has 1 to 8: choose `bits` there")
     wide = values.astype(compute_dtype(values.dtype))
     low, high = jnp.min(wide, axis=-1, keepdims=True), jnp.max(wide, axis=-1, keepdims=True)
-    scales = (jnp.maximum(high - low, LEAST_RANGE) / (2**bits - 1)).astype(dtype)
-    smallest = jnp.asarray(jnp.finfo(dtype).smallest_subnormal, dtype=dtype)
-    return OffsetGrid(jnp.maximum(scales, smallest), low.astype(dtype))
+    scales = jnp.maximum(high - low, LEAST_RANGE) / (2**bits - 1)
+    return OffsetGrid(to_storage(scales, dtype, positive=True), to_storage(low, dtype))
 
 
 def encode_offset(values: Float[Array, "*batch group"], grid: OffsetGrid, bits: int) -> UInt8[Array, "*batch group"]:

@@ -39,4 +39,6 @@ def test_a_gpu_rounds_what_is_stored(tmp_path: Path) -> None:
     command = [sys.executable, str(Path(__file__).with_name("stored_on_gpu.py"))]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr[-2000:]
-    assert json.loads(run.stdout) == {"float16": [1, 1], "bfloat16": [1, 1]}  # to it, and back
+    found = json.loads(run.stdout)
+    assert len(found) == 9
+    assert all(left == [1, 1] for left in found.values()), found  # to it, and back

@@ -9,7 +9,7 @@ from typing import Any, Final, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Float32, Int
+from jaxtyping import Array, Float, Float32, Int, Int32
 
 from pallas_kernels import reference
 from pallas_kernels.configs import Config, Kind, choose
@@ -76,7 +76,7 @@ class Case:
         """Returns what the table or the rule chooses."""
         return choose(self.kind, self.tokens, self.outputs, self.inputs, self.groups)
 
-    def operands(self, seed: int | jax.Array) -> Operands:
+    def operands(self, seed: int | Int32[Array, ""]) -> Operands:
         """Returns random operands."""
         return _operands(self, jax.random.key(seed))
 

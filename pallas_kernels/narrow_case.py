@@ -8,7 +8,7 @@ from typing import Any, Final, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, BFloat16, Float, Float32
+from jaxtyping import Array, BFloat16, Float, Float32, Int32
 
 from pallas_kernels import reference
 from pallas_kernels.binary import binary_decode
@@ -77,7 +77,7 @@ class NarrowCase:
         """Returns what the table or the rule chooses."""
         return choose_narrow(self.kind, self.tokens, self.outputs, self.inputs, self.groups)
 
-    def operands(self, seed: int | jax.Array) -> NarrowOperands:
+    def operands(self, seed: int | Int32[Array, ""]) -> NarrowOperands:
         """Returns random operands."""
         return _operands(self, jax.random.key(seed))
 

@@ -31,13 +31,12 @@ from typing import Any, Final
 
 import jax
 
-from pallas_kernels import attention_bench, configs, grid, narrow_case, report, shapes
+from pallas_kernels import attention_bench, configs, grid, narrow_case, report, shapes, tuned
 from pallas_kernels.cases import KINDS, Case, Product, random_legal_cases, relative_error
 from pallas_kernels.decode_config import DecodeConfig
 from pallas_kernels.measure import Peaks, copies, kernel_microseconds
 from pallas_kernels.narrow_case import NarrowCase, narrow_cases
 from pallas_kernels.outlier_case import FEATURES, SHAPE, OutlierCase
-from pallas_kernels.prefill import PrefillConfig
 from pallas_kernels.rotation_case import ORDERS, TOKENS, RotationCase
 from pallas_kernels.targets import TARGETS, verdict
 
@@ -55,7 +54,6 @@ FAILURES: Final = (ValueError, RuntimeError)  # of compiling and running; a kern
 RESERVED: Final = 120.0  # seconds of `--grid` that are kept for what is no product of a weight: 60 did not do
 TUNED: Final = 256  # tokens of `--grid` up to which `--tune` tries others: beyond, they were 1 % faster at most
 PEAKS: Final = "peaks.json"  # beside the file of `--turns`: what one process measured for all
-SERVED: Final = ((1, 8), (9, 16), (17, 64), (65, 512), (513, 4096), (4097, 1 << 30))  # tokens, by a row of the table
 
 
 def main() -> None:
@@ -126,7 +124,7 @@ def _run(arguments: argparse.Namespace, end: float, write: Callable[[dict[str, A
                     write(row)
                     print(report.line(case, row), flush=True)
                     if "chosen" in row and "microseconds" in row and isinstance(case, Case):
-                        chosen.append(_served(case, row))
+                        chosen.append(tuned.serving(case, row))
             except FAILURES as error:
                 write({**dataclasses.asdict(case), "failure": repr(error)})
                 print(f"{case} FAILED before its kernel ran: {error!r}"[:300], flush=True)
@@ -155,12 +153,6 @@ def _others(bench: "Bench", arguments: argparse.Namespace, end: float, write: Ca
             print(attention_bench.line(row), flush=True)
 
 
-def _served(case: Case, row: dict[str, Any]) -> configs.Row:
-    least, most = next(pair for pair in SERVED if pair[0] <= case.tokens <= pair[1])
-    config = (DecodeConfig if row["kernel"] == "decode" else PrefillConfig)(**row["config"])
-    return configs.Row(case.kind, case.outputs, case.inputs, least, most, config, row["microseconds"])
-
-
 def _chosen(arguments: argparse.Namespace) -> Iterator[Work]:
     if not (arguments.kinds or arguments.shapes or arguments.tokens):
         if not arguments.check:
@@ -181,17 +173,16 @@ def _chosen(arguments: argparse.Namespace) -> Iterator[Work]:
 
 def _grid(arguments: argparse.Namespace, end: float, write: Callable[[dict[str, Any]], None]) -> list[configs.Row]:
     """Writes and prints the rows of all shapes, each made by a process; returns those of the table."""
-    begin, found = time.monotonic(), dict[Any, configs.Row]()
+    begin, table = time.monotonic(), tuned.Tuned()
 
     def keep(row: dict[str, Any]) -> Work:
         of_kind = Case if row["kind"] in KINDS else NarrowCase
         case = of_kind(**{field.name: row[field.name] for field in dataclasses.fields(of_kind)})
-        if "chosen" in row and isinstance(case, Case):
-            served = _served(case, row)
-            found.setdefault((case.kind, case.outputs, case.inputs, served.least), served)
+        if "microseconds" in row and isinstance(case, Case):
+            table.add(case, row)
         return case
 
-    for row in grid.timed(arguments.after).values():
+    for row in grid.measured(arguments.after):
         keep(row)
     sizes = [size for size in _sizes(arguments) if any(_weights(arguments, *size))]
     missing = dict.fromkeys(
@@ -218,7 +209,7 @@ def _grid(arguments: argparse.Namespace, end: float, write: Callable[[dict[str, 
                 missing.pop(grid.product(row), None)
     write({"missing": [list(each) for each in missing]})
     print(f"rows missing: {len(missing)}", *missing, sep="\n", flush=True)
-    return list(found.values())
+    return list(table.rows.values())
 
 
 def _shape(

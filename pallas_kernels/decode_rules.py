@@ -57,6 +57,8 @@ def by_warpgroups(
 ) -> list[DecodeConfig]:
     """Returns configurations of W4A16 and W4A8: four warpgroups a multiprocessor, deep copies.
 
+    For more than 16 tokens all copies of 128 inputs come before those of 64, which took 1.1 to 3.3 times as long.
+
     Args:
       tokens: rows of the activations.
       outputs: rows of the weight.
@@ -67,13 +69,14 @@ def by_warpgroups(
     """
     if rows is None:
         same = functools.partial(by_warpgroups, tokens, outputs, inputs, groups, integer=integer)
-        return [each for rows in rows_of(tokens) for each in same(rows=rows)]
+        found = [each for rows in rows_of(tokens) for each in same(rows=rows)]
+        return sorted(found, key=lambda each: tokens > MANY_OF_FEW and each.depth == LEAST_DEPTH)
     width = 1 if integer else 2
     columns = compat.columns_of(tokens, integer=integer)
     tiles = compat.whole_tiles(outputs, rows)
     deep = inputs % 128 == 0 and tokens <= MANY_OF_FEW and fits(inputs // groups, 128)
     wanted = 2 ** max(1, round(math.log2(WARPGROUPS_UNDER_WAY * 64 / rows / tiles)))
-    found: list[DecodeConfig] = []
+    found = []
     for parts in (2**power for power in range(min(wanted, MOST_PARTS).bit_length() - 1, -1, -1)):
         wide, narrow = min(4, parts), max(1, min(4, parts) // 2)
         idle = tiles * parts // wide < FEWEST_BLOCKS

@@ -109,10 +109,16 @@ def product(row: dict[str, Any]) -> tuple[Any, ...]:
     return row["kind"], row["tokens"], row["outputs"], row["inputs"]
 
 
+def measured(paths: Sequence[Path]) -> Iterator[dict[str, Any]]:
+    """Yields the rows of files that have the time of a product."""
+    for path in paths:
+        rows = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+        yield from (row for row in rows if "microseconds" in row and "outputs" in row)
+
+
 def timed(paths: Sequence[Path]) -> dict[tuple[Any, ...], dict[str, Any]]:
     """Returns the rows of files whose configurations were chosen and timed, by product."""
-    rows = (json.loads(line) for path in paths for line in path.read_text(encoding="utf-8").splitlines())
-    return {product(row): row for row in rows if "chosen" in row and "microseconds" in row}
+    return {product(row): row for row in measured(paths) if "chosen" in row}
 
 
 def lines_of(commands: Sequence[Sequence[str]], end: float) -> Iterator[str]:

@@ -1,6 +1,7 @@
 """The benchmark's grid: rows of plain products on the CPU, what is timed once, and what a second run leaves out."""
 
 import argparse
+import dataclasses
 import json
 import math
 import sys
@@ -13,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels import bench, grid, measure, reference
+from pallas_kernels import bench, grid, measure, reference, tuned
 from pallas_kernels.cases import KINDS, Case
 from pallas_kernels.configs import Kind
 from pallas_kernels.decode_config import DecodeConfig
@@ -134,3 +135,27 @@ def test_calls_that_end_in_other_kernels_are_not_counted() -> None:
     assert measure.median_of_calls([2.0] * rounds, 2) == (2.0, 1)
     assert measure.median_of_calls([2.0] * (rounds + 1), 2) is None
     assert measure.median_of_calls([], 2) is None
+
+
+def test_what_gains_over_the_rule_becomes_a_row_of_the_table() -> None:
+    case = Case("w4a8", 64, 4096, 5120, 1)  # in no table
+    present, other = case.config(), DecodeConfig(depth=64, stages=1)
+
+    def row(config: Any, microseconds: float, **more: Any) -> dict[str, Any]:
+        about = {**dataclasses.asdict(case), "kernel": "decode", "config": dataclasses.asdict(config)}
+        return about | {"microseconds": microseconds} | more
+
+    for slower, count in ((1.02, 0), (1.05, 1)):
+        table = tuned.Tuned()
+        table.add(case, row(present, slower))
+        table.add(case, row(other, 1.0, chosen=True))
+        assert len(table.rows) == count
+    ((_, _, _, least), found), *_ = table.rows.items()
+    assert (least, found.most, found.config) == (17, 64, other)
+
+    table = tuned.Tuned()
+    table.add(case, row(present, 1.0, chosen=True))
+    assert not table.rows
+    known = dataclasses.replace(case, inputs=4096)
+    table.add(known, row(known.config(), 1.0, chosen=True) | {"inputs": 4096})
+    assert len(table.rows) == 1

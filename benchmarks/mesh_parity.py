@@ -1,12 +1,15 @@
 r"""The same model on one device and on many: codes to the bit, logits to rounding.
 
 For each recipe: the sha256 of the result on 1, 2, 4 and 8 devices; of a run that is stopped on 8 devices after some
-blocks and goes on with 2; of two processes that share the windows; and how far the logits over meshes are from those
-of one device.
+blocks and goes on with 2; of two processes that share the windows; and how far the logits are from those of one device,
+over meshes of 8 devices and over those of two processes with two devices each, which talk by gloo.
 
     python benchmarks/mesh_parity.py [--model tiny | FILE.gguf] [--recipes rtn gptq quip spqr quarot kivi] [--layers 4]
         [--samples 16] [--length 64] [--stop 1] [--prompt 48] [--set PATH=VALUE ..] [--keep FOLDER]
-        [--logits] [--seconds 600]
+        [--logits] [--seconds 600] [--port 29917]
+
+With --logits, logits alone are compared, of what --keep has or, where it has nothing, one device quantizes; the two
+processes read what is kept instead of quantizing it. What is kept is not asked by which options it was made.
 
 JSON lines, each as soon as it is known; the exit code is 1 if a sha256 differs, or logits by more than 2e-5 of the
 largest. Unless XLA_FLAGS is set, products on the CPU are Eigen's, not YNNPACK's, whose bits depend on how many columns
@@ -32,6 +35,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 
 from convert import load_model
 from jquant import checkpoint
@@ -61,6 +65,7 @@ SMALL: Final[Mapping[str, tuple[str, ...]]] = {  # what the tiny model's sizes a
 }
 COUNTS: Final = (1, 2, 4, 8)
 MESHES: Final = ((2, 4), (4, 2), (1, 8), (8, 1))
+MESHES_OF_TWO: Final = ((2, 2), (1, 4), (4, 1))  # processes, two devices each
 LIMIT: Final = 2e-5  # of the largest logit, float32
 
 
@@ -91,15 +96,28 @@ def main() -> None:
     if arguments.process is not None:
         join_processes(f"localhost:{arguments.port}", 2, arguments.process)
     source, started, failed = _open(arguments), time.monotonic(), False
-    for name in arguments.recipes:
-        if time.monotonic() - started > arguments.seconds:
-            _say(recipe=name, left_out="no time left")
-            continue
-        if arguments.process is not None:
-            _say(recipe=name, process=arguments.process, sha256=_run(source, name, arguments, tuple(jax.devices())))
-        else:
-            failed |= not _compare(source, name, arguments)
+    with tempfile.TemporaryDirectory() as folder:
+        if arguments.logits and arguments.keep is None:
+            arguments.keep = Path(folder)  # where the two processes find it
+        for name in arguments.recipes:
+            if time.monotonic() - started > arguments.seconds:
+                _say(recipe=name, left_out="no time left")
+            elif arguments.process is not None:
+                _answer(source, name, arguments)
+            else:
+                failed |= not _compare(source, name, arguments)
     sys.exit(failed)
+
+
+def _answer(source: Llama, name: str, arguments: argparse.Namespace) -> None:
+    """Says what one of two processes finds."""
+    if arguments.logits:
+        model = checkpoint.load_model(arguments.keep / name)
+        sha256 = digest(model)
+    else:
+        model, sha256 = _quantize(source, name, arguments, tuple(jax.devices()))
+    largest, apart, _ = _compare_logits(model, arguments.prompt, MESHES_OF_TWO)
+    _say(recipe=name, process=arguments.process, sha256=sha256, largest_logit=largest, apart=apart)
 
 
 def _compare(source: Llama, name: str, arguments: argparse.Namespace) -> bool:
@@ -125,23 +143,36 @@ def _compare(source: Llama, name: str, arguments: argparse.Namespace) -> bool:
             save_model(model, kept)
     if _recipe(name, arguments).calibration is not None and not arguments.logits:
         note(f"stopped on 8 after {arguments.stop}, went on with 2", _resume(source, name, arguments))
-    if not arguments.logits:
-        note("two processes", _two_processes(name, arguments))
+    answered, apart_of_two = _two_processes(name, arguments)
+    note("read by two processes" if arguments.logits else "two processes", answered)
     _say(recipe=name, model=arguments.model, layers=len(blocks(source)), sha256=found, seconds=seconds)
-    tokens = jnp.asarray(
-        np.random.default_rng(0).integers(0, source.config.vocab_size, (8, arguments.prompt)), jnp.int32
+    largest, apart, whole = _compare_logits(model, arguments.prompt, MESHES)
+    _say(
+        recipe=name,
+        largest_logit=largest,
+        apart=apart,
+        apart_in_two_processes=apart_of_two,
+        whole=whole,
+        prompt=arguments.prompt,
     )
+    limit = LIMIT * max(1.0, largest)
+    near = all(figure <= limit for figure in (*apart.values(), *apart_of_two.values()))  # NaN is not
+    return len(set(found.values())) == 1 and near
+
+
+def _compare_logits(
+    model: Llama, prompt: int, meshes: Sequence[tuple[int, int]]
+) -> tuple[float, dict[str, float], Sequence[str]]:
+    """Returns one device's largest logit, how far each mesh's are from one device's, and what was whole on devices."""
+    tokens = np.random.default_rng(0).integers(0, model.config.vocab_size, (8, prompt)).astype(np.int32)
     model = _align(model)
     expected = np.asarray(jax.jit(forward)(stack_if_alike(model), tokens))
-    largest = float(np.abs(expected).max())
     apart = {}
-    for shape in MESHES:
+    for shape in meshes:
         spread = shard(model, make_mesh(*shape), stack_if_alike)
-        logits = np.asarray(jax.jit(forward)(spread, tokens))
+        logits = multihost_utils.process_allgather(jax.jit(forward)(spread, tokens), tiled=True)
         apart["x".join(map(str, shape))] = float(np.abs(logits - expected).max())
-    notes = getattr(spread.layers, "notes", ())
-    _say(recipe=name, largest_logit=largest, apart=apart, whole=notes, prompt=arguments.prompt)
-    return len(set(found.values())) == 1 and max(apart.values()) <= LIMIT * max(1.0, largest)
+    return float(np.abs(expected).max()), apart, getattr(spread.layers, "notes", ())
 
 
 def _align(model: Llama) -> Llama:
@@ -165,10 +196,6 @@ def _quantize(
     return model, digest(model)
 
 
-def _run(source: Llama, name: str, arguments: argparse.Namespace, devices: tuple[Any, ...]) -> str:
-    return _quantize(source, name, arguments, devices)[1]
-
-
 def _resume(source: Llama, name: str, arguments: argparse.Namespace) -> str:
     def stop(report: BlockReport) -> None:
         if report.index + 1 == arguments.stop:
@@ -182,12 +209,14 @@ def _resume(source: Llama, name: str, arguments: argparse.Namespace) -> str:
         return _quantize(source, name, arguments, tuple(jax.devices()[:2]), store=store)[1]
 
 
-def _two_processes(name: str, arguments: argparse.Namespace) -> str:
+def _two_processes(name: str, arguments: argparse.Namespace) -> tuple[str, dict[str, float]]:
+    """Returns the sha256 of two processes, and how far from one device's the logits of either are at most."""
     options: Sequence[str] = [
         *("--model", arguments.model, "--recipes", name, "--port", str(arguments.port)),
-        *("--samples", str(arguments.samples), "--length", str(arguments.length)),
+        *("--samples", str(arguments.samples), "--length", str(arguments.length), "--prompt", str(arguments.prompt)),
         *(() if arguments.layers is None else ("--layers", str(arguments.layers))),
         *(("--set", *arguments.set) if arguments.set else ()),
+        *(("--logits", "--keep", str(arguments.keep)) if arguments.logits else ()),
     ]
     environment = os.environ | {"XLA_FLAGS": os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=2")}
     children = [
@@ -199,8 +228,10 @@ def _two_processes(name: str, arguments: argparse.Namespace) -> str:
         )
         for process in range(2)
     ]
-    answers = {json.loads(child.communicate()[0].splitlines()[-1])["sha256"] for child in children}
-    return answers.pop() if len(answers) == 1 else f"processes differ: {sorted(answers)}"
+    answers = [json.loads(child.communicate()[0].splitlines()[-1]) for child in children]
+    found = sorted({answer["sha256"] for answer in answers})
+    apart = {mesh: float(np.max([answer["apart"][mesh] for answer in answers])) for mesh in answers[0]["apart"]}
+    return found[0] if len(found) == 1 else f"processes differ: {found}", apart
 
 
 def _recipe(name: str, arguments: argparse.Namespace) -> Recipe:

@@ -116,3 +116,7 @@ def test_codes_are_those_of_one_device_on_eight_after_a_stop_and_in_two_processe
     assert set(codes["sha256"]) == {"1 devices", "8 devices", "stopped on 8 after 1, went on with 2", "two processes"}
     assert len(set(codes["sha256"].values())) == 1
     assert set(logits["apart"]) == {"2x4", "4x2", "1x8", "8x1"}
+    assert set(logits["apart_in_two_processes"]) == {"2x2", "1x4", "4x1"}
+    together = logits["apart_in_two_processes"].values()
+    assert max(*logits["apart"].values(), *together) <= 2e-5 * logits["largest_logit"]
+    assert max(together) > 0  # sums of products were cut over devices; one device beside itself would give 0

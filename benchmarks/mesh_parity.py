@@ -163,16 +163,18 @@ def _compare(source: Llama, name: str, arguments: argparse.Namespace) -> bool:
 def _compare_logits(
     model: Llama, prompt: int, meshes: Sequence[tuple[int, int]]
 ) -> tuple[float, dict[str, float], Sequence[str]]:
-    """Returns one device's largest logit, how far each mesh's are from one device's, and what was whole on devices."""
+    """Returns one device's largest logit, how far each mesh's are from one device's, and what any mesh left whole."""
     tokens = np.random.default_rng(0).integers(0, model.config.vocab_size, (8, prompt)).astype(np.int32)
     model = _align(model)
     expected = np.asarray(jax.jit(forward)(stack_if_alike(model), tokens))
-    apart = {}
+    apart: dict[str, float] = {}
+    whole: dict[str, None] = {}
     for shape in meshes:
         spread = shard(model, make_mesh(*shape), stack_if_alike)
         logits = multihost_utils.process_allgather(jax.jit(forward)(spread, tokens), tiled=True)
         apart["x".join(map(str, shape))] = float(np.abs(logits - expected).max())
-    return float(np.abs(expected).max()), apart, getattr(spread.layers, "notes", ())
+        whole |= dict.fromkeys(getattr(spread.layers, "notes", ()))
+    return float(np.abs(expected).max()), apart, tuple(whole)
 
 
 def _align(model: Llama) -> Llama:

@@ -13,7 +13,8 @@ processes read what is kept instead of quantizing it. What is kept is not asked 
 
 JSON lines, each as soon as it is known; the exit code is 1 if a sha256 differs, or logits by more than 2e-5 of the
 largest. Unless XLA_FLAGS is set, products on the CPU are Eigen's, not YNNPACK's, whose bits depend on how many columns
-are asked for: KIVI's logits need it, docs/meshes.md says why.
+are asked for: KIVI's logits need it, docs/meshes.md says why. With the threads of 8 devices, Eigen's depend on how many
+rows there are, below some 128: give --prompt 128 or more to see the mesh's part alone over 8 x 1.
 """
 
 import argparse

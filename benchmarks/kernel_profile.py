@@ -1,15 +1,17 @@
 """Why a kernel takes its time: bytes moved, issue slots, occupancy and stalls by Nsight Compute, as JSON lines.
 
-    python benchmarks/kernel_profile.py --seconds 180 --output profile.jsonl
-    python benchmarks/kernel_profile.py --cases w4a16-8192x8192 spqr3-8192x8192
-    python benchmarks/kernel_profile.py --lower                    all cases lowered to CUDA, where there is no GPU
+    python -m benchmarks.kernel_profile --seconds 180 --output profile.jsonl
+    python -m benchmarks.kernel_profile --cases w4a16-8192x8192 spqr3-8192x8192
+    python -m benchmarks.kernel_profile --lower                    all cases lowered to CUDA, where there is no GPU
 
 Each case is a process of its own under `ncu`; all compile side by side and take turns on the GPU.
 `ncu` counts exactly one call, compiled, warmed up, its operands there, and before it a copy of 512 MiB for the share.
 It repeats each kernel for groups of counters, caches flushed before each time, as weights lie beyond the second cache;
 clocks are left alone. So microseconds are one run's, and bytes that a kernel leaves in the second cache count as
-unwritten. Stalls are shares of the cycles between two instructions of a warp, "selected" being the issue itself. What
-this `ncu` does not know, or gave no number for, a row names under "not_measured".
+unwritten. Stalls are the three largest shares of the cycles between two instructions of a warp, "selected" being the
+issue itself. "share_of_copy" is what a kernel read and wrote a second beside the copy's; "of_copy" likewise what the
+call cannot do without: codes and grids, a cache, or the tensors it turns. What this `ncu` does not know, or gave no
+number for, a row names under "not_measured"; where `ncu` did not end well, its rows say so by a "status".
 """
 
 import argparse
@@ -33,10 +35,11 @@ import jax.numpy as jnp
 
 from benchmarks.nsight import COPIED, EVERY, beside_copy, kernels, known
 from pallas_kernels import grid
-from pallas_kernels.attention_bench import LLAMA, SEED, UNTRIED
+from pallas_kernels.attention_bench import LLAMA, SEED
 from pallas_kernels.attention_case import AttentionCase
 from pallas_kernels.cases import Case
 from pallas_kernels.kivi_case import KiviCase
+from pallas_kernels.measure import WITHOUT_AUTOTUNING
 from pallas_kernels.narrow_case import NarrowCase
 from pallas_kernels.rotation_case import RotationCase
 
@@ -58,6 +61,7 @@ ENVIRONMENT: Final = {  # ncu saves all memory that a kernel can reach: JAX is t
     "XLA_PYTHON_CLIENT_ALLOCATOR": "platform",
     "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_enable_command_buffer=",  # kernels apart, no graphs
 }
+MODULE: Final = ("-m", "benchmarks.kernel_profile")  # for `python`, in the repository's folder
 GRACE: Final = 30.0  # seconds after the end, when a process is killed
 
 
@@ -75,7 +79,7 @@ def main() -> None:
     os.environ.update(ENVIRONMENT)  # before JAX looks for devices
     if arguments.child:
         name, turns, until = arguments.child
-        _call_once(CASES[name], _config(CASES[name]), Path(turns), float(until))
+        _call_once(CASES[name], Path(turns), float(until))
         return
     lines = _lowered(arguments) if arguments.lower else _profiles(arguments, time.monotonic() + arguments.seconds)
     for line in map(json.dumps, lines):
@@ -85,16 +89,19 @@ def main() -> None:
                 file.write(line + "\n")
 
 
-def _config(case: Any) -> Any:
-    """Returns the configuration in use, None for the rotation's."""
-    return None if isinstance(case, RotationCase) else case.config()
+def _head(name: str) -> dict[str, Any]:
+    """Returns what all rows of a case begin with; a rotation has no configuration."""
+    case = CASES[name]
+    config = None if isinstance(case, RotationCase) else dataclasses.asdict(case.config())
+    return {"case": name, "config": config}
 
 
 def _profiles(arguments: argparse.Namespace, end: float) -> Iterator[dict[str, Any]]:
-    """Yields what runs, and the rows of all configurations as they come."""
+    """Yields what runs, and the rows of all cases as they come."""
     metrics, failed = known(arguments.ncu)
-    head = {"command": " ".join(["python", *sys.argv]), "jax": jax.__version__}
-    yield head | {"unknown_metrics": [name for name in EVERY if name not in metrics], "query_failed": failed}
+    unknown = [name for name in EVERY if name not in metrics]
+    command = " ".join(["python", *MODULE, *sys.argv[1:]])
+    yield {"command": command, "jax": jax.__version__, "unknown_metrics": unknown, "query_failed": failed}
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(arguments.at_once) as pool:
         running = {
             pool.submit(_under_ncu, arguments.ncu, metrics, [name, f"{folder}/turns", str(end)]): name
@@ -102,9 +109,8 @@ def _profiles(arguments: argparse.Namespace, end: float) -> Iterator[dict[str, A
         }
         for future in as_completed(running):
             name = running[future]
-            config = _config(CASES[name])
-            head = {"case": name, "config": None if config is None else dataclasses.asdict(config)}
-            text, printed = future.result()
+            text, printed, status = future.result()
+            head = _head(name) | ({"status": status} if status else {})
             if arguments.output is not None:
                 with arguments.output.with_suffix(".csv").open("a", encoding="utf-8") as file:
                     file.write(f"{json.dumps(head)}\n{text}\n")
@@ -115,12 +121,12 @@ def _profiles(arguments: argparse.Namespace, end: float) -> Iterator[dict[str, A
             yield from (head | row for row in beside_copy(profiled, _bytes(CASES[name])))
 
 
-def _under_ncu(ncu: str, metrics: Sequence[str], child: list[str]) -> tuple[str, str]:
-    """Returns what ncu wrote of one configuration's call, and what the program under it printed."""
+def _under_ncu(ncu: str, metrics: Sequence[str], child: list[str]) -> tuple[str, str, int]:
+    """Returns what ncu wrote of one case's call, what the program under it printed, and the exit status."""
     log = Path(f"{child[1]}-{child[0]}")
     command = [ncu, "--csv", "--page", "raw", "--print-units", "base", "--log-file", str(log)]
     command += ["--profile-from-start", "off", "--target-processes", "application-only", "--clock-control", "none"]
-    command += ["--cache-control", "all", "--metrics", ",".join(metrics), sys.executable, __file__, "--child", *child]
+    command += ["--cache-control", "all", "--metrics", ",".join(metrics), sys.executable, *MODULE, "--child", *child]
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     )
@@ -129,14 +135,14 @@ def _under_ncu(ncu: str, metrics: Sequence[str], child: list[str]) -> tuple[str,
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         printed = f"killed {GRACE:.0f} s after the end: {process.communicate()[0]}"
-    return log.read_text(encoding="utf-8") if log.exists() else "", printed
+    return log.read_text(encoding="utf-8") if log.exists() else "", printed, process.returncode
 
 
-def _call_once(case: Any, config: Any, turns: Path, until: float) -> None:
+def _call_once(case: Any, turns: Path, until: float) -> None:
     """Calls a copy and the kernel once each under the profiler, all else outside it."""
-    call, make = _traced(case, config).lower().compile(), _operands(case)
+    call, make = _traced(case).lower().compile(), _operands(case)
     numbers = jax.ShapeDtypeStruct((COPIED,), jnp.bfloat16)
-    copy = jax.jit(lambda x: x + jnp.bfloat16(1)).lower(numbers).compile(UNTRIED)
+    copy = jax.jit(lambda x: x + jnp.bfloat16(1)).lower(numbers).compile(WITHOUT_AUTOTUNING)
     with grid.turn(turns):
         if time.monotonic() > until:
             raise SystemExit("out of time: not profiled")
@@ -173,29 +179,29 @@ def _operands(case: Any) -> Callable[[], tuple[Any, ...]]:
     """Returns what makes the operands, compiled; a rotation's are the host's."""
     if isinstance(case, RotationCase):
         return lambda: case.operands(0)
-    make = jax.jit(lambda seed: _arguments(case, seed)).lower(SEED).compile(UNTRIED)
+    make = jax.jit(lambda seed: _arguments(case, seed)).lower(SEED).compile(WITHOUT_AUTOTUNING)
     return lambda: make(jnp.int32(0))
 
 
-def _traced(case: Any, config: Any) -> Any:
+def _traced(case: Any) -> Any:
     if isinstance(case, RotationCase):
         return jax.jit(case.kernel()).trace(*jax.eval_shape(lambda: case.operands(0)))
-    return jax.jit(case.kernel(config)).trace(*jax.eval_shape(lambda: _arguments(case, 0)))
+    return jax.jit(case.kernel(case.config())).trace(*jax.eval_shape(lambda: _arguments(case, 0)))
 
 
 def _bytes(case: Any) -> float:
+    """Returns the bytes that a call cannot do without."""
     if isinstance(case, RotationCase):
         return case.bytes_moved
     return case.bytes_of_codes if isinstance(case, Case | NarrowCase) else case.bytes_of_cache
 
 
 def _lowered(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Yields whether each configuration lowers to a kernel for CUDA, and the seconds it takes."""
+    """Yields whether each case lowers to a kernel for CUDA, and the seconds it takes."""
     for name in arguments.cases:
-        config, start = _config(CASES[name]), time.monotonic()
-        text = _traced(CASES[name], config).lower(lowering_platforms=("cuda",)).as_text()
-        row = {"case": name, "lowered": "mosaic_gpu" in text, "seconds": round(time.monotonic() - start, 1)}
-        yield row | {"config": None if config is None else dataclasses.asdict(config)}
+        start = time.monotonic()
+        text = _traced(CASES[name]).lower(lowering_platforms=("cuda",)).as_text()
+        yield _head(name) | {"lowered": "mosaic_gpu" in text, "seconds": round(time.monotonic() - start, 1)}
 
 
 if __name__ == "__main__":

@@ -47,6 +47,9 @@ def kernels(text: str, asked: Sequence[str]) -> list[dict[str, Any]]:
     Args:
       text: what ncu wrote, `--csv --page raw --print-units base`, its messages before the table.
       asked: the metrics that ncu was asked for; those of `EVERY` that are not among them are named too.
+
+    Raises:
+      ValueError: times are in another unit, so that no row could be trusted.
     """
     start = text.find('"ID",')
     if start < 0:
@@ -65,7 +68,7 @@ def kernels(text: str, asked: Sequence[str]) -> list[dict[str, Any]]:
         whole = sum(stalls.values())
         largest = sorted(stalls, key=stalls.__getitem__, reverse=True)[:3]
         row["stalls"] = {reason: round(stalls[reason] / whole, 3) for reason in largest} if whole else {}
-        row["cycles_of_warp_per_instruction"] = whole
+        row["cycles_of_warp_per_instruction"] = whole or None
         found.append(row | {"not_measured": [name for name in EVERY if numbers.get(name) is None]})
     return found
 
@@ -75,7 +78,7 @@ def beside_copy(profiled: list[dict[str, Any]], nbytes: float) -> list[dict[str,
 
     Args:
       profiled: of `kernels`, the copy of `COPIED` numbers first.
-      nbytes: of codes and grids, which the call has to read.
+      nbytes: what the call cannot do without: codes and grids, a cache, or the tensors that it turns.
     """
     copy, *own = profiled
     rate = 4e-3 * COPIED / copy["microseconds"]  # GB/s; two bytes are read and two written

@@ -70,6 +70,7 @@ else:
     known = "w4a16-8192x8192" in sys.argv
     log.write_text(Path({table!r}).read_text() if known else "==ERROR== no kernels were profiled")
     print("asked " + sys.argv[sys.argv.index("--metrics") + 1])
+    sys.exit(0 if known else 3)
 """
 
 
@@ -91,9 +92,10 @@ def test_rows_of_cases_come_from_ncu_and_failures_say_why(
     assert OCCUPANCY in head["unknown_metrics"]
     assert READ not in head["unknown_metrics"]
     (failed,) = (row for row in rows if "failure" in row)
-    assert failed["case"] == "rotation-2048x8192"
+    assert (failed["case"], failed["status"]) == ("rotation-2048x8192", 3)
     assert "no kernels were profiled" in failed["failure"]
     assert failed["printed"].startswith(f"asked {nsight.TIME},{READ}")
     decode, whole = (row for row in rows if row["case"] == "w4a16-8192x8192")
     assert (decode["microseconds"], decode["config"]["instruction"]) == (20.0, whole["config"]["instruction"])
+    assert "status" not in decode
     assert whole["bytes_of_codes"] == kernel_profile.CASES["w4a16-8192x8192"].bytes_of_codes

@@ -37,7 +37,15 @@ def scratch_to_join(warpgroups: int, dim: int) -> dict[str, Any]:
 def join_warpgroups(
     mine: Any, count: int, memory: dict[str, Any], go_on: Callable[[Any], None], *, simulated: bool
 ) -> None:
-    """Calls `go_on` with the sum of all warpgroups' results, in the first of them alone."""
+    """Calls `go_on` with the sum of all warpgroups' results, in the first of them alone.
+
+    Args:
+      mine: this warpgroup's result, `flash.shape_of_result`, of axis "wg".
+      count: warpgroups of the block.
+      memory: has what `scratch_to_join` asked for.
+      go_on: takes the sum.
+      simulated: whether it runs in the interpreter.
+    """
     if count == 1:
         go_on(mine)
         return

@@ -58,10 +58,6 @@ class Ends:
     eps: float | None = None
     onto: bool = False
 
-    def names(self) -> tuple[str, ...]:
-        """Returns the names of its operands in the GPU's memory, in the order of the kernel's arguments."""
-        return ("squares",) * (self.eps is not None) + ("stream", "scale") * self.onto
-
     def made(self, tokens: int, outputs: int, rows: int, columns: int) -> tuple[jax.ShapeDtypeStruct, ...]:
         """Returns what is stored beside the product: the sum, and the squares of each block's outputs."""
         if not self.onto:
@@ -71,7 +67,7 @@ class Ends:
 
     def reduction_bytes(self) -> int:
         """Returns the bytes that sums over the rows of a product take."""
-        return REDUCTION_BYTES if self.names() else 0
+        return REDUCTION_BYTES if self.onto or self.eps is not None else 0
 
     def scratch(self, rows: int, columns: int) -> dict[str, Any]:
         """Returns the shared memory and barriers, by the names of the body's arguments."""

@@ -134,7 +134,9 @@ class UndividedActivation(QuantizedActivation):
         >>> UndividedActivation(ones, jnp.full((2, 8), 8.0), 0.0, "bfloat16").dequantize().tolist()
         [[0.5, 0.5, 0.5, 0.5]]
         """
+        from pallas_kernels import Undivided
+
         *batch, features = self.numbers.shape
-        means = jnp.sum(self.squares, axis=0)[: math.prod(batch)] / features
-        factors = jax.lax.rsqrt(means + self.eps).reshape(*batch, 1)
+        rows = self.numbers.reshape(math.prod(batch), features)
+        factors = Undivided(rows, self.squares).factors(self.eps).reshape(*batch, 1)
         return (self.numbers.astype(jnp.float32) * jnp.broadcast_to(factors, self.numbers.shape)).astype(dtype)

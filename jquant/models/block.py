@@ -74,7 +74,9 @@ def stream_block(
       The block's output, its last update perhaps not yet added, what `attend` keeps, and the taps.
     """
     attention, mlp = layer.self_attn, layer.mlp
-    between = layer.post_attention_layernorm if layout is not Layout.PORTABLE else None
+    between = layer.post_attention_layernorm
+    if layout is Layout.PORTABLE:  # norms are XLA's
+        between = following = None
     value, normed = add_norm(x, layer.input_layernorm, config, layout)
     context, cache, attention_input = _attend(attention, normed, valid, attend, config)
     x, attention_output = add_linear(value, attention.o_proj, context, valid, between, config)

@@ -74,7 +74,7 @@ def stream_block(
       The block's output, its last update perhaps not yet added, what `attend` keeps, and the taps.
     """
     attention, mlp = layer.self_attn, layer.mlp
-    between = layer.post_attention_layernorm
+    between: Leaf | None = layer.post_attention_layernorm
     if layout is Layout.PORTABLE:  # norms are XLA's
         between = following = None
     value, normed = add_norm(x, layer.input_layernorm, config, layout)

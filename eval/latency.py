@@ -20,7 +20,7 @@ from jax.sharding import NamedSharding
 
 from jquant.errors import DataError
 from jquant.formats import tree_nbytes
-from jquant.models import Llama, Sharded, empty_cache, place_cache, random_like
+from jquant.models import Llama, LlamaConfig, Sharded, empty_cache, place_cache, random_like
 from jquant.models.mesh import cache_spec
 from jquant.runtime import Writing, advance, begin, token_stride
 from jquant.types import Key
@@ -168,6 +168,31 @@ class Lowered:
         return Programs(*(None if phase is None else _compiled(*phase) for phase in (self.prefill, self.decode)))
 
 
+def check_workload(config: LlamaConfig, workload: Workload) -> None:
+    """Refuses a workload that has nothing to time or does not fit a model's context.
+
+    Args:
+      config: of the model.
+      workload: what shall be timed.
+
+    Raises:
+      DataError: as `measure_latency`.
+
+    Example:
+      >>> from jquant.models import tiny_config
+      >>> check_workload(tiny_config(), Workload(prompt=16, tokens=8))  # 72 positions of 256
+    """
+    written = workload.steps() * (workload.repeats + 1)
+    need, context = max(workload.prompt + 1, workload.decode_context() + written), config.max_position_embeddings
+    if not workload.prompt and not workload.tokens:
+        raise DataError("neither prompt nor tokens are above 0, so there is nothing to time")
+    if need > context:
+        raise DataError(
+            f"{workload.describe()}, {workload.repeats} runs and one before them, need {need} positions, but the "
+            f"model's context is {context}: ask for less"
+        )
+
+
 def lower_latency(model: Llama, workload: Workload) -> Lowered:
     """Lowers what `measure_latency` runs.
 
@@ -183,7 +208,7 @@ def lower_latency(model: Llama, workload: Workload) -> Lowered:
       >>> lower_latency(abstract_llama(tiny_config()), Workload(2, prompt=8, tokens=0)).compile().decode is None
       True
     """
-    _check_fits(model, workload)
+    check_workload(model.config, workload)
     key = jax.eval_shape(lambda: jax.random.key(0))
     rows, stops = jax.ShapeDtypeStruct((workload.batch,), jnp.int32), jax.ShapeDtypeStruct((0,), jnp.int32)
     prefill = decode = None
@@ -242,18 +267,6 @@ def start_decode(model: Llama, workload: Workload, *, key: Key) -> Writing:
     layers = place_cache(model, random_like(abstract, key).layers)
     cache = abstract.replace(layers=layers, positions=jnp.full(rows, context, jnp.int32))
     return Writing(tokens=chosen, stopped=jnp.zeros(rows, jnp.bool_), step=jnp.int32(0), cache=cache)
-
-
-def _check_fits(model: Llama, workload: Workload) -> None:
-    written = workload.steps() * (workload.repeats + 1)
-    need, context = max(workload.prompt + 1, workload.decode_context() + written), model.config.max_position_embeddings
-    if not workload.prompt and not workload.tokens:
-        raise DataError("neither prompt nor tokens are above 0, so there is nothing to time")
-    if need > context:
-        raise DataError(
-            f"{workload.describe()}, {workload.repeats} runs and one before them, need {need} positions, but the "
-            f"model's context is {context}: ask for less"
-        )
 
 
 def _time_prefill(model: Llama, workload: Workload, program: Program, key: Key) -> tuple[Phase, int, int]:

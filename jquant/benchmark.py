@@ -4,8 +4,10 @@ A recipe's row has random codes in the formats that the recipe would leave behin
 but nothing needs to be solved, and a model of which there is only a config.json can be timed.
 """
 
+import functools
+import gc
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -13,7 +15,7 @@ from typing import Any, Literal
 import jax
 from jax.sharding import Mesh
 
-from eval import Latency, Workload, measure_latency
+from eval import Latency, Workload, check_workload, measure_latency
 from jquant.errors import CheckpointError, RecipeError
 from jquant.folders import make_ready, open_abstract, open_for_use
 from jquant.inspection import inspect_model
@@ -22,8 +24,22 @@ from jquant.plan import outline
 from jquant.progress import OnProgress, Progress, ignore
 from jquant.recipe import Recipe, load_recipe
 from jquant.targets import TargetName, choose_target, describe_products
+from jquant.types import Key
 
 type RandomDtype = Literal["bfloat16", "float32"]
+
+
+@dataclass(frozen=True)
+class Shortage:
+    """Say that the device's memory did not suffice.
+
+    Attributes:
+      workload: what was to be timed.
+      message: the allocator's words.
+    """
+
+    workload: Workload
+    message: str
 
 
 @dataclass(frozen=True)
@@ -35,8 +51,8 @@ class Benchmark:
       weights: "random", or "its own".
       bits_per_weight: of the linears of all blocks, before they were laid out for a target.
       codec: how keys and values are kept.
-      products: what multiplied the linears, as `describe_products` says it.
-      latencies: one for each workload.
+      products: what multiplied the linears, as `describe_products` says it; "-" where the model itself did not fit.
+      latencies: one for each workload; a `Shortage` where memory did not suffice.
     """
 
     name: str
@@ -44,7 +60,7 @@ class Benchmark:
     bits_per_weight: float
     codec: str
     products: str
-    latencies: tuple[Latency, ...]
+    latencies: tuple[Latency | Shortage, ...]
 
 
 def bench(
@@ -58,7 +74,7 @@ def bench(
     mesh: Mesh | None = None,
     on_progress: OnProgress = ignore,
 ) -> Iterator[Benchmark]:
-    """Times a model as it is, then by each recipe.
+    """Times a model as it is, then by each recipe; what does not fit the device is a `Shortage`, the rest is timed.
 
     Args:
       source: a name of `jquant.models.SHAPES` or the path of a config.json, for random weights; or what `open_model`
@@ -83,32 +99,60 @@ def bench(
     chosen = [(name, [load_recipe(part) for part in name.split("+")]) for name in recipes]
     config = _find_config(source)
     abstract = open_abstract(source) if config is None else abstract_llama(config, dtype)
+    for workload in workloads:
+        check_workload(abstract.config, workload)
     choose_target(target, abstract.embed_tokens.dtype)
     outlines = [(name, _outline(abstract, parts)) for name, parts in chosen]
     own = str(abstract.embed_tokens.dtype) if config is not None else source
     for name, tree in [(own, abstract), *outlines]:
-        on_progress(Progress(f"{name}: making the model"))
         is_own = config is None and tree is abstract
-        facts = inspect_model(tree)
-        key = jax.random.key(seed)
-        model = (
-            open_for_use(source, target=target, mesh=mesh)
-            if is_own
-            else make_ready(random_like(tree, key), target, mesh)
-        )
-        latencies = []
-        for workload in workloads:
-            on_progress(Progress(f"{name}: {workload.describe()}"))
-            latencies.append(measure_latency(model, workload, key=key))
+        key, facts = jax.random.key(seed), inspect_model(tree)
+        if is_own:
+            make = functools.partial(open_for_use, source, target=target, mesh=mesh)
+        else:
+            make = functools.partial(_random, tree, key, target, mesh)
+        products, latencies = _timed(name, make, workloads, key, on_progress)
         yield Benchmark(
             name=name,
             weights="its own" if is_own else "random",
             bits_per_weight=facts.bits_per_weight(),
             codec=facts.cache.codec,
-            products=describe_products(model),
+            products=products,
             latencies=tuple(latencies),
         )
-        del model  # before the next one is made
+
+
+def _random(abstract: Llama, key: Key, target: TargetName, mesh: Mesh | None) -> Llama:
+    return make_ready(random_like(abstract, key), target, mesh)
+
+
+def _timed(
+    name: str, make: Callable[[], Llama], workloads: Sequence[Workload], key: Key, on_progress: OnProgress
+) -> tuple[str, list[Latency | Shortage]]:
+    """Returns what multiplies a model's linears, and what it took; the model is gone when the next one is made."""
+    on_progress(Progress(f"{name}: making the model"))
+    gc.collect()  # the traceback of a shortage may hold arrays in a cycle
+    try:
+        model = jax.block_until_ready(make())
+    except jax.errors.JaxRuntimeError as error:
+        message = _words_of_shortage(error)
+        return "-", [Shortage(workload, message) for workload in workloads]
+    found: list[Latency | Shortage] = []
+    for workload in workloads:
+        on_progress(Progress(f"{name}: {workload.describe()}"))
+        gc.collect()
+        try:
+            found.append(measure_latency(model, workload, key=key))
+        except jax.errors.JaxRuntimeError as error:
+            found.append(Shortage(workload, _words_of_shortage(error)))
+    return describe_products(model), found
+
+
+def _words_of_shortage(error: jax.errors.JaxRuntimeError) -> str:
+    """Returns the first line of an error for want of memory; another error is raised again."""
+    if not str(error).startswith("RESOURCE_EXHAUSTED"):
+        raise error
+    return str(error).splitlines()[0]
 
 
 def _find_config(source: str) -> LlamaConfig | None:
@@ -117,6 +161,11 @@ def _find_config(source: str) -> LlamaConfig | None:
         return SHAPES[source]
     path = Path(source)
     if path.suffix != ".json":
+        if not path.exists() and "/" not in source:
+            raise CheckpointError(
+                f"{source} is no shape and no file; give {', '.join(SHAPES)}, a config.json, a checkpoint, "
+                "a Hugging Face folder, a .gguf file or a hub id (owner/name)"
+            )
         return None
     try:
         found: Any = json.loads(path.read_text("utf-8"))

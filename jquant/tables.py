@@ -11,8 +11,8 @@ from typing import Final
 
 from rich.table import Table
 
-from eval import TapStatistics
-from jquant.benchmark import Benchmark
+from eval import Latency, TapStatistics
+from jquant.benchmark import Benchmark, Shortage
 from jquant.budget import Way, predict
 from jquant.inspection import CacheFacts, Facts
 from jquant.measure import Analysis, Measurement, ModelFigures, NeedleRow, TaskMeasurement
@@ -120,12 +120,16 @@ def simulation_table(rows: Sequence[Simulation]) -> Table:
 
 
 def benchmark_table(rows: Sequence[Benchmark], workload: int, device: str) -> Table:
-    """Returns one row for each model at one workload; times and memory beside those of the first."""
-    first = rows[0].latencies[workload]
+    """Returns one row for each model at one workload; times and memory beside those of the first that fitted."""
+    asked = rows[0].latencies[workload].workload
+    fitting = [found for row in rows if isinstance(found := row.latencies[workload], Latency)]
     titles = "weights", "prompt tokens/s", "first token ms", "x", "tokens/s", "ms a token", "x", "arrays", "x", "peak"
-    table = _table(f"{first.workload.describe()} on {device}", "model", *titles, "compiled in s", "products by")
+    table = _table(f"{asked.describe()} on {device}", "model", *titles, "compiled in s", "products by")
     for row in rows:
-        found = row.latencies[workload]
+        found, first = row.latencies[workload], fitting[0] if fitting else None
+        if isinstance(found, Shortage) or first is None:
+            table.add_row(row.name, row.weights, *["-"] * 8, "too large", "-", row.products)
+            continue
         cells: list[str] = []
         for phase, base, steps in (
             (found.prefill, first.prefill, 1),
@@ -149,9 +153,14 @@ def benchmark_table(rows: Sequence[Benchmark], workload: int, device: str) -> Ta
             row.products,
         )
     table.caption = (
-        f"medians of {first.workload.repeats} runs; x: how many times faster, or smaller, than the first row\n"
+        f"medians of {asked.repeats} runs; x: how many times faster, or smaller, than the first row with figures\n"
         "arrays: weights and caches; peak: all that the larger program holds at once, as compiled"
     )
+    if len(fitting) < len(rows):
+        table.caption += (
+            "\ntoo large: the device's memory did not suffice; JAX takes 75 % of a GPU's unless "
+            "XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise"
+        )
     return table
 
 

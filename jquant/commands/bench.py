@@ -10,9 +10,9 @@ import jax
 from cyclopts import Parameter
 
 from eval import Workload
-from jquant.benchmark import RandomDtype, bench
+from jquant.benchmark import RandomDtype, Shortage, bench
 from jquant.commands.devices import ONE_DEVICE, Devices
-from jquant.commands.display import show_progress, stdout
+from jquant.commands.display import note, show_progress, stdout
 from jquant.folders import make_writable, write_text
 from jquant.tables import benchmark_table
 from jquant.targets import TargetName
@@ -35,6 +35,8 @@ def run(
     devices: Devices = ONE_DEVICE,
 ) -> None:
     """Time a model and what recipes would make of it: prompts, tokens, memory, side by side.
+
+    What does not fit the device's memory is too large in the table, and the rest is timed.
 
     Args:
       model: llama-3.1-8b, llama-3.1-70b, llama-2-7b, qwen3-8b, smollm2-135m or the path of a config.json, for random
@@ -62,6 +64,9 @@ def run(
         options: dict[str, Any] = {"target": target, "dtype": dtype, "seed": seed, "mesh": mesh}
         for row in bench(model, recipe, workloads, **options, on_progress=on_progress):
             rows.append(row)
+            for found in row.latencies:
+                if isinstance(found, Shortage):
+                    note(f"{row.name}, {found.workload.describe()}: {found.message}")
             if json_ is not None:
                 write_text(json_, json.dumps(about | {"rows": [dataclasses.asdict(one) for one in rows]}, indent=1))
     for index in range(len(workloads)):

@@ -119,16 +119,25 @@ def simulation_table(rows: Sequence[Simulation]) -> Table:
     return table
 
 
-def benchmark_table(rows: Sequence[Benchmark], workload: int, device: str) -> Table:
-    """Returns one row for each model at one workload; times and memory beside those of the first that fitted."""
+def benchmark_table(rows: Sequence[Benchmark], workload: int, device: str, width: int) -> Table:
+    """Returns one row for each model at one workload, or a column where rows would be wider than the console.
+
+    Times and memory stand beside those of the first model that fitted.
+
+    Args:
+      rows: what was measured.
+      workload: which one of theirs.
+      device: its name.
+      width: columns of the console.
+    """
     asked = rows[0].latencies[workload].workload
     fitting = [found for row in rows if isinstance(found := row.latencies[workload], Latency)]
     titles = "weights", "prompt tokens/s", "first token ms", "x", "tokens/s", "ms a token", "x", "arrays", "x", "peak"
-    table = _table(f"{asked.describe()} on {device}", "model", *titles, "compiled in s", "products by")
+    lines: list[tuple[str, ...]] = [("model", *titles, "compiled in s", "products by")]
     for row in rows:
         found, first = row.latencies[workload], fitting[0] if fitting else None
         if isinstance(found, Shortage) or first is None:
-            table.add_row(row.name, row.weights, *["-"] * 8, "too large", "-", row.products)
+            lines.append((row.name, row.weights, *["-"] * 8, "too large", "-", row.products))
             continue
         cells: list[str] = []
         for phase, base, steps in (
@@ -142,16 +151,13 @@ def benchmark_table(rows: Sequence[Benchmark], workload: int, device: str) -> Ta
             cells += [f"{phase.tokens_per_second():,.1f}", per_step, f"{base.median() / phase.median():.2f}"]
         arrays, base_arrays = (one.weights_nbytes + one.cache_nbytes for one in (found, first))
         compiled = sum(phase.compile_seconds for phase in (found.prefill, found.decode) if phase is not None)
-        table.add_row(
-            row.name,
-            row.weights,
-            *cells,
-            format_bytes(arrays),
-            f"{base_arrays / arrays:.2f}",
-            format_bytes(found.peak_nbytes()),
-            f"{compiled:.1f}",
-            row.products,
-        )
+        sizes = format_bytes(arrays), f"{base_arrays / arrays:.2f}", format_bytes(found.peak_nbytes())
+        lines.append((row.name, row.weights, *cells, *sizes, f"{compiled:.1f}", row.products))
+    columns = list(zip(*lines, strict=True))
+    first_line, *others = lines if sum(max(map(len, each)) + 3 for each in columns) < width else columns
+    table = _table(f"{asked.describe()} on {device}", *first_line)
+    for line in others:
+        table.add_row(*line)
     table.caption = (
         f"medians of {asked.repeats} runs; x: how many times faster, or smaller, than the first row with figures\n"
         "arrays: weights and caches; peak: all that the larger program holds at once, as compiled"

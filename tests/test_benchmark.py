@@ -34,11 +34,11 @@ def timed(_: Any, workload: Workload, **__: Any) -> Latency:
     return Latency(workload, Phase((0.5,), 1.0, 8, 3), None, 2, 1, 3, "arrays")
 
 
-def shown(rows: list[Any], workload: int) -> str:
+def shown(rows: list[Any], workload: int, width: int = 200) -> str:
     """Return a table as text."""
-    console = Console(width=200)
+    console = Console(width=width)
     with console.capture() as text:
-        console.print(benchmark_table(rows, workload, "a card"))
+        console.print(benchmark_table(rows, workload, "a card", width))
     return text.get()
 
 
@@ -62,6 +62,9 @@ def test_what_does_not_fit_is_said_to_and_the_rest_is_timed(config: str, monkeyp
     assert shown(rows, 0).count("too large") == 2  # the cell, and what it means
     assert "16.0" in shown(rows, 0)  # tokens a second of the row that fits, itself the base
     assert shown(rows, 1).count("too large") == 3
+    narrow = shown(rows, 0, 60)  # a column for each model
+    (line,) = (line for line in narrow.splitlines() if "prompt tokens/s" in line)
+    assert line.replace("│", " ").split() == ["prompt", "tokens/s", "-", "16.0"]
 
 
 def test_other_errors_of_the_device_are_errors(config: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -70,4 +70,4 @@ def run(
             if json_ is not None:
                 write_text(json_, json.dumps(about | {"rows": [dataclasses.asdict(one) for one in rows]}, indent=1))
     for index in range(len(workloads)):
-        stdout().print(benchmark_table(rows, index, about["device"]))
+        stdout().print(benchmark_table(rows, index, about["device"], stdout().width))

@@ -221,7 +221,9 @@ def _two_processes(name: str, arguments: argparse.Namespace) -> tuple[str, dict[
         *(("--set", *arguments.set) if arguments.set else ()),
         *(("--logits", "--keep", str(arguments.keep)) if arguments.logits else ()),
     ]
-    environment = os.environ | {"XLA_FLAGS": os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=2")}
+    flags = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=2")
+    threads = str(len(jax.devices()))  # as many as this process has: Eigen's sums depend on it
+    environment = os.environ | {"XLA_FLAGS": flags, "PJRT_NPROC": threads}
     children = [
         subprocess.Popen(
             [sys.executable, __file__, *options, "--process", str(process)],

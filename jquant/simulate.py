@@ -9,7 +9,7 @@ the calibration windows, blocks one at a time on each:
     a token                  bytes read / T / r_b + (sums t_s + gathers t_g) [T > 1]      (T: devices of one model)
 
 Two linears a layer have their products summed over devices, or inputs and products gathered where their input is
-rotated, or the model rounds inputs or caches (jquant.sharding).
+rotated, or the model is in float32, or rounds inputs or caches (jquant.sharding).
 
 T is at most what one host has and the key-value heads divide by; further devices are further copies of the model. The
 rates are those of `RATES`, each with the log that it is from; what differs from them is not known to this page.

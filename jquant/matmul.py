@@ -236,7 +236,9 @@ def matmul_onto(
     return sums.reshape(stream.shape), UndividedActivation(numbers.reshape(stream.shape), squares, eps, "bfloat16")
 
 
-def onto_fault(x: jax.Array, weight: Any, stream: jax.Array, scale: jax.Array) -> str | None:
+def onto_fault(
+    x: Float[Array, "*batch in"], weight: Any, stream: Float[Array, "*batch out"], scale: Float[Array, "out"]
+) -> str | None:
     """Returns why `matmul_onto` has no kernel for a product; None where it has."""
     if not isinstance(weight, PreparedFloatTensor):
         return f"a {type(weight).__name__}, kernels that add to a stream have W4A16"

@@ -7,10 +7,9 @@
 |--------------------------|---------------------------------------|--------------------------------------------------|
 | q, k, v, gate, up        | its outputs                           | nothing                                          |
 | o, down                  | the inputs that it made, W[t, :]      | products are summed, float32                     |
-| o, down whose input is   | its outputs                           | inputs are gathered before, products after: a    |
-| rotated, or where inputs |                                       | rotation and a token's grid see the whole token, |
-| or caches are rounded,   |                                       | and no sum is cut                                |
-| or of a float32 model    |                                       |                                                  |
+| o, down, input rotated,  | its outputs                           | inputs are gathered before, products after: a    |
+| or anything rounded, or  |                                       | rotation and a token's grid see the whole token, |
+| a float32 model          |                                       | and no sum is cut                                |
 | any of QuIP's            | outputs of the rotated basis          | products are gathered before they are turned     |
 | embedding, head          | its rows, its columns                 | the row that is there; logits are gathered       |
 
@@ -270,11 +269,7 @@ def _attention_fault(model: Llama, parts: int) -> str | None:
 
 
 def _keeps_sums(model: Llama) -> bool:
-    """Tells whether no sum may be cut.
-
-    Where inputs or caches are rounded, a sum in another order moves codes by a whole step; in float32 it alone would
-    set devices apart: by 4e-5 of the largest logit in 30 layers. Numbers of 16 bits are rounded by far more.
-    """
+    """Tells whether no sum may be cut: one in another order moves codes, or is all that sets float32 devices apart."""
     return model.norm.dtype.itemsize > BYTES_OF_NARROW or any(
         not isinstance(block.self_attn.kv_codec, ExactKv)
         or any(get(block, name).input_quantizer is not None for name in BLOCK_LINEARS)

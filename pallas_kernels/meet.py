@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jaxtyping import Array, BFloat16
+from jaxtyping import Array, Float
 
 from pallas_kernels import compat
 
@@ -34,7 +34,7 @@ def launch(
     simulate: compat.Simulation | None,
     beside: tuple[jax.ShapeDtypeStruct, ...] = (),
     reduction_bytes: int = 0,
-) -> tuple[BFloat16[Array, "{tokens} {outputs}"], *tuple[jax.Array, ...]]:
+) -> tuple[Float[Array, "rows columns"], ...]:
     """Runs a kernel on a grid of tiles and splits; returns [tokens, out], the splits added in it or by XLA.
 
     Args:

@@ -18,6 +18,7 @@ FLOORS: Final = (
     ("jquant.processes",),
     ("jquant.numerics", "jquant.report", "jquant.charts", "jquant.data", "jquant.sampling", "jquant.schema"),
     ("jquant.formats", "jquant.page"),
+    ("jquant.kernels",),
     ("jquant.matmul",),
     ("jquant.kv", "jquant.activations", "jquant.quantizers"),
     ("jquant.models",),

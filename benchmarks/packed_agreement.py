@@ -5,9 +5,10 @@ activations through XLA: on the same GPU at full precision, for every number; an
 CPU. Figures of a recipe:
 
 1. "tokens": the packed model reads, one by one, the tokens that the CPU's reference wrote behind each prompt, and for
-   each token the reference's logits over *the same packed bytes*: what the kernels themselves are off by. Then the
-   tokens that `begin` and `advance` write beside the CPU's, prompt by prompt; where they first part, the two tokens'
-   logits in both paths: how many steps of bfloat16 each prefers its own by, and whether that is a tie;
+   each token the reference's logits over *the same packed bytes*: what the kernels themselves are off by. The same
+   along the tokens that `begin` and `advance` write: whether the reference, reading the same caches, would have
+   written them. Then these tokens beside the CPU's, prompt by prompt. Where two choices part, the two tokens' logits
+   in both paths: how many steps of bfloat16 each prefers its own by, and whether that is a tie;
 2. "logits" and perplexities of all windows, their queries seeing what the recipe shows a prompt: the difference's norm
    over that of the reference's logits, losses beside those of both references.
 
@@ -202,19 +203,48 @@ def _write(case: Case, prompts: np.ndarray) -> Iterator[dict[str, Any]]:
     ours = np.concatenate([first[:, None], np.asarray(rest)], axis=1)[:, :TOKENS]
     theirs = case.truth["tokens"]
 
-    cache = case.run("begin", case.packed, padded, lengths - 1, stops, key).cache
-    given, rows, steps = prompts[:, -1], np.arange(PROMPTS), _Steps([], [], [])
+    start = case.run("begin", case.packed, padded, lengths - 1, stops, key).cache
+    rows, steps = np.arange(PROMPTS), _Steps([], [], [])
     best, values = np.zeros((PROMPTS, TOKENS), np.int32), np.zeros((PROMPTS, TOKENS, 3))
+    for at, (found, truth) in enumerate(_steps_along(theirs, case, start, prompts[:, -1])):
+        steps.add(found, truth)
+        best[:, at] = found.argmax(-1)
+        values[:, at] = np.stack([found[rows, one] for one in (best[:, at], theirs[:, at], ours[:, at])], axis=1)
+    yield steps.summary()
+    yield _check_written(ours, _steps_along(ours, case, start, prompts[:, -1]))
+    yield from _compare_tokens(case, ours, best, values)
+
+
+def _steps_along(texts: np.ndarray, case: Case, cache: Any, given: np.ndarray) -> Iterator[tuple[np.ndarray, ...]]:
+    """Yields the logits before each token of texts: the packed model's, and the reference's over the same bytes."""
     for at in range(TOKENS):
         positions = cache.positions
         logits, cache = case.run("step", case.packed, jnp.asarray(given), cache)
         before = dataclasses.replace(cache, positions=positions)
-        found, truth = np.asarray(logits), np.asarray(case.run("step beside", case.beside, jnp.asarray(given), before))
-        steps.add(found, truth)
-        best[:, at], given = found.argmax(-1), theirs[:, at]
-        values[:, at] = np.stack([found[rows, one] for one in (best[:, at], given, ours[:, at])], axis=1)
-    yield steps.summary()
-    yield from _compare_tokens(case, ours, best, values)
+        yield np.asarray(logits), np.asarray(case.run("step beside", case.beside, jnp.asarray(given), before))
+        given = texts[:, at]
+
+
+def _check_written(texts: np.ndarray, steps: Iterator[tuple[np.ndarray, ...]]) -> dict[str, Any]:
+    """Returns where the reference, over the bytes that lie in the packed model's caches, would have written others."""
+    others: list[dict[str, Any]] = []
+    for at, (found, truth) in enumerate(steps):
+        for row in np.flatnonzero(truth.argmax(-1) != texts[:, at]):
+            tokens = int(texts[row, at]), int(truth[row].argmax())
+            gaps = tuple(bfloat16_steps(*(float(logits[row, one]) for one in tokens)) for logits in (found, truth))
+            found_other = OtherChoice(int(row), tokens, gaps)
+            others.append({"prompt": int(row), "at": at, "tokens": tokens, "steps": gaps, "tie": found_other.is_tie()})
+    return {
+        "figure": "written, beside the reference over the same bytes",
+        "whole": PROMPTS - len({other["prompt"] for other in others}),
+        "other choices": len(others),
+        "of these no ties": [other for other in others if not other["tie"]],
+        "first": [next(other for other in others if other["prompt"] == row) for row in _prompts(others)],
+    }
+
+
+def _prompts(others: Sequence[dict[str, Any]]) -> list[int]:
+    return sorted({other["prompt"] for other in others})
 
 
 @dataclass(frozen=True)

@@ -118,7 +118,7 @@ def make_ready(model: Llama, target: TargetName, mesh: Mesh | None = None) -> Ll
 
 
 def round_scales(model: Llama, target: Target) -> Llama:
-    """Returns a portable model whose scales are those that the target's kernels multiply by: W4A16's in bfloat16.
+    """Returns a portable model whose scales are those that the target's kernels read: of W4A16 no float32 but bfloat16.
 
     `prepare` then keeps no second copy of them, and products stay the same, every bit.
 
@@ -133,7 +133,9 @@ def round_scales(model: Llama, target: Target) -> Llama:
     def change(layer: Linear) -> Linear:
         whole: Any = layer.kernel
         kernel = whole.inner if isinstance(whole, PermutedTensor | RotatedTensor) else whole
-        if not isinstance(kernel, UniformTensor) or choose_product(layer, target).kernel != "W4A16":
+        if not isinstance(kernel, UniformTensor) or kernel.format.scale_dtype != "float32":
+            return layer
+        if choose_product(layer, target).kernel != "W4A16":
             return layer
         scales, format = kernel.scales.astype(jnp.bfloat16), dataclasses.replace(kernel.format, scale_dtype="bfloat16")
         rounded: Any = dataclasses.replace(kernel, scales=scales, format=format)

@@ -136,7 +136,7 @@ def _operands(case: Case, key: jax.Array) -> Operands:
     steps, shift = jnp.ones(case.tokens), jnp.zeros(case.tokens)
     if case.kind == "w4a16":
         x = jax.random.normal(of_x, (case.tokens, case.inputs), jnp.bfloat16)
-        scales = scales.astype(jnp.bfloat16)
+        scales = scales.astype(jnp.float16)
     else:
         x = whole(of_x, (case.tokens, case.inputs), -127, 127)
         steps = jax.random.uniform(of_steps, (case.tokens,), jnp.float32, 0.005, 0.015)

@@ -15,7 +15,7 @@ by one copy:
     64 outputs  | warpgroup 1|   At a tile's end: scales of rows and columns, transposed through shared memory, stored
                 +------------+   [m, out] by the copy engine while the next tile's first operands arrive.
 
-A group's scale is multiplied into the bfloat16 weight (one rounding, as of a weight kept in bfloat16); scales of
+A group's scale, rounded to bfloat16, is multiplied into the bfloat16 weight, which is rounded once more; scales of
 integers come after the exact int32 sums. One warpgroup adds all of a tile's inputs in order: the same inputs give the
 same bits.
 
@@ -38,7 +38,7 @@ from typing import Final, Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, BFloat16, Float32, Int, Int8
+from jaxtyping import Array, BFloat16, Float16, Float32, Int, Int8
 
 from pallas_kernels import compat, order
 from pallas_kernels.tiles import LEAST_PIECE, Kind, Tiles
@@ -111,7 +111,7 @@ def fitting(config: PrefillConfig, outliers: int) -> PrefillConfig:
 def w4a16_prefill(
     x: BFloat16[Array, "tokens in"],
     codes: Int[Array, "out in"],
-    scales: BFloat16[Array, "groups out"],
+    scales: BFloat16[Array, "groups out"] | Float16[Array, "groups out"],
     centers: BFloat16[Array, "groups out"] | None = None,
     *,
     config: PrefillConfig,
@@ -130,8 +130,9 @@ def w4a16_prefill(
     Raises:
       ValueError: the configuration does not fit the weight.
     """
-    grids = [scales] if centers is None else [scales, centers]
-    return _run("w4a16", x, codes, grids, [], [], [], config, simulate)
+    if simulate is not None:  # on two cores the interpreter's threads wait for ever where the kernel does so
+        scales = scales.astype(jnp.bfloat16)
+    return _run("w4a16", x, codes, [scales] if centers is None else [scales, centers], [], [], [], config, simulate)
 
 
 def integer_prefill(

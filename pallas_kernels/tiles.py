@@ -241,6 +241,7 @@ class Tiles:
         a: Any = None
         for group in range(c.depth // chunk):
             scales, *centers = [compat.load(grid.at[group], compat.ROWS) for grid in grids_smem]
+            scales = scales.astype(jnp.float32).astype(jnp.bfloat16)
             first, start = group * chunk, group * chunk % piece
             codes = codes_smem if piece == c.depth else codes_smem.at[:, pl.ds(first - start, piece)]
             if chunk == piece:

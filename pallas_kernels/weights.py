@@ -13,9 +13,11 @@ the weight's own zeros:
 from typing import Final, NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, BFloat16, Float, Float32, Int, Int8, Shaped
+from jaxtyping import Array, BFloat16, Float, Float16, Float32, Int, Int8, Shaped
 
 from pallas_kernels.order import RUN, stored_bf16, stored_int8
+
+type Scales = BFloat16[Array, "groups out"] | Float16[Array, "groups out"]
 
 CENTER: Final = 136  # what an unpacked int4 code is above itself: 128 + 8
 
@@ -25,12 +27,12 @@ class FloatWeight(NamedTuple):
 
     Attributes:
       codes: int4 [out, in] in the order of `stored_bf16`.
-      scales: bfloat16 [groups, out].
+      scales: float16 or bfloat16 [groups, out].
       centers: 136 + zeros, bfloat16 [groups, out]; None where all zeros are 0.
     """
 
     codes: Int[Array, "out in"]
-    scales: BFloat16[Array, "groups out"]
+    scales: Scales
     centers: BFloat16[Array, "groups out"] | None
 
 
@@ -53,11 +55,12 @@ class IntegerWeight(NamedTuple):
 def prepare_w4a16(
     codes: Int[Array, "out in"], scales: Float[Array, "groups out"], zeros: Shaped[Array, "groups out"] | None = None
 ) -> FloatWeight:
-    """Returns the weight as W4A16 kernels read it; exact but for scales that bfloat16 cannot hold.
+    """Returns the weight as W4A16 kernels read it; exact but for scales in float32, which are rounded to bfloat16.
 
     Args:
       codes: int4, or int8 between -8 and 7.
-      scales: the groups' steps; rounded to bfloat16, in which the kernels multiply.
+      scales: the groups' steps; float16 and bfloat16 are kept. Kernels of few tokens multiply sums by them in float32,
+        those of many multiply weights by them in bfloat16.
       zeros: whole numbers between -8 and 7, the codes that stand for 0; None where all are 0.
 
     Raises:
@@ -70,12 +73,13 @@ def prepare_w4a16(
     """
     _check(codes, scales)
     centers = None if zeros is None else (zeros.astype(jnp.float32) + CENTER).astype(jnp.bfloat16)
-    return FloatWeight(stored_bf16.apply(codes.astype(jnp.int4)), scales.astype(jnp.bfloat16), centers)
+    kept = scales if scales.dtype.itemsize == 2 else scales.astype(jnp.bfloat16)
+    return FloatWeight(stored_bf16.apply(codes.astype(jnp.int4)), kept, centers)
 
 
 def restore_w4a16(
     weight: FloatWeight,
-) -> tuple[Int[Array, "out in"], BFloat16[Array, "groups out"], Float32[Array, "groups out"] | None]:
+) -> tuple[Int[Array, "out in"], Scales, Float32[Array, "groups out"] | None]:
     """Returns the codes, scales and zeros that `prepare_w4a16` was given, the scales as rounded there."""
     zeros = None if weight.centers is None else weight.centers.astype(jnp.float32) - CENTER
     return stored_bf16.invert(weight.codes), weight.scales, zeros

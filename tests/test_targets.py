@@ -309,12 +309,20 @@ def test_a_head_of_8_bits_has_its_kernel_and_scales_are_kept_once() -> None:
     found, expected = (matmul(x, layer.kernel).astype(jnp.float32) for layer in (prepared.lm_head, head))
     assert float(jnp.linalg.norm(found - expected)) < 2**-7 * float(jnp.linalg.norm(expected))
 
+    down = get(prepared.layers[0], "mlp.down_proj").kernel
+    assert down.scales.dtype == jnp.float16
+    assert down.portable_scales is None
+    assert round_scales(model, Target.SIMULATED) is model
+
+
+def test_float32_scales_are_rounded_so_that_no_second_copy_is_kept() -> None:
+    model = whole_tiles(format=dataclasses.replace(W4, scale_dtype="float32"))
     rounded = round_scales(model, Target.SIMULATED)
-    lean = prepare(rounded, Target.SIMULATED)
-    down = [get(one.layers[0], "mlp.down_proj").kernel for one in (prepared, lean)]
+    both = [prepare(one, Target.SIMULATED) for one in (model, rounded)]
+    down = [get(one.layers[0], "mlp.down_proj").kernel for one in both]
     assert [kernel.portable_scales is None for kernel in down] == [False, True]
     np.testing.assert_array_equal(*(kernel.dequantize() for kernel in down))  # what is multiplied is the same
-    assert_same(prepare(lean, Target.REFERENCE), rounded)
+    assert_same(prepare(both[1], Target.REFERENCE), rounded)
     assert round_scales(model, Target.REFERENCE) is model
 
 

@@ -1,14 +1,14 @@
 """Uniform tensors as the matrix products of `pallas_kernels` read them on a Hopper GPU, made from portable ones.
 
-    float activations     y = x W               codes int4, scales and products bfloat16              W4A16
+    float activations     y = x W               codes int4, products bfloat16                         W4A16
     integer activations   y = s (c - z) W       codes int4 or int8, sums int32, scales float32        W4A8, W8A8
 
                           W[i, o] = scales[i // g, o] * (codes[o, i] - zeros[i // g, o])
 
 Codes lie [out', in'], the inputs contiguous, less 2^(bits - 1) so that they are signed; int4 codes are permuted within
 each 32 inputs. in' and out' are in and out, filled up with codes, and groups, that stand for 0. What lies so is neither
-cut nor sharded. `restore` gives back every bit of the portable tensor: float scales that bfloat16 cannot hold are kept
-beside those that the kernels read.
+cut nor sharded. `restore` gives back every bit of the portable tensor: scales in float32 are kept beside what the
+kernels read, which they are rounded to bfloat16 for.
 """
 
 import math
@@ -36,9 +36,9 @@ class PreparedFloatTensor(QuantizedTensor):
 
     Attributes:
       codes: int4 [out', in'].
-      scales: bfloat16 [groups', out'].
+      scales: [groups', out'], float16 or bfloat16, as they are stored, or float32 rounded to bfloat16.
       centers: bfloat16 [groups', out'], 136 + zeros as the kernels subtract it; None where all zeros are 0.
-      portable_scales: the scales [groups, out] as they were, where those are no bfloat16; None where they are.
+      portable_scales: the scales [groups, out] as they were, where those are float32; None where they have 16 bits.
       format: of the portable tensor.
       shape: (in, out).
       layout: whether the kernels run on a GPU or in an interpreter.
@@ -53,7 +53,7 @@ class PreparedFloatTensor(QuantizedTensor):
     layout: Layout = struct.field(pytree_node=False)
 
     def dequantize(self, dtype: jax.typing.DTypeLike = jnp.float32) -> Float[Array, "in out"]:
-        """Returns scales * (codes - zeros) with scales of bfloat16, computed in float32 and rounded once."""
+        """Returns scales * (codes - zeros) with the kernels' scales, computed in float32 and rounded once."""
         codes, zeros = self._restored()
         return _dense(codes, self.scales, zeros, self.shape, compute_dtype(dtype)).astype(dtype)
 
@@ -180,7 +180,7 @@ def prepare_float(tensor: UniformTensor, layout: Layout) -> PreparedFloatTensor:
 
     _require(float_fault(tensor.format, tensor.shape), tensor)
     weight = prepare_w4a16(_signed_codes(tensor), _padded_grid(tensor.scales, tensor), _signed_zeros(tensor))
-    kept = None if tensor.format.scale_dtype == "bfloat16" else tensor.scales
+    kept = tensor.scales if tensor.format.scale_dtype == "float32" else None
     return PreparedFloatTensor(*weight, kept, tensor.format, tensor.shape, layout)
 
 

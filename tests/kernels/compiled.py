@@ -106,7 +106,7 @@ def _between_products() -> Iterator[tuple[str, Any, tuple[Any, ...]]]:
         token = shaped(jnp.bfloat16, rows, 6144), shaped(jnp.float32, rows, 128), shaped(jnp.int32, rows)
         yield f"append {rows}", append, (*token, PackedCache(keys, keys, grids))
         for outputs, inputs in ((4096, 4096), (4096, 14336), (6144, 4096), (28672, 4096)):
-            codes, scales = shaped(jnp.int4, outputs, inputs), shaped(jnp.bfloat16, inputs // 128, outputs)
+            codes, scales = shaped(jnp.int4, outputs, inputs), shaped(jnp.float16, inputs // 128, outputs)
             x, weight = shaped(jnp.bfloat16, rows, inputs), FloatWeight(codes, scales, None)
             if outputs == 4096:
                 stream = shaped(jnp.float32, rows, outputs), shaped(jnp.bfloat16, outputs)

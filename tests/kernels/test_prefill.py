@@ -30,7 +30,7 @@ def test_w4a16_is_the_product(outputs: int, config: PrefillConfig) -> None:
     tokens, inputs, group = 28, 128, 32
     x = jnp.asarray(RNG.standard_normal((tokens, inputs)), jnp.bfloat16)
     codes = jnp.asarray(RNG.integers(-8, 8, (outputs, inputs)), jnp.int4)
-    scales = jnp.asarray(RNG.uniform(0.5, 1.5, (inputs // group, outputs)), jnp.bfloat16)
+    scales = jnp.asarray(RNG.uniform(0.5, 1.5, (inputs // group, outputs)), jnp.float16)
     zeros = jnp.asarray(RNG.integers(-8, 8, scales.shape), jnp.float32)
     simulation = compat.Simulation(detect_races=True)
     found = w4a16_matmul(x, prepare_w4a16(codes, scales, zeros), config=config, simulate=simulation)

@@ -17,14 +17,15 @@ from pallas_kernels.weights import (
 
 
 @settings(max_examples=4, deadline=None)
-@given(groups=st.sampled_from([1, 3]), seed=st.integers(0, 2**16))
-def test_preparing_is_reversible(groups: int, seed: int) -> None:
+@given(groups=st.sampled_from([1, 3]), dtype=st.sampled_from(["float16", "bfloat16"]), seed=st.integers(0, 2**16))
+def test_preparing_is_reversible(groups: int, dtype: str, seed: int) -> None:
     rng, outputs = np.random.default_rng(seed), 64
     codes = rng.integers(-8, 8, (outputs, 32 * groups)).astype(np.int8)
-    scales = jnp.asarray(rng.uniform(0.5, 1.5, (groups, outputs)), jnp.bfloat16)
+    scales = jnp.asarray(rng.uniform(0.5, 1.5, (groups, outputs)), dtype)
     zeros = rng.integers(-8, 8, (groups, outputs)).astype(np.float32)
     found, found_scales, found_zeros = restore_w4a16(prepare_w4a16(jnp.asarray(codes), scales, jnp.asarray(zeros)))
     np.testing.assert_array_equal(found.astype(jnp.int8), codes)
+    assert found_scales.dtype == scales.dtype
     np.testing.assert_array_equal(found_scales, scales)
     np.testing.assert_array_equal(found_zeros, zeros)
     for weight in (prepare_w4a8(jnp.asarray(codes), scales), prepare_w8a8(jnp.asarray(codes), scales[:1])):

@@ -94,10 +94,13 @@ def unpack_bf16(codes: Any, shape: tuple[int, int], centers: Any, scales: Any, *
         if scales is not None:
             rest += " ".join(f"mul.bf16x2 ${i}, ${i}, {factor};" for i in range(4))
         ptx = _PTX_BF16.format(rest=rest)
-        pairs = [{half: _pair(row.registers[0, 0, half, 0, 0]) for half in range(2)} for row in rows]
+        pairs = [
+            {place: _pair(row.registers[place[0], 0, place[1], 0, 0]) for place in np.ndindex(out.shape[0], 2)}
+            for row in rows
+        ]
         for index, word in words_of(packed.registers):
             half = index[4]
-            words = _assemble(ptx, 4, [word, *(pair_of[half] for pair_of in pairs)])
+            words = _assemble(ptx, 4, [word, *(pair_of[index[0], half] for pair_of in pairs)])
             for i in range(4):
                 out[place_of(out.shape, index[0], 4 * index[1] + i, half)] = mgpu.utils.bitcast(words[i], pair)
         return mgpu.FragmentedArray(_registers=out, _layout=layout, _is_signed=None)

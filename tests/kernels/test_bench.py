@@ -33,8 +33,15 @@ def test_targets_are_judged() -> None:
     assert targets.verdict(case, {"errors": [1e-3, 1e-3]}) == {"target": "right"}
 
 
+WITH_ZEROS = [  # blocks of 64 outputs and of 128
+    Case("w4a16", tokens, *shape, zeros=True)
+    for tokens in (1, 16, 17, 64, 100)
+    for shape in ((1536, 576, 9), (4096, 4096, 32), (1024, 512, 16))
+]
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("case", [*MEASURED, *random_legal_cases(0, 20)], ids=str)
+@pytest.mark.parametrize("case", [*MEASURED, *WITH_ZEROS, *random_legal_cases(0, 20)], ids=str)
 def test_kernel_is_the_product_with_the_same_bits_twice(case: Case) -> None:
     kernel = jax.jit(case.kernel(case.config()))
     for seed in range(2):

@@ -72,6 +72,22 @@ def w4a16_onto(
     return sums, *normed
 
 
+@partial(jax.jit, static_argnames="eps")
+def w4a16_gated(
+    numbers: BFloat16[Array, "rows in"],
+    squares: Float32[Array, "runs columns"] | None,
+    weight: PreparedFloatTensor,
+    *,
+    eps: float,
+) -> BFloat16[Array, "rows half"]:
+    """Returns silu(gate) * up of a joined weight's product, of rows that the W4A16 kernel divides where squares are."""
+    from pallas_kernels import FloatWeight, Undivided, w4a16_matmul_gated
+
+    operand = FloatWeight(weight.codes, weight.scales, weight.centers)
+    x = _pad_inputs(numbers, weight.codes) if squares is None else Undivided(numbers, squares)
+    return w4a16_matmul_gated(x, operand, eps=eps, simulate=simulation(weight.layout))
+
+
 @jax.jit
 def integers(
     codes: Int8[Array, "rows in"],

@@ -7,7 +7,7 @@ from typing import Any, Final
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, BFloat16, Float, Float32
+from jaxtyping import Array, Float
 
 from jquant import kernels
 from jquant.errors import FormatError
@@ -204,54 +204,6 @@ def _undivided_kernel(x: UndividedActivation, weight: PreparedFloatTensor) -> ja
         return _dequantized(x, weight)
     y = kernels.w4a16_undivided(x.numbers.reshape(rows, inputs), x.squares, weight, eps=x.eps)
     return y.reshape(*batch, weight.shape[1]).astype(x.dtype)
-
-
-def matmul_onto(
-    x: Float[Array, "*batch in"],
-    weight: PreparedFloatTensor,
-    stream: Float32[Array, "*batch out"],
-    scale: BFloat16[Array, "out"],
-    eps: float,
-) -> tuple[Float32[Array, "*batch out"], UndividedActivation]:
-    """Adds a product to the residual stream and begins the norm of the sum, in the product's kernel.
-
-    Args:
-      x: activations, rounded to bfloat16.
-      weight: prepared for kernels.
-      stream: what is added to.
-      scale: of the norm of the sum.
-      eps: likewise.
-
-    Returns:
-      stream + x W, the product not rounded before, and the norm.
-
-    Raises:
-      ValueError: no kernel does so: see `onto_fault`.
-    """
-    *batch, inputs = x.shape
-    rows = math.prod(batch)
-    sums, numbers, squares = kernels.w4a16_onto(
-        x.reshape(rows, inputs).astype(jnp.bfloat16), weight, stream.reshape(rows, -1), scale
-    )
-    return sums.reshape(stream.shape), UndividedActivation(numbers.reshape(stream.shape), squares, eps, "bfloat16")
-
-
-def onto_fault(
-    x: Float[Array, "*batch in"], weight: Any, stream: Float[Array, "*batch out"], scale: Float[Array, "out"]
-) -> str | None:
-    """Returns why `matmul_onto` has no kernel for a product; None where it has."""
-    if not isinstance(weight, PreparedFloatTensor):
-        return f"a {type(weight).__name__}, kernels that add to a stream have W4A16"
-    if (stream.dtype, scale.dtype, x.dtype) != (jnp.float32, jnp.bfloat16, jnp.bfloat16):
-        return f"{x.dtype} onto {stream.dtype} with a norm in {scale.dtype}, kernels add bfloat16 onto float32"
-    if weight.codes.shape[0] != weight.shape[1]:
-        return f"{weight.shape[1]} outputs, filled up to {weight.codes.shape[0]} for the kernels"
-    if not x.size:
-        return "no token"
-    from pallas_kernels import FloatWeight, matmul_onto_fault
-
-    operand = FloatWeight(weight.codes, weight.scales, weight.centers)
-    return matmul_onto_fault(math.prod(x.shape[:-1]), operand, kernels.simulation(weight.layout))
 
 
 def _wide_kernel(x: jax.Array, weight: PreparedWideTensor) -> jax.Array:

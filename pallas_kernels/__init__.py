@@ -30,8 +30,10 @@ from pallas_kernels.kronecker import Rotation as Rotation
 from pallas_kernels.kronecker import prepare_rotation as prepare_rotation
 from pallas_kernels.kronecker import restore_rotation as restore_rotation
 from pallas_kernels.matmul import integer_matmul as integer_matmul
+from pallas_kernels.matmul import matmul_gated_fault as matmul_gated_fault
 from pallas_kernels.matmul import matmul_onto_fault as matmul_onto_fault
 from pallas_kernels.matmul import w4a16_matmul as w4a16_matmul
+from pallas_kernels.matmul import w4a16_matmul_gated as w4a16_matmul_gated
 from pallas_kernels.matmul import w4a16_matmul_onto as w4a16_matmul_onto
 from pallas_kernels.matmul import w4a16_matmul_undivided as w4a16_matmul_undivided
 from pallas_kernels.narrow import BinaryWeight as BinaryWeight

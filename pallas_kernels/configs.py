@@ -28,6 +28,7 @@ from pallas_kernels.decode_rules import (
     by_warps,
     fits,
     of_binary,
+    of_gate,
     of_spqr,
     rows_of,
 )
@@ -123,6 +124,33 @@ def choose(kind: Kind, tokens: int, outputs: int, inputs: int, groups: int, card
         f"no {kind} kernel multiplies {tokens} tokens by a weight [{outputs}, {inputs}] in {groups} groups: kernels "
         "want a multiple of 64 outputs and inputs and of 32 inputs in a group, and one group for integers of more than "
         f"{MOST_TOKENS} tokens; keep the portable layout or pad"
+    )
+
+
+def choose_gated(tokens: int, outputs: int, inputs: int, groups: int) -> DecodeConfig:
+    """Returns the configuration for a product that ends with a gate.
+
+    Args:
+      tokens: rows of the activations.
+      outputs: rows of the weight, the gate's and up's.
+      inputs: columns of the weight.
+      groups: rows of the scales.
+
+    Raises:
+      ValueError: no kernel does so with this shape.
+
+    Example:
+      >>> config = choose_gated(16, 28672, 4096, 32)
+      >>> config.depth, config.stages, config.warpgroups, config.splits, config.rows
+      (256, 2, 1, 1, 128)
+    """
+    ranked = of_gate(tokens, outputs, inputs, groups) if tokens <= MANY_OF_FEW else []
+    for config in ranked:
+        if config.fault(outputs, inputs, groups) is None:
+            return config
+    raise ValueError(
+        f"no kernel ends {tokens} tokens' product with a weight [{outputs}, {inputs}] in {groups} groups with a gate: "
+        f"it wants at most {MANY_OF_FEW} tokens, and a multiple of 128 outputs, half of them the gate's"
     )
 
 

@@ -43,9 +43,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jaxtyping import Array, BFloat16, Float, Float16, Float32, Int, Int8
 
-from pallas_kernels import compat, inline, inline_warp, meet, residual
+from pallas_kernels import compat, gate, inline, inline_warp, meet, residual
 from pallas_kernels.decode_config import LEAST_PIECE, MOST_TOKENS, PADDED, DecodeConfig
 
+OF_GROUPS: Final = ("scales", "centers")
 OF_TOKENS: Final = ("token_scales", "token_zeros")  # arguments that only products of integers have
 SIXTEENTH: Final = 1 / 16  # int4 codes are unpacked as 16 times themselves
 
@@ -58,9 +59,10 @@ def w4a16_decode(
     *,
     squares: Float32[Array, "runs columns"] | None = None,
     eps: float = 0.0,
+    gated: bool = False,
     config: DecodeConfig,
     simulate: compat.Simulation | None = None,
-) -> BFloat16[Array, "tokens out"]:
+) -> BFloat16[Array, "tokens made"]:
     """Multiplies bfloat16 activations of at most 64 tokens by an int4 weight.
 
     Args:
@@ -70,13 +72,14 @@ def w4a16_decode(
       centers: 136 + zeros; None where all zeros are 0.
       squares: of x's features before a norm, where x is `residual.Undivided`; None where it is divided.
       eps: of that norm.
+      gated: return `gate.gated` of the product, half as many numbers; blocks then have 128 rows.
       config: how the work is divided.
       simulate: run in the interpreter on the CPU with these settings.
 
     Raises:
       ValueError: the configuration does not fit the weight, or there are too many tokens.
     """
-    ends = residual.Ends(x.shape[1], None if squares is None else eps)
+    ends = residual.Ends(x.shape[1], None if squares is None else eps, gated=gated)
     return _run((x, codes, scales), {"centers": centers, "squares": squares}, ends, config, simulate)[0]
 
 
@@ -109,8 +112,6 @@ def w4a16_onto(
     Raises:
       ValueError: the configuration does not fit the weight, or there are too many tokens.
     """
-    if config.splits > 1 and not meet.clustered(config, simulate):
-        raise ValueError(f"{config}: XLA would add the {config.splits} splits, so that no kernel has the sum")
     ends, beside = residual.Ends(x.shape[1], onto=True), {"centers": centers, "stream": stream, "scale": scale}
     numbers, sums, squares = _run((x, codes, scales), beside, ends, config, simulate)
     return sums, residual.Undivided(numbers, squares)
@@ -162,7 +163,8 @@ def _run(
     """Runs the kernel on x, codes, scales and others by name; returns the product and what is made beside."""
     (x, codes, scales), simulated = operands, simulate is not None
     (m, k), n = x.shape, codes.shape[0]
-    fault = config.fault(n, k, scales.shape[0])
+    clustered = meet.clustered(config, simulate)
+    fault = config.fault(n, k, scales.shape[0]) or ends.fault(config.splits, config.rows, clustered=clustered)
     if m > MOST_TOKENS:
         fault = f"{m} tokens are more than {MOST_TOKENS}: use the kernels of prefill.py"
     if fault:
@@ -171,30 +173,19 @@ def _run(
     columns = compat.columns_of(m, integer="token_scales" in given)
     copied = 32 * compat.whole_tiles(m, 32)  # of the tokens' scales: a copy moves a multiple of 128 bytes
     stored = columns if m > PADDED or simulated else m  # fewer than 8 lie outside the array, which copies fill and drop
-    x = _pad_rows(x, stored)
+    x = meet.pad_rows(x, stored)
     if "stream" in given:
-        given["stream"] = _pad_rows(given["stream"], stored)
+        given["stream"] = meet.pad_rows(given["stream"], stored)
     if simulated:
         given |= {name: jnp.pad(given[name], (0, copied - m)) for name in OF_TOKENS if name in given}
-    kernel = _Kernel(
-        config=config,
-        columns=columns,
-        inputs=k,
-        group=k // scales.shape[0],
-        copied=copied,
-        names=tuple(given),
-        ends=ends,
-        clustered=meet.clustered(config, simulate),
-        simulated=simulated,
-    )
+    group, names = k // scales.shape[0], tuple(given)
+    kernel = _Kernel(config, columns, k, group, copied, names, ends, clustered=clustered, simulated=simulated)
     scratch = functools.partial(kernel.scratch, x.dtype, scales.dtype)
     made, reduction = ends.made(stored, n, config.rows, columns), ends.reduction_bytes()
-    y, *others = meet.launch(kernel, [x, codes, scales, *given.values()], stored, n, scratch, simulate, made, reduction)
+    named = {"x": x, "codes": codes, "scales": scales, **given}
+    arrays = [ends.parted(array) if name in OF_GROUPS else array for name, array in named.items()]
+    y, *others = meet.launch(kernel, arrays, stored, n, scratch, simulate, made, reduction, ends.halves)
     return tuple(each[:m] if each.shape[0] == stored != m else each for each in (y, *others))
-
-
-def _pad_rows(x: jax.Array, rows: int) -> jax.Array:
-    return x if x.shape[0] == rows else jnp.pad(x, ((0, rows - x.shape[0]), (0, 0)))
 
 
 @dataclass(frozen=True)
@@ -244,14 +235,17 @@ class _Kernel:
         """Returns the shared memory and barriers, by the names of the body's arguments."""
         c, shared, rows = self.config, compat.SharedMemory, self.config.rows
         slots, float32 = (c.warpgroups, self.stages), jnp.float32
-        grids = (*slots, c.depth // self.chunk, rows)
+        grids = (*slots, c.depth // self.chunk, *self.ends.parts(rows))
+        arrivals = 2 + self.ends.halves + ("centers" in self.names)
         inner, swizzled = compat.tiled(self.chunk, operand), 64 if result == jnp.bfloat16 else 32
         found = {
             "x_smem": shared((*slots, self.columns, c.depth), operand, transforms=inner),
             "codes_smem": shared((*slots, rows, c.depth), jnp.int4, transforms=compat.tiled(self.piece, jnp.int4)),
             "scales_smem": shared(grids, steps_of_grid),
-            "full": compat.Barrier(num_arrivals=3 + ("centers" in self.names), num_barriers=c.warpgroups * self.stages),
-            "out_smem": shared((self.columns, rows), result, transforms=compat.tiled(swizzled, result)),
+            "full": compat.Barrier(num_arrivals=arrivals, num_barriers=c.warpgroups * self.stages),
+            "out_smem": shared(
+                (self.columns, self.ends.stored(rows)), result, transforms=compat.tiled(swizzled, result)
+            ),
         }
         if "centers" in self.names:
             found["centers_smem"] = shared(grids, jnp.bfloat16)
@@ -269,18 +263,24 @@ class _Kernel:
         c, m, rows = self.config, self.columns, self.config.rows
         warpgroup, split, tile = lax.axis_index("wg"), lax.axis_index("split"), lax.axis_index("tile")
         first = (split * c.warpgroups + warpgroup) * self.steps
-        outputs = pl.ds(tile * rows, rows)
+        stored, tiles = self.ends.stored(rows), codes_gmem.shape[0] // rows
+        outputs = pl.ds(tile * stored, stored)
+        of_grids = *(slice(None) for _ in self.ends.parts(rows)[1:]), outputs
         loaded: dict[str, Any] = {}
         stores = (warpgroup == 0) & (split == 0) if self.clustered else warpgroup == 0
 
         def fetch(step: Any, slot: Any) -> None:
             barrier, start = full(slot), (first + step) * c.depth
             inputs, groups = pl.ds(start, c.depth), pl.ds(start // self.group, c.depth // self.chunk)
-            compat.copy_in(codes_gmem.at[outputs, inputs], memory["codes_smem"].at[warpgroup, slot], barrier)
+            for half in range(self.ends.halves):
+                target = memory["codes_smem"].at[warpgroup, slot, pl.ds(half * stored, stored)]
+                compat.copy_in(codes_gmem.at[pl.ds((half * tiles + tile) * stored, stored), inputs], target, barrier)
             compat.copy_in(x_gmem.at[pl.ds(0, m), inputs], memory["x_smem"].at[warpgroup, slot], barrier)
-            compat.copy_in(scales_gmem.at[groups, outputs], memory["scales_smem"].at[warpgroup, slot], barrier)
+            compat.copy_in(scales_gmem.at[groups, *of_grids], memory["scales_smem"].at[warpgroup, slot], barrier)
             if "centers" in gmem:
-                compat.copy_in(gmem["centers"].at[groups, outputs], memory["centers_smem"].at[warpgroup, slot], barrier)
+                compat.copy_in(
+                    gmem["centers"].at[groups, *of_grids], memory["centers_smem"].at[warpgroup, slot], barrier
+                )
 
         def full(slot: Any) -> Any:
             return memory["full"].at[warpgroup * self.stages + slot]
@@ -307,7 +307,7 @@ class _Kernel:
             if "sums" in gmem:  # the zeros' part belongs to one split
                 row_sums = compat.load(gmem["sums"].at[outputs], compat.ROWS, checked=False)
                 row_sums = row_sums * jnp.where(split == 0, jnp.float32(1), jnp.float32(0))
-            value = total = self.ends.divided(self._scaled(sum_, row_sums, memory), loaded)
+            value = total = self.ends.finished(self._scaled(sum_, row_sums, memory), loaded)
             if self.ends.onto:
                 total = self.ends.summed(value, memory)
                 value = total * compat.along_rows(loaded["scale"].astype(jnp.float32), total.shape)
@@ -335,7 +335,7 @@ class _Kernel:
                 columns = memory["x_smem"].at[warpgroup, slot, :, pl.ds(group * chunk, chunk)].T
                 b = inline_warp.load_columns(columns, simulated=self.simulated)
                 part = inline_warp.product(next(operands), b, simulated=self.simulated)
-                scales = compat.load(memory["scales_smem"].at[warpgroup, slot, group], compat.ROWS)
+                scales = gate.load_rows(memory["scales_smem"].at[warpgroup, slot, group])
                 sum_ = sum_ + part.astype(jnp.float32) * compat.along_rows(scales.astype(jnp.float32), part.shape)
             return sum_
         for first in range(0, count, c.together):
@@ -354,7 +354,7 @@ class _Kernel:
 
             parts = compat.in_scope(products, *(compat.Accumulator((rows, self.columns), result) for _ in members))
             for group, part in zip(members, parts, strict=True):
-                scales = compat.load(memory["scales_smem"].at[warpgroup, slot, group], compat.ROWS)
+                scales = gate.load_rows(memory["scales_smem"].at[warpgroup, slot, group])
                 sum_ = sum_ + part.astype(jnp.float32) * compat.along_rows(scales.astype(jnp.float32), part.shape)
         return sum_
 
@@ -365,7 +365,7 @@ class _Kernel:
         for group in range(c.depth // chunk):
             centers = None
             if "centers" in self.names:
-                centers = compat.load(memory["centers_smem"].at[warpgroup, slot, group], compat.ROWS)
+                centers = gate.load_rows(memory["centers_smem"].at[warpgroup, slot, group])
             start = group * chunk % piece
             if start == 0:
                 codes = memory["codes_smem"].at[warpgroup, slot, :, pl.ds(group * chunk, piece)]

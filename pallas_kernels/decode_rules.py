@@ -29,13 +29,22 @@ NARROW_DEPTHS: Final = (512, 256, 128, 64)  # inputs of a copy: measured, the de
 NARROW_TOKENS: Final = 4  # for which copies of 512 inputs leave enough registers
 
 
-def by_warps(tokens: int, outputs: int, inputs: int, groups: int) -> Iterator[DecodeConfig]:
+def by_warps(
+    tokens: int, outputs: int, inputs: int, groups: int, rows: int = compat.ROWS_OF_ACCUMULATOR
+) -> Iterator[DecodeConfig]:
     """Yields configurations of W4A16 by warps' instruction: one round of blocks where that is possible, deep copies.
 
     Few outputs: clusters that share the inputs, and two warpgroups a block. Blocks of one warpgroup where there are 1.5
     to 2 of them a multiprocessor. Copies of 512 inputs but where ranges are short or two blocks have no room for them.
+
+    Args:
+      tokens: rows of the activations.
+      outputs: rows of the weight.
+      inputs: columns of the weight.
+      groups: rows of the scales.
+      rows: outputs of a block.
     """
-    columns, tiles = compat.columns_of(tokens, integer=False), outputs // compat.ROWS_OF_ACCUMULATOR
+    columns, tiles = compat.columns_of(tokens, integer=False), outputs // rows
     fill = max(1, min(MOST_CLUSTER, MULTIPROCESSORS // max(1, tiles)))
     counts = (1, 2) if 3 * MULTIPROCESSORS <= 2 * tiles <= 4 * MULTIPROCESSORS else (2, 1)
     parts = [(2**power, count) for power in range(fill.bit_length() - 1, -1, -1) for count in counts]
@@ -45,11 +54,17 @@ def by_warps(tokens: int, outputs: int, inputs: int, groups: int) -> Iterator[De
         if alone and depth == DEEP and inputs < FEWEST_DEEP * depth * splits * warpgroups:
             continue
         stages = 4 if alone and depth < DEEP else 2
-        grids = compat.ROWS_OF_ACCUMULATOR * 2 * 2 * compat.whole_tiles(depth * groups, inputs)
-        needed = warpgroups * stages * (depth * (compat.ROWS_OF_ACCUMULATOR // 2 + 2 * columns) + grids)
-        needed += compat.ROWS_OF_ACCUMULATOR * columns * (4 * (warpgroups + splits - 2) + 2)
+        grids = rows * 2 * 2 * compat.whole_tiles(depth * groups, inputs)
+        needed = warpgroups * stages * (depth * (rows // 2 + 2 * columns) + grids)
+        needed += rows * columns * (4 * (warpgroups + splits - 2) + 2)
         if needed <= (ONE_BLOCK if alone else TWO_BLOCKS):
-            yield DecodeConfig(depth, stages, warpgroups, splits, cluster=splits > 1, **OF_WARPS)
+            yield DecodeConfig(depth, stages, warpgroups, splits, rows, cluster=splits > 1, **OF_WARPS)
+
+
+def of_gate(tokens: int, outputs: int, inputs: int, groups: int) -> list[DecodeConfig]:
+    """Returns configurations of products that end with a gate: as `by_warps`, copies of 256 inputs before others."""
+    found = by_warps(tokens, outputs, inputs, groups, rows=2 * compat.ROWS_OF_ACCUMULATOR)
+    return sorted(found, key=lambda each: each.depth != DEPTHS[0])
 
 
 def by_warpgroups(

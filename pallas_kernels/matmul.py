@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, BFloat16, Float32, Int, Int8
 
 from pallas_kernels import configs
-from pallas_kernels.compat import Simulation
+from pallas_kernels.compat import ROWS_OF_ACCUMULATOR, Simulation
 from pallas_kernels.decode import w4a8_decode, w4a16_decode, w4a16_onto
 from pallas_kernels.decode_config import DecodeConfig
 from pallas_kernels.decode_rules import MANY_OF_FEW
@@ -101,12 +101,62 @@ def matmul_onto_fault(tokens: int, weight: FloatWeight, simulate: Simulation | N
     return f"XLA adds the {config.splits} splits" if config.splits > 1 and not config.cluster else None
 
 
+def w4a16_matmul_gated(
+    x: BFloat16[Array, "tokens in"] | Undivided,
+    weight: FloatWeight,
+    *,
+    eps: float = 0.0,
+    simulate: Simulation | None = None,
+) -> BFloat16[Array, "tokens half"]:
+    """Multiplies by the gate's weight and up's, joined, and gates: `reference.gated_matmul` up to the last rounding.
+
+        y = silu(gate) * up,    gate and up the product's halves, float32
+
+    Args:
+      x: activations, or a norm that `w4a16_matmul_onto` returned.
+      weight: what `prepare_w4a16` returned, the gate's outputs before up's.
+      eps: of that norm.
+      simulate: run in the interpreter on the CPU with these settings; None on an H100 or H200.
+
+    Raises:
+      ValueError: no kernel does so with this shape: see `matmul_gated_fault`.
+    """
+    numbers, squares = x if isinstance(x, Undivided) else (x, None)
+    fault = matmul_gated_fault(numbers.shape[0], weight)
+    if fault:
+        raise ValueError(f"{numbers.shape[0]} tokens times {weight.codes.shape}, gated: {fault}; gate the product")
+    (tokens, inputs), (outputs, _) = numbers.shape, weight.codes.shape
+    config = _one_split(configs.choose_gated(tokens, outputs, inputs, weight.scales.shape[0]), simulate)
+    return w4a16_decode(numbers, *weight, squares=squares, eps=eps, gated=True, config=config, simulate=simulate)
+
+
+def matmul_gated_fault(tokens: int, weight: FloatWeight) -> str | None:
+    """Returns why `w4a16_matmul_gated` has no kernel for a product; None where it has.
+
+    >>> matmul_gated_fault(1, FloatWeight(jnp.zeros((192, 64), jnp.int4), jnp.ones((1, 192)), None))
+    '192 outputs, kernels that gate take a multiple of 128: 64 of the gate and as many of up'
+    """
+    if tokens > MANY_OF_FEW:
+        return f"{tokens} tokens, kernels that gate take {MANY_OF_FEW}"
+    rows, outputs = 2 * ROWS_OF_ACCUMULATOR, weight.codes.shape[0]
+    if outputs % rows:
+        return (
+            f"{outputs} outputs, kernels that gate take a multiple of {rows}: {rows // 2} of the gate and as many of up"
+        )
+    return None
+
+
 def _onto_config(tokens: int, weight: FloatWeight, simulate: Simulation | None) -> DecodeConfig:
-    """Returns the choice for a product; simulated, of one split: the interpreter has no clusters."""
+    """Returns the choice for a product."""
     outputs, inputs = weight.codes.shape
     chosen = _choose("w4a16", (tokens, outputs, inputs), weight.scales.shape[0], simulate)
     assert isinstance(chosen, DecodeConfig), "few tokens have no other kernel"
-    return chosen if simulate is None else dataclasses.replace(chosen, splits=1)
+    return _one_split(chosen, simulate)
+
+
+def _one_split(config: DecodeConfig, simulate: Simulation | None) -> DecodeConfig:
+    """Returns a configuration; simulated, of one split: the interpreter has no clusters."""
+    return config if simulate is None else dataclasses.replace(config, splits=1)
 
 
 def integer_matmul(

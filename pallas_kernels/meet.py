@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Shaped
 
 from pallas_kernels import compat
 
@@ -23,6 +23,15 @@ from pallas_kernels import compat
 def clustered(config: Any, simulate: compat.Simulation | None) -> bool:
     """Tells whether the splits of a `DecodeConfig` meet in a cluster: the interpreter has no copies between blocks."""
     return bool(config.cluster and config.splits > 1 and simulate is None)
+
+
+def pad_rows(x: Shaped[Array, "tokens columns"], rows: int) -> Shaped[Array, "rows columns"]:
+    """Returns an array filled up with rows of zeros.
+
+    >>> pad_rows(jnp.ones((1, 2)), 2).tolist()
+    [[1.0, 1.0], [0.0, 0.0]]
+    """
+    return x if x.shape[0] == rows else jnp.pad(x, ((0, rows - x.shape[0]), (0, 0)))
 
 
 def launch(
@@ -34,6 +43,7 @@ def launch(
     simulate: compat.Simulation | None,
     beside: tuple[jax.ShapeDtypeStruct, ...] = (),
     reduction_bytes: int = 0,
+    halves: int = 1,
 ) -> tuple[Float[Array, "rows columns"], ...]:
     """Runs a kernel on a grid of tiles and splits; returns [tokens, out], the splits added in it or by XLA.
 
@@ -46,10 +56,11 @@ def launch(
       simulate: run in the interpreter on the CPU with these settings.
       beside: what else it stores, where the splits do not meet in XLA; returned behind the product.
       reduction_bytes: of the scratch memory of reductions, which one warpgroup of a block alone may make.
+      halves: rows of the weight of which it stores one number: 2 of a gate and up.
     """
     config = kernel.config
     in_xla = config.splits > 1 and not kernel.clustered
-    shape, dtype = (config.splits if in_xla else 1, tokens, outputs), jnp.float32 if in_xla else jnp.bfloat16
+    shape, dtype = (config.splits if in_xla else 1, tokens, outputs // halves), jnp.float32 if in_xla else jnp.bfloat16
     splits, tiles = {"split": config.splits}, {"tile": outputs // config.rows}
     parts, *others = compat.kernel(
         kernel.body,

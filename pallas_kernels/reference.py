@@ -1,6 +1,7 @@
 """What each kernel computes, in plain jax.numpy and float32: the meaning that its tests and benchmarks compare with.
 
     float activations    y[m, n] = sum_k x[m, k] * w[n, k]
+    gate and up          y[m, n] = silu(p[m, n]) * p[m, half + n],    p what float activations give
     integer activations  y[m, n] = sum_k token_scales[m] * (x[m, k] - token_zeros[m]) * w[n, k]
     weights              w[n, k] = scales[k // g, n] * (codes[n, k] - zeros[k // g, n])
 
@@ -56,6 +57,22 @@ def float_matmul(
     """
     weight = dense_weight(codes, scales, zeros)
     return jnp.dot(x.astype(jnp.float32), weight.T, precision=jax.lax.Precision.HIGHEST)
+
+
+def gated_matmul(
+    x: Float[Array, "tokens in"],
+    codes: Int[Array, "out in"],
+    scales: Shaped[Array, "groups out"],
+    zeros: Shaped[Array, "groups out"] | None = None,
+) -> Float[Array, "tokens half"]:
+    """Returns silu(gate) * up, the halves of `float_matmul`, in float32.
+
+    Example:
+      >>> gated_matmul(jnp.array([[1.0]]), jnp.array([[50], [3]], jnp.int8), jnp.ones((1, 2))).tolist()
+      [[150.0]]
+    """
+    gate, up = jnp.split(float_matmul(x, codes, scales, zeros), 2, axis=1)
+    return gate / (1 + jnp.exp(-gate)) * up
 
 
 def integer_matmul(

@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jaxtyping import Array, BFloat16, Float32
+from jaxtyping import Array, BFloat16, Float32, Shaped
 
-from pallas_kernels import compat
+from pallas_kernels import compat, gate
 
 REDUCTION_BYTES: Final = 1024  # of a warpgroup's sums over rows: Pallas keeps two float32 of each thread there
 
@@ -52,11 +52,38 @@ class Ends:
       inputs: numbers of a token.
       eps: of the norm whose tokens are still to be divided; None where they are, or have none.
       onto: whether the product is added to the stream, and the next norm begun.
+      gated: whether the product is that of a gate and of what it opens, and stored as one: see `gate`.
     """
 
     inputs: int
     eps: float | None = None
     onto: bool = False
+    gated: bool = False
+
+    def fault(self, splits: int, rows: int, *, clustered: bool) -> str | None:
+        """Returns why blocks of so many rows cannot end so; None where they can."""
+        if (self.onto or self.gated) and splits > 1 and not clustered:
+            return f"XLA would add the {splits} splits, so that no kernel has the sum"
+        if self.gated and rows != 2 * compat.ROWS_OF_ACCUMULATOR:
+            return f"blocks of {rows} outputs, a gate's have {2 * compat.ROWS_OF_ACCUMULATOR}"
+        return None
+
+    @property
+    def halves(self) -> int:
+        """Returns how many rows of the weight make one number: 2 of a gate and up."""
+        return 1 + self.gated
+
+    def stored(self, rows: int) -> int:
+        """Returns how many numbers of a token so many rows of the weight make."""
+        return rows // self.halves
+
+    def parts(self, rows: int) -> tuple[int, ...]:
+        """Returns the axes of the numbers of so many rows, as blocks copy them: two where half are up's."""
+        return (2, rows // 2) if self.gated else (rows,)
+
+    def parted(self, array: Shaped[Array, "groups outputs"]) -> Shaped[Array, "groups *parts"]:
+        """Returns an array with those axes."""
+        return array.reshape(*array.shape[:-1], *self.parts(array.shape[-1]))
 
     def made(self, tokens: int, outputs: int, rows: int, columns: int) -> tuple[jax.ShapeDtypeStruct, ...]:
         """Returns what is stored beside the product: the sum, and the squares of each block's outputs."""
@@ -95,12 +122,12 @@ class Ends:
             target = memory["stream_smem"]
             compat.copy_in(gmem["stream"].at[pl.ds(0, target.shape[0]), outputs], target, memory["streamed"])
 
-    def divided(self, value: Any, loaded: dict[str, Any]) -> Any:
-        """Returns the product of the tokens divided."""
-        if self.eps is None:
-            return value
-        mean = jnp.sum(loaded["squares"], axis=0) * jnp.float32(1 / self.inputs)
-        return value * compat.along_columns(lax.rsqrt(mean + jnp.float32(self.eps)), value.shape)
+    def finished(self, value: Any, loaded: dict[str, Any]) -> Any:
+        """Returns the product of the tokens divided, and what a gate lets through of it."""
+        if self.eps is not None:
+            mean = jnp.sum(loaded["squares"], axis=0) * jnp.float32(1 / self.inputs)
+            value = value * compat.along_columns(lax.rsqrt(mean + jnp.float32(self.eps)), value.shape)
+        return gate.gated(value) if self.gated else value
 
     def summed(self, value: Any, memory: dict[str, Any]) -> Any:
         """Returns stream + value, and leaves it where the stream was."""

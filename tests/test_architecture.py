@@ -19,7 +19,7 @@ FLOORS: Final = (
     ("jquant.numerics", "jquant.report", "jquant.charts", "jquant.data", "jquant.sampling", "jquant.schema"),
     ("jquant.formats", "jquant.page"),
     ("jquant.kernels",),
-    ("jquant.matmul",),
+    ("jquant.matmul", "jquant.fused"),
     ("jquant.kv", "jquant.activations", "jquant.quantizers"),
     ("jquant.models",),
     ("jquant.structure", "jquant.products"),

@@ -1,16 +1,17 @@
 """One decoder block, its attention left open: what queries attend to, and what is kept of it, is the caller's."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jquant.formats import Layout
+from jquant.formats import Layout, UndividedActivation
+from jquant.fused import gated_fault, matmul_gated
 from jquant.kv import LayerCache, Rope
 from jquant.models.config import LlamaConfig
-from jquant.models.layers import Input, apply_rope, attention, causal_mask, linears, rms_norm
+from jquant.models.layers import Input, apply_rope, attention, causal_mask, is_plain, linears, rms_norm
 from jquant.models.stream import Stream, add_linear, add_norm
 from jquant.models.tree import Attention, Block, Mlp
 from jquant.types import Leaf
@@ -139,5 +140,9 @@ def _hidden(
     layer: Mlp, x: Input, valid: Valid
 ) -> tuple[Float[Array, "batch tokens inner"], Float[Array, "batch tokens hidden"]]:
     """Returns silu(gate(x)) * up(x), and the tap of both linears."""
+    kernel: Any = layer.gate_proj.kernel
+    plain = is_plain(layer.gate_proj) and is_plain(layer.up_proj)
+    if plain and gated_fault(x, kernel, layer.up_proj.kernel) is None:
+        return matmul_gated(x, kernel), x.dequantize(x.dtype) if isinstance(x, UndividedActivation) else x
     (gate, up), tap = linears((layer.gate_proj, layer.up_proj), x, valid)
     return jax.nn.silu(gate) * up, tap

@@ -48,6 +48,15 @@ def linear(
     return _add_bias(matmul(operand, layer.kernel), layer), x
 
 
+def is_plain(layer: Linear) -> bool:
+    """Tells whether a linear only multiplies.
+
+    >>> is_plain(Linear(jnp.ones((2, 3)))), is_plain(Linear(jnp.ones((2, 3)), jnp.ones(3)))
+    (True, False)
+    """
+    return layer.bias is None and layer.input_rotation is None and layer.input_quantizer is None
+
+
 def linears(
     layers: Sequence[Linear], x: Input, valid: Bool[Array, "*batch"] | None = None
 ) -> tuple[tuple[Float[Array, "*batch out"], ...], Float[Array, "*batch in"]]:

@@ -10,10 +10,10 @@ from flax import struct
 from jaxtyping import Array, BFloat16, Bool, Float, Float32
 
 from jquant.formats import Layout, UndividedActivation
+from jquant.fused import matmul_onto, onto_fault
 from jquant.kv import KvCodec, attention_kernel
-from jquant.matmul import matmul_onto, onto_fault
 from jquant.models.config import LlamaConfig
-from jquant.models.layers import linear, rms_norm
+from jquant.models.layers import is_plain, linear, rms_norm
 from jquant.models.tree import Linear
 from jquant.types import Leaf
 
@@ -88,8 +88,7 @@ def add_linear(
       The stream, and the linear's tap.
     """
     kernel: Any = layer.kernel
-    alone = layer.bias is None and layer.input_rotation is None and layer.input_quantizer is None
-    if following is None or not alone or onto_fault(x, kernel, value, following) is not None:
+    if following is None or not is_plain(layer) or onto_fault(x, kernel, value, following) is not None:
         update, tap = linear(layer, x, valid)
         return Stream(value, update), tap
     sums, normed = matmul_onto(x, kernel, value, following, config.rms_norm_eps)

@@ -84,8 +84,8 @@ def test_a_step_of_a_packed_model_has_no_norms_between_its_products() -> None:
     calls = collections.Counter(
         re.findall(r"call @(\w+?)(?:_\d+)?\(", traced.lower(lowering_platforms=("cuda",)).as_text())
     )
-    assert (calls["w4a16_onto"], calls["w4a16_undivided"]) == (3, 3)  # all but the last down, and the first q, k, v
-    assert calls["w4a16"] == 2
+    assert (calls["w4a16_onto"], calls["w4a16_undivided"]) == (3, 1)  # all but the last down, and the first q, k, v
+    assert (calls["w4a16_gated"], calls["w4a16"]) == (2, 2)
 
 
 @pytest.mark.gpu

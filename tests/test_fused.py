@@ -1,4 +1,4 @@
-"""Products whose kernels go on with the gate, beside what XLA makes of the same; of those onto a stream: test_stream."""
+"""Products whose kernels go on with the gate, beside what XLA makes of the same; onto a stream: models/test_stream."""
 
 import dataclasses
 from typing import Any
@@ -124,6 +124,8 @@ def test_a_step_with_gated_products_gives_the_portable_logits(stacked: bool) -> 
         return decode(model, tokens, empty_cache(model, 2, 16))[0]
 
     assert [str(jax.make_jaxpr(step)(one)).count("name=w4a16_gated") for one in models] == [0, 1 if stacked else 2]
+    up = put(models[1], "layers.1.mlp.up_proj.bias", jnp.ones(192, jnp.bfloat16)) if not stacked else models[1]
+    assert str(jax.make_jaxpr(step)(up)).count("name=w4a16_gated") == 1  # of the layer whose linears only multiply
     expected, found = (jax.jit(step)(one) for one in models)
     assert 0 < relative(found, expected) < 2**-6  # bfloat16's rounding, elsewhere too
 

@@ -4,6 +4,7 @@ XLA's plugin for CUDA compiles for a GPU that is described; `ptxas` reports what
 """
 
 import functools
+import itertools
 import json
 import os
 import re
@@ -24,6 +25,7 @@ from pallas_kernels import (
     Undivided,
     append_token,
     configs,
+    w4a16_matmul_gated,
     w4a16_matmul_onto,
     w4a16_matmul_undivided,
 )
@@ -78,6 +80,7 @@ def programs() -> Iterator[tuple[str, Any, tuple[Any, ...]]]:
         given = jax.eval_shape(lambda attention=attention: attention.operands(0))
         yield f"{attention} {attention.config()}", attention.kernel(attention.config()), given
     yield from _between_products()
+    yield from _gated()
 
 
 def _of_rules() -> Iterator[tuple[str, Any, tuple[Any, ...]]]:
@@ -118,6 +121,20 @@ def _between_products() -> Iterator[tuple[str, Any, tuple[Any, ...]]]:
                     functools.partial(w4a16_matmul_undivided, eps=1e-5),
                     (norm, weight),
                 )
+
+
+def _gated() -> Iterator[tuple[str, Any, tuple[Any, ...]]]:
+    """Yield products that end with a gate: of Llama-3.1-8B's and 70B's weights, zeros, groups of 64, of a cluster."""
+    shapes = ((28672, 4096), (57344, 8192), (3072, 576), (4096, 4096))
+    for (outputs, inputs), tokens, zeros in itertools.product(shapes, (1, 5, 16), (False, True)):
+        grids = jax.ShapeDtypeStruct((inputs // (64 if zeros or inputs % 128 else 128), outputs), jnp.bfloat16)
+        codes, x = (
+            jax.ShapeDtypeStruct(*each) for each in (((outputs, inputs), jnp.int4), ((tokens, inputs), jnp.bfloat16))
+        )
+        squares = jax.ShapeDtypeStruct((64, 8 * -(-tokens // 8)), jnp.float32)
+        given = Undivided(x, squares), FloatWeight(codes, grids, grids if zeros else None)
+        name = f"{outputs} x {inputs} gated {tokens}{' with zeros' * zeros}"
+        yield name, functools.partial(w4a16_matmul_gated, eps=1e-5), given
 
 
 def _arguments(case: Any) -> tuple[Any, ...]:

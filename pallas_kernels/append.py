@@ -37,6 +37,7 @@ EMPTY: Final = 2.0**-126  # times 2^bits: a range that counts as [-1, 1], see `j
 ROUNDER: Final = 1.5 * 2.0**23  # float32: a small number added to it is rounded, half to even, into its last bits
 ROUNDER_BITS: Final = 0x4B400000
 UPPER: Final = 0xFFFF0000
+FAR: Final = 2.0**21  # quotients from here on have the last code, corrected or not
 BYTES_OF_GRIDS: Final = 8  # float16 scale and low of a key, and of a value
 
 
@@ -214,7 +215,8 @@ class _Append:
             below = lanes.larger(below, lanes.shuffle(below, 1 << step))
         if self.coding.grid == "low":
             reach = lanes.larger(lanes.add(high, below), lanes.number(LEAST_RANGE))
-            grid = lanes.pack_halves(lanes.divide(reach, lanes.number(most)), lanes.subtract(zero, below))
+            scale = quotient(lanes, reach, lanes.number(most), lanes.number(1 / most))
+            grid = lanes.pack_halves(scale, lanes.subtract(zero, below))
         else:
             clip = lanes.number(self.coding.clip)
             high, below = (lanes.multiply(clip, lanes.larger(end, zero)) for end in (high, below))
@@ -224,14 +226,15 @@ class _Append:
             middle = self._whole(lanes, lanes.divide(below, exact))
             grid = lanes.pack_halves(lanes.larger(exact, lanes.number(LEAST_SCALE)), middle)
         scale, other = lanes.halves(grid)
+        inverse = lanes.reciprocal(scale)
         per_word, words = 32 // self.bits, []
         for start in range(0, NUMBERS, per_word):
             word = lanes.word(0)
             for i, number in enumerate(numbers[start : start + per_word]):
                 if self.coding.grid == "low":
-                    level = lanes.divide(lanes.subtract(number, other), scale)
+                    level = quotient(lanes, lanes.subtract(number, other), scale, inverse)
                 else:
-                    level = lanes.add(self._whole(lanes, lanes.divide(number, scale)), other)
+                    level = lanes.add(self._whole(lanes, quotient(lanes, number, scale, inverse)), other)
                 rounded = lanes.bits(lanes.add(lanes.larger(level, zero), lanes.number(ROUNDER)))
                 code = lanes.least(lanes.offset(-ROUNDER_BITS, (rounded, 1)), int(most))
                 word = lanes.xor(word, lanes.field(code, -self.bits * i, int(most) << self.bits * i, 0))
@@ -248,6 +251,24 @@ class _Append:
         for index, word in enumerate(words):
             half, inside = divmod(index, len(words) // 2)
             lanes.store_word(ref, lanes.offset(half * apart + 4 * inside, (place, 1)), word, condition)
+
+
+def quotient(lanes: Lanes, a: Value, b: Value, inverse: Value) -> Value:
+    """Returns a / b rounded to nearest, without a branch; from `FAR` on, and where it is tiny, nearly.
+
+    b has at most 11 significant bits, as a float16 has. a / b is then 2^-12 units in the last place from what lies
+    between two float32, or there itself; a product with the inverse is 3 units off at most, its remainder exact, and
+    corrected by that, before it is rounded, 3 * 2^-22 units.
+
+    Args:
+      lanes: the operations.
+      a: float32.
+      b: float32, of a float16's values above 0.
+      inverse: 1 / b, to a unit in the last place.
+    """
+    near = lanes.multiply(a, inverse)
+    rest = lanes.fma(lanes.subtract(lanes.number(0.0), near), b, a)
+    return lanes.select(lanes.less(near, lanes.number(FAR)), lanes.fma(rest, inverse, near), near)
 
 
 def _numbers(lanes: Lanes, word: Value) -> tuple[Value, Value]:

@@ -85,7 +85,7 @@ def append_token(
     if dim not in DIMS or numbers % dim or numbers < 3 * kv_heads * dim:
         raise ValueError(f"{numbers} numbers for {kv_heads} KV heads of {dim}: kernels take whole heads of {DIMS}")
     heads = numbers // dim - 2 * kv_heads
-    program = _Append(heads, kv_heads, dim, slots, 16 if cache.grids is None else stored * 8 // dim, coding)
+    program = Append(heads, kv_heads, dim, slots, 16 if cache.grids is None else stored * 8 // dim, coding)
     body = functools.partial(_body, program, simulated=simulate is not None)
     call = compat.kernel(
         body,
@@ -101,7 +101,7 @@ def append_token(
     return queries, PackedCache(keys, values, grids[0] if grids else None)
 
 
-def _body(program: "_Append", *refs: Any, simulated: bool) -> None:
+def _body(program: "Append", *refs: Any, simulated: bool) -> None:
     projected, angles, positions, *caches, out = refs
     row = lax.axis_index("row")
     place = compat.cast(jnp.full((64, 8), positions[row], jnp.int32), compat.C)
@@ -112,8 +112,19 @@ def _body(program: "_Append", *refs: Any, simulated: bool) -> None:
 
 
 @dataclass(frozen=True)
-class _Append:
-    """The program of a warpgroup that has 2048 / dim heads of one row."""
+class Append:
+    """The program of a warpgroup that has 2048 / dim heads of one row.
+
+    Attributes:
+      heads: query heads, of all KV heads or of the one that is `alone`.
+      kv_heads: likewise, all or 1.
+      dim: numbers of a head.
+      slots: of the caches that it is given, from 0 on.
+      bits: of a code; 16 for bfloat16.
+      coding: how a token is coded.
+      alone: KV heads of a row, where a warpgroup has one of them, what it stores for the block's others to see and for
+        copies; 0 where it has all.
+    """
 
     heads: int
     kv_heads: int
@@ -121,6 +132,7 @@ class _Append:
     slots: int
     bits: int
     coding: Coding
+    alone: int = 0
 
     @property
     def threads(self) -> int:
@@ -133,17 +145,20 @@ class _Append:
         return -(-(self.heads + 2 * self.kv_heads) * self.threads // THREADS)
 
     def __call__(self, lanes: Lanes, refs: Sequence[Any], registers: Sequence[Registers]) -> list[Registers]:
-        """Stores queries, keys, values and grids, from the position and the part [64, 8]."""
+        """Stores queries, keys, values and grids, from the position and the part, or KV head, [64, 8]."""
         out, *caches, projected, angles = refs
         position, part = (each[0][0][0] for each in registers)
         shift, every = self.threads.bit_length() - 1, self.heads + 2 * self.kv_heads
         thread = lanes.offset(0, (lanes.warp, 32), (lanes.row, 4), (lanes.quad, 1))
-        member = lanes.field(thread, 0, self.threads - 1, 0)
-        head = lanes.offset(0, (part, THREADS // self.threads), (lanes.field(thread, shift, THREADS - 1, 0), 1))
-        found = lanes.offset(0, (lanes.least(head, every - 1), 2 * self.dim), (member, 2 * HALF))
+        member, head = (lanes.field(thread, *each, 0) for each in ((0, self.threads - 1), (shift, THREADS - 1)))
+        if not self.alone:
+            head = lanes.offset(0, (part, THREADS // self.threads), (head, 1))
+        own = lanes.least(head, every - 1)
+        target = lanes.offset(0, (own, 2 * self.dim), (member, 2 * HALF))
+        found = lanes.offset(0, (self._place(lanes, own, part), 2 * self.dim), (member, 2 * HALF))
         pairs = self._turned(lanes, projected, angles, found, member, head)
         words = [lanes.pack(*pairs[i : i + 2]) for i in range(0, NUMBERS, 2)]
-        self._store(lanes, out, found, self.dim, words, lanes.below(head, lanes.word(self.heads)))
+        self._store(lanes, out, target, self.dim, words, lanes.below(head, lanes.word(self.heads)))
         if self.bits != 16:
             numbers = [number for word in words for number in _numbers(lanes, word)]
             words, grid = self._coded(lanes, numbers)
@@ -158,7 +173,18 @@ class _Append:
                 first = lanes.select(lanes.below(lanes.word(0), member), lanes.word(self.kv_heads), own)
                 place = lanes.offset(4 * index, (token, BYTES_OF_GRIDS))
                 lanes.store_word(caches[2], place, grid, self._kept(lanes, first, room))
+        if self.alone:
+            lanes.publish()
         return []
+
+    def _place(self, lanes: Lanes, head: Value, part: Value) -> Value:
+        """Returns the place among a row's heads of one of this program's."""
+        if not self.alone:
+            return head
+        query = lanes.offset(0, (part, self.heads), (head, 1))
+        return lanes.select(
+            lanes.below(head, lanes.word(self.heads)), query, lanes.offset(0, (head, self.alone), (part, 1))
+        )
 
     def _kept(self, lanes: Lanes, head: Value, room: Value) -> Value:
         """Tells whether a head is one of the cache's, and there is room for its token."""

@@ -16,12 +16,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jaxtyping import Array, BFloat16, Int32
+from jaxtyping import Array, BFloat16, Float32, Int32
 
 from pallas_kernels import compat, flash
 from pallas_kernels.attention_join import Joiner, join_warpgroups, scratch_to_join
 from pallas_kernels.flash_kivi import KiviWalk
 from pallas_kernels.flash_tokens import TokenWalk
+from pallas_kernels.lanes import Program
 from pallas_kernels.lanes_gpu import run
 
 type Walk = TokenWalk | KiviWalk
@@ -50,9 +51,9 @@ class AttentionConfig:
 
 
 class Stream(NamedTuple):
-    """What is read of every token: an array [pages, heads, tokens / unit, numbers]."""
+    """What is read of every token: an array [pages, heads, tokens / unit, numbers], or a mutable one."""
 
-    array: jax.Array
+    array: Any
     unit: int
 
 
@@ -68,6 +69,53 @@ class Window(NamedTuple):
     keys: BFloat16[Array, "rows kv_heads tokens dim"]
     values: BFloat16[Array, "rows kv_heads tokens dim"]
     lengths: Int32[Array, "rows"]
+
+
+class NewToken(NamedTuple):
+    """One token of each row, to be turned, coded and written before it is attended to.
+
+    Attributes:
+      projected: queries, keys and values before RoPE.
+      angles: of RoPE.
+      positions: of the tokens.
+      program: what turns, codes and writes the heads of one KV head, see `append.Append`.
+      capacity: tokens that a row may have.
+    """
+
+    projected: BFloat16[Array, "rows numbers"]
+    angles: Float32[Array, "rows dim"]
+    positions: Int32[Array, "rows"]
+    program: Program
+    capacity: int
+
+
+def attend_to_new(
+    token: NewToken, walk: Walk, streams: list[Stream], config: AttentionConfig, simulate: compat.Simulation | None
+) -> BFloat16[Array, "rows kv_heads share dim"]:
+    """Runs the kernel that walks a cache, of one split, and writes each row's new token into it first.
+
+    Args:
+      token: the new one.
+      walk: the programs of the cache's format.
+      streams: what they read of it, of mutable arrays.
+      config: how the work is divided.
+      simulate: run in the interpreter on the CPU with these settings.
+    """
+    assert config.splits == 1
+    rows, kv_heads, page, _ = streams[0].array.shape
+    units = tuple(stream.unit for stream in streams)
+    kernel = _Kernel(config, walk, page, units, False, False, True, simulate is not None, token.program, token.capacity)
+    call = compat.kernel(
+        kernel.body,
+        out=jax.ShapeDtypeStruct((rows, kv_heads, walk.share, walk.dim), jnp.bfloat16),
+        scratch=kernel.scratch(streams),
+        grid={"row": rows, "head": kv_heads, "split": 1},
+        warpgroups=config.warpgroups,
+        manual_barriers=True,
+        simulate=simulate,
+    )
+    found: Array = call(token.projected, token.positions, token.angles, *(stream.array for stream in streams))
+    return found
 
 
 def attend(
@@ -133,6 +181,8 @@ class _Kernel:
     windowed: bool
     whole: bool
     simulated: bool
+    append: Program | None = None
+    capacity: int = 0
 
     @property
     def copied(self) -> int:
@@ -151,6 +201,9 @@ class _Kernel:
         found["full"] = compat.Barrier(num_arrivals=copies, num_barriers=c.warpgroups * c.stages)
         if c.stages * c.tile * self.walk.row < flash.bytes_to_meet(dim):
             found["exchange_smem"] = shared((c.warpgroups, flash.bytes_to_meet(dim) // 4), jnp.float32)
+        if self.append is not None:
+            found["queries_smem"] = shared((self.walk.share, dim), jnp.bfloat16)
+            found["appended"] = compat.Barrier(num_arrivals=1)
         return found | scratch_to_join(c.warpgroups, dim)
 
     @property
@@ -160,8 +213,9 @@ class _Kernel:
         return self.config.tiles == "in turns" and not self.paged and self.page >= EARLY * parts * self.config.tile
 
     def body(self, queries_gmem: Any, lengths_gmem: Any, *rest: Any, **memory: Any) -> None:
-        """One block's program."""
+        """One block's program; queries before RoPE, positions and angles come first where there is a new token."""
         *streams, out_gmem = rest
+        angles_gmem: Any = streams.pop(0) if self.append is not None else None
         window = [streams.pop(0) for _ in range(3)] if self.windowed else None
         table_gmem = streams.pop() if self.paged else None
         c, walk = self.config, self.walk
@@ -186,15 +240,38 @@ class _Kernel:
 
         if self.early:
             fetch(part, 0)
-        length = lengths_gmem[row]
+        length = position = lengths_gmem[row]
+        late = None  # the tile that cannot be asked for yet
+        if angles_gmem is not None:
+            length = jnp.minimum(position + 1, self.capacity)
+            late = lax.div(jnp.minimum(position, self.page - 1), c.tile)
         first, apart, count = self._tiles(length, c.tile, part, parts)
         for slot in range(int(self.early), c.stages):
 
-            @pl.when(slot < count)
+            @pl.when((slot < count) if late is None else (slot < count) & (first + slot * apart != late))
             def _(slot: int = slot) -> None:
                 fetch(first + slot * apart, slot)
 
-        queries, sums, start = self._begin(queries_gmem.at[row, head], window, (row, head, part, parts))
+        queries = queries_gmem.at[row, head]
+        if late is not None:
+            queries = memory["queries_smem"]
+            numbers = queries, queries_gmem.at[row], angles_gmem.at[row]
+            self._write(numbers, streams, (row, head, position), memory["appended"])
+            slot_of_late = lax.div(late - first, apart)
+            mine = (late >= first) & (first + slot_of_late * apart == late)
+
+            @pl.when(mine & (slot_of_late < jnp.minimum(count, c.stages)))
+            def _() -> None:
+                if self.early:
+
+                    @pl.when(slot_of_late == 0)
+                    def _() -> None:  # it came in vain, maybe before the token did
+                        compat.wait(full(0))
+                        compat.commit()  # all threads have waited, before the next copy may end
+
+                fetch(late, slot_of_late)
+
+        queries, sums, start = self._begin(queries, window, (row, head, part, parts))
         struct = jax.ShapeDtypeStruct
         state = struct(flash.shape_of_state(walk.dim), jnp.float32)
 
@@ -233,6 +310,33 @@ class _Kernel:
                 out_gmem[row, head, split] = result
 
         join_warpgroups(met, c.warpgroups, memory, store, simulated=self.simulated)
+
+    def _write(self, numbers: tuple[Any, ...], streams: list[Any], place: tuple[Any, ...], told: Any) -> None:
+        """Has the last warpgroup, whose tiles are the fewest, write the new token, and all wait for it.
+
+        Args:
+          numbers: references to queries that are to be stored, a row's numbers before RoPE, and its angles.
+          streams: the cache.
+          place: row, KV head, position.
+          told: the barrier.
+        """
+        (queries, *given), (row, head, position), group = numbers, place, flash.GROUP
+        program = self.append
+        assert program is not None
+
+        @pl.when(lax.axis_index("wg") == self.config.warpgroups - 1)
+        def _() -> None:
+            first = lax.div(jnp.minimum(position, self.page - 1), group) * group
+            some = [
+                stream.at[row, head, pl.ds(lax.div(first, unit), group // unit)]
+                for stream, unit in zip(streams, self.units, strict=True)
+            ]
+            which = [_spread(position - first), _spread(head)]
+            run(program, [queries, *some, *given], which, (), 1 + len(some), simulated=self.simulated)
+            compat.commit()
+            compat.arrive(told)
+
+        compat.wait(told)
 
     def _tiles(self, length: Any, tile: int, part: Any, parts: int) -> tuple[Any, int, Any]:
         """Returns the first of a part's tiles, how far they lie apart, and how many there are."""

@@ -164,6 +164,10 @@ class Lanes(abc.ABC):
         """Waits for all threads of the warpgroup: what they have loaded may be overwritten."""
 
     @abc.abstractmethod
+    def publish(self) -> None:
+        """Lets copies see what this thread stored in the GPU's memory, that begin behind a barrier of the block."""
+
+    @abc.abstractmethod
     def barrier(self) -> None:
         """Waits for all threads of the warpgroup and what they stored in shared memory."""
 
@@ -314,6 +318,9 @@ class SimulatedLanes(Lanes):
 
     def meet(self) -> None:
         """Does nothing: every operation is that of all threads."""
+
+    def publish(self) -> None:
+        """Does nothing."""
 
     def barrier(self) -> None:
         """Does nothing."""

@@ -179,6 +179,10 @@ class GpuLanes(Lanes):
         """Waits for all threads of the warpgroup."""
         mgpu.utils.warpgroup_barrier()
 
+    def publish(self) -> None:
+        """Lets copies see what this thread stored, which another thread may start: PTX ISA, "Async proxy"."""
+        mgpu.utils.inline_ptx("fence.acq_rel.gpu; fence.proxy.async;", has_side_effects=True)
+
     def barrier(self) -> None:
         """Waits for all threads of the warpgroup, and what they stored."""
         mgpu.utils.commit_shared()

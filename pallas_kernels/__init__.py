@@ -4,12 +4,15 @@
 (`configs`): `decode` for few tokens, `prefill` for many. `binary_decode` and `spqr_decode` multiply by binary codes
 and SpQR's weights, `rotate_quantize` rotates and quantizes activations in one pass. `compat` and `inline` hold what is
 unstable in Pallas, `order` and `fields` the places of stored codes, `shapes` what tests and benchmarks share.
-`packed_attention` and `kivi_attention` attend to packed caches (`flash`, written for the `lanes` of a warp).
+`packed_attention` and `kivi_attention` attend to packed caches (`flash`, written for the `lanes` of a warp);
+`append_attention` writes a step's token into one and attends in one kernel.
 `jquant.prepare` writes a model's weights and caches so.
 """
 
 from pallas_kernels.append import Coding as Coding
 from pallas_kernels.append import append_token as append_token
+from pallas_kernels.append_attention import append_attention as append_attention
+from pallas_kernels.append_attention import fault_of_append_attention as fault_of_append_attention
 from pallas_kernels.attention import KiviPages as KiviPages
 from pallas_kernels.attention import PackedCache as PackedCache
 from pallas_kernels.attention import fault_of_heads as fault_of_heads

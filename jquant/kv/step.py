@@ -1,10 +1,11 @@
-"""A step's token by kernels: RoPE, codes and their writing in one, then attention over the packed caches.
+"""A step's token by kernels: RoPE, codes and their writing, and attention over the packed caches.
 
-Caches that code token by token and exact ones have the first kernel, in bfloat16; where there is none, a codec's own
-`push` writes, and `attend_packed` attends.
+Caches that code token by token and exact ones have one kernel for all of it, in bfloat16, where a block has all tokens
+of a KV head, and else one that writes and one that attends; where there is none that writes, a codec's own `push`
+does, and `attend_packed` attends.
 """
 
-from typing import Any
+from typing import Any, Final
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,8 @@ from jaxtyping import Array, Float, Int
 from jquant.formats import OnlineRotation
 from jquant.kv.base import KvCodec
 from jquant.kv.packed import HeadMajorCache, PackedExactKv, PackedKv, PackedPerTokenKv, attend_packed, simulation
+
+EXACT: Final = 16  # bits of bfloat16
 
 type Token = tuple[
     Float[Array, "batch heads dim"], Float[Array, "batch kv_heads dim"], Float[Array, "batch kv_heads dim"]
@@ -53,9 +56,23 @@ def step_packed(
     positions: Int[Array, "batch"],
     rotation: OnlineRotation | None = None,
 ) -> tuple[Float[Array, "batch heads dim"], HeadMajorCache]:
-    """Writes one token of each row and attends to it and those before it; see `append_packed`."""
-    queries, kept = append_packed(codec, cache, token, angles, positions, rotation)
-    return attend_packed(codec, kept, queries, positions), kept
+    """Writes one token of each row and attends to it and those before it; see `append_packed` and `attend_packed`."""
+    from pallas_kernels import append_attention, choose_attention, fault_of_append_attention
+
+    batch, kv_heads, slots, _ = cache.keys.shape
+    bits = codec.inner.bits if isinstance(codec, PackedPerTokenKv) else EXACT
+    config = choose_attention(bits, batch, kv_heads, cache.dim, slots)
+    if fault_of_append_attention(config, cache.dim, token[0].shape[1] // kv_heads, slots) is not None:
+        queries, kept = append_packed(codec, cache, token, angles, positions, rotation)
+        return attend_packed(codec, kept, queries, positions), kept
+    found, written = append_attention(
+        *_given(cache, token, angles, positions),
+        cache.capacity,
+        coding=_coding(codec, rotation),
+        config=config,
+        simulate=simulation(codec.layout),
+    )
+    return found, HeadMajorCache(written.keys, written.values, written.grids, cache.capacity, cache.dim)
 
 
 def append_packed(
@@ -79,16 +96,31 @@ def append_packed(
     Returns:
       The queries behind RoPE and rotation, and the caches with the tokens in them.
     """
-    from pallas_kernels import Coding, PackedCache, append_token
+    from pallas_kernels import append_token
+
+    given, coding = _given(cache, token, angles, positions), _coding(codec, rotation)
+    queries, written = append_token(*given, coding=coding, simulate=simulation(codec.layout))
+    return queries, HeadMajorCache(written.keys, written.values, written.grids, cache.capacity, cache.dim)
+
+
+def _given(
+    cache: HeadMajorCache, token: Token, angles: Float[Array, "batch dim"], positions: Int[Array, "batch"]
+) -> tuple[Any, Any, Any, Any]:
+    """Returns a token and the caches as kernels take them."""
+    from pallas_kernels import PackedCache
 
     projected = jnp.concatenate([part.reshape(part.shape[0], -1) for part in token], axis=1)
+    stored = PackedCache(jnp.asarray(cache.keys), jnp.asarray(cache.values), cache.grids)
+    return projected, angles, positions.astype(jnp.int32), stored
+
+
+def _coding(codec: PackedKv, rotation: OnlineRotation | None) -> Any:
+    """Returns how kernels code a token."""
+    from pallas_kernels import Coding
+
     inner: Any = codec.inner if isinstance(codec, PackedPerTokenKv) else None
-    coding = Coding(
+    return Coding(
         grid="zero" if inner is not None and inner.grid == "asymmetric" else "low",
         clip=1.0 if inner is None else inner.clip,
         spread="no" if rotation is None else "hadamard",
     )
-    stored = PackedCache(jnp.asarray(cache.keys), jnp.asarray(cache.values), cache.grids)
-    at = positions.astype(jnp.int32)
-    queries, written = append_token(projected, angles, at, stored, coding=coding, simulate=simulation(codec.layout))
-    return queries, HeadMajorCache(written.keys, written.values, written.grids, cache.capacity, cache.dim)

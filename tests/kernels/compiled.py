@@ -23,7 +23,9 @@ from pallas_kernels import (
     FloatWeight,
     PackedCache,
     Undivided,
+    append_attention,
     append_token,
+    choose_attention,
     configs,
     w4a16_matmul_gated,
     w4a16_matmul_onto,
@@ -98,6 +100,14 @@ def _between_products() -> Iterator[tuple[str, Any, tuple[Any, ...]]]:
 
     def shaped(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype)
+
+    for bits, heads, coding in ((4, 32, Coding()), (8, 64, Coding("zero", 0.95, "hadamard")), (16, 32, Coding())):
+        config = choose_attention(bits, 16, 8, 128, 8192)
+        codes = shaped(jnp.bfloat16 if bits == 16 else jnp.uint8, 16, 8, 8192, 16 * bits if bits < 16 else 128)
+        cache = PackedCache(codes, codes, None if bits == 16 else shaped(jnp.float16, 16, 8, 8192, 4))
+        token = shaped(jnp.bfloat16, 16, (heads + 16) * 128), shaped(jnp.float32, 16, 128), shaped(jnp.int32, 16)
+        attend = functools.partial(append_attention, capacity=8192, coding=coding, config=config)
+        yield f"append and attend {bits}", attend, (*token, cache)
 
     def append(projected: Any, angles: Any, positions: Any, cache: PackedCache) -> Any:
         return append_token(projected, angles, positions, cache, coding=Coding())

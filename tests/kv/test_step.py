@@ -82,22 +82,23 @@ def written_and_pushed(name: str, layout: Layout) -> list[tuple[Any, Any]]:
     return list(zip([*jax.tree.leaves(kept), found], [*jax.tree.leaves(pushed), queries], strict=True))
 
 
-def test_a_step_is_two_kernels_a_layer() -> None:
-    """One that writes, in place, and one that attends; lowered for a GPU."""
+@pytest.mark.parametrize(("rows", "capacity", "kernels"), [(2, 128, 1), (1, 8192, 3)])
+def test_a_step_is_one_kernel_a_layer_or_three(rows: int, capacity: int, kernels: int) -> None:
+    """One that writes, in place, and attends; where blocks share a head, one writes, one attends, one joins."""
     config = dataclasses.replace(tiny_config(), head_dim=64, num_hidden_layers=2)
     model = abstract_llama(config, "bfloat16")
     for index in range(2):
         model = put(model, f"layers.{index}.self_attn.kv_codec", PerTokenKv(bits=4))
     ready = prepare(model, Target.H100)
-    cache = jax.eval_shape(lambda: empty_cache(ready, 2, 128))
-    tokens = jax.ShapeDtypeStruct((2,), jnp.int32)
+    cache = jax.eval_shape(lambda: empty_cache(ready, rows, capacity))
+    tokens = jax.ShapeDtypeStruct((rows,), jnp.int32)
     lowered = (
         jax.jit(lambda *given: decode(*given), donate_argnums=2)
         .trace(ready, tokens, cache)
         .lower(lowering_platforms=("cuda",))
     )
     text = lowered.as_text()
-    assert text.count("stablehlo.custom_call @mosaic_gpu_v2") == 2  # each written once, for both layers
+    assert text.count("stablehlo.custom_call @mosaic_gpu_v2") == kernels  # each written once, for both layers
     assert text.count("#stablehlo.output_operand_alias<") == 3  # keys, values and grids
 
 

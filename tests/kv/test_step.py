@@ -17,8 +17,10 @@ from jquant.kv import (
     PerTokenKv,
     append_fault,
     append_packed,
+    attend_packed,
     attention_kernel,
     pack_codec,
+    step_packed,
 )
 from jquant.models import RopeConfig, abstract_llama, decode, empty_cache, put, tiny_config
 from jquant.models.layers import apply_rope, rope_angles
@@ -58,10 +60,18 @@ def test_the_kernel_writes_what_push_writes_but_for_chance(name: str) -> None:
         assert np.mean(np.asarray(found) != np.asarray(pushed)) < SHARE_OF_NEIGHBOURS
 
 
+def token_of(name: str) -> tuple[jax.Array, jax.Array, jax.Array]:
+    _, dim, heads, kv_heads, _ = CASES[name]
+    rng = np.random.default_rng(0)
+    one, two, three = (
+        jnp.asarray(rng.normal(size=(2, count, dim)), jnp.bfloat16) for count in (heads, kv_heads, kv_heads)
+    )
+    return one, two, three
+
+
 def written_and_pushed(name: str, layout: Layout) -> list[tuple[Any, Any]]:
-    own, dim, heads, kv_heads, rotation = CASES[name]
-    codec, rng = packed_codec(own, layout), np.random.default_rng(0)
-    token = tuple(jnp.asarray(rng.normal(size=(2, count, dim)), jnp.bfloat16) for count in (heads, kv_heads, kv_heads))
+    own, dim, _, kv_heads, rotation = CASES[name]
+    codec, token = packed_codec(own, layout), token_of(name)
     positions = jnp.array([CAPACITY - 1, 0])
 
     def rope(each: jax.Array, at: jax.Array) -> jax.Array:
@@ -80,6 +90,33 @@ def written_and_pushed(name: str, layout: Layout) -> list[tuple[Any, Any]]:
     empty, pushed, queries, angles = prepared()
     found, kept = append_packed(codec, empty, token, angles, positions, rotation)
     return list(zip([*jax.tree.leaves(kept), found], [*jax.tree.leaves(pushed), queries], strict=True))
+
+
+def check_step(name: str, layout: Layout) -> None:
+    """Three tokens, one behind another, up to a full row: what is written, and what it gathers."""
+    own, dim, _, kv_heads, rotation = CASES[name]
+    codec, token = packed_codec(own, layout), token_of(name)
+    kept = expected = jax.jit(jax.vmap(lambda _: codec.init(CAPACITY, kv_heads, dim, jnp.bfloat16)))(jnp.arange(2))
+    for start in range(3):
+        at = jnp.array([CAPACITY - 2, 0]) + start
+        angles = jax.jit(lambda at: rope_angles(at, ROPE, dim))(at)
+        found, kept = step_packed(codec, kept, token, angles, at, rotation)
+        queries, expected = append_packed(codec, expected, token, angles, at, rotation)
+        np.testing.assert_array_equal(found, attend_packed(codec, expected, queries, at))
+        for one, two in zip(jax.tree.leaves(kept), jax.tree.leaves(expected), strict=True):
+            np.testing.assert_array_equal(one, two)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
+def test_a_step_writes_and_attends(name: str) -> None:
+    check_step(name, Layout.SIMULATED)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", CASES)
+def test_a_step_writes_and_attends_on_a_gpu(name: str) -> None:
+    check_step(name, Layout.HOPPER)
 
 
 @pytest.mark.parametrize(("rows", "capacity", "kernels"), [(2, 128, 1), (1, 8192, 3)])

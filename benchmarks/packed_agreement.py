@@ -5,7 +5,8 @@ activations through XLA: on the same GPU at full precision, for every number; an
 CPU. Figures of a recipe:
 
 1. "tokens": the packed model reads, one by one, the tokens that the CPU's reference wrote behind each prompt, and for
-   each token the reference's logits over *the same packed bytes*: what the kernels themselves are off by. The same
+   each token the reference's logits over *the same packed bytes*: what the kernels themselves are off by; beside it
+   what the reference in float32 is off by from itself, a step on a CPU over these bytes. The same
    along the tokens that `begin` and `advance` write: whether the reference, reading the same caches, would have
    written them. Then these tokens beside the CPU's, prompt by prompt. Where two choices part, the two tokens' logits
    in both paths: how many steps of bfloat16 each prefers its own by, and whether that is a tie;
@@ -52,6 +53,7 @@ from jquant.targets import Target, describe_products, prepare
 FIGURES: Final = ("tokens", "logits")
 WIDTH: Final = 256  # that `generate` pads the prompts to, and the capacity it gives their caches
 CAPACITY: Final = 512
+CPU_STRIDE: Final = 8  # every so many tokens the reference steps on a CPU too
 THREADS: Final = 12
 
 
@@ -175,7 +177,10 @@ def _traced(case: Case, ids: np.ndarray, figures: Sequence[str]) -> dict[str, Ca
     tokens: dict[str, Callable[[], Any]] = {
         "begin": lambda: begin.trace(packed, prompts, rows, stops, key, capacity=CAPACITY),
         "step": lambda: jax.jit(models.decode).trace(packed, rows, writing.cache),
-        "step beside": lambda: _exactly(lambda *given: models.decode(*given)[0], case.beside, rows, writing.cache),
+        "step beside": lambda: _exactly(_logits, case.beside, rows, writing.cache),
+        "step on the CPU": lambda: _exactly(
+            _logits, *_on_cpu(jax.eval_shape(lambda *given: given, case.beside, rows, writing.cache))
+        ),
         "advance": lambda: advance.trace(
             packed, writing, jnp.int32(TOKENS), stops, key, room=TOKENS + stride - 1, stride=stride
         ),
@@ -186,6 +191,15 @@ def _traced(case: Case, ids: np.ndarray, figures: Sequence[str]) -> dict[str, Ca
         "distances": lambda: jax.jit(_distances).trace(logits, logits, ids),
     }
     return (tokens if "tokens" in figures else {}) | (windows if "logits" in figures else {})
+
+
+def _logits(model: Llama, tokens: jax.Array, cache: Any) -> jax.Array:
+    return models.decode(model, tokens, cache)[0]
+
+
+def _on_cpu(shapes: Any) -> Any:
+    place = jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0])
+    return jax.tree.map(lambda each: jax.ShapeDtypeStruct(each.shape, each.dtype, sharding=place), shapes)
 
 
 def _exactly(function: Any, *given: Any) -> Any:
@@ -204,31 +218,45 @@ def _write(case: Case, prompts: np.ndarray) -> Iterator[dict[str, Any]]:
     theirs = case.truth["tokens"]
 
     start = case.run("begin", case.packed, padded, lengths - 1, stops, key).cache
-    rows, steps = np.arange(PROMPTS), _Steps([], [], [])
+    rows, steps, elsewhere = np.arange(PROMPTS), _Steps([], [], []), _Steps([], [], [])
     best, values = np.zeros((PROMPTS, TOKENS), np.int32), np.zeros((PROMPTS, TOKENS, 3))
-    for at, (found, truth) in enumerate(_steps_along(theirs, case, start, prompts[:, -1])):
+    for at, (found, truth, cpu) in enumerate(_steps_along(theirs, case, start, prompts[:, -1])):
         steps.add(found, truth)
+        if cpu is not None:
+            elsewhere.add(truth, cpu)
         best[:, at] = found.argmax(-1)
         values[:, at] = np.stack([found[rows, one] for one in (best[:, at], theirs[:, at], ours[:, at])], axis=1)
-    yield steps.summary()
+    yield {"figure": "steps over the same bytes"} | steps.summary()
+    yield {"figure": "reference here beside the CPU's, over the same bytes"} | elsewhere.summary()
     yield _check_written(ours, _steps_along(ours, case, start, prompts[:, -1]))
     yield from _compare_tokens(case, ours, best, values)
 
 
-def _steps_along(texts: np.ndarray, case: Case, cache: Any, given: np.ndarray) -> Iterator[tuple[np.ndarray, ...]]:
-    """Yields the logits before each token of texts: the packed model's, and the reference's over the same bytes."""
+def _steps_along(texts: np.ndarray, case: Case, cache: Any, given: np.ndarray) -> Iterator[tuple[Any, Any, Any]]:
+    """Yields the logits before each token of texts: the packed model's, and the reference's over the same bytes.
+
+    The third are the reference's on a CPU, at every `CPU_STRIDE`th token, None at the others.
+    """
+    cpu = jax.devices("cpu")[0]
+    beside = jax.device_put(case.beside, cpu)
     for at in range(TOKENS):
         positions = cache.positions
         logits, cache = case.run("step", case.packed, jnp.asarray(given), cache)
         before = dataclasses.replace(cache, positions=positions)
-        yield np.asarray(logits), np.asarray(case.run("step beside", case.beside, jnp.asarray(given), before))
+        elsewhere = None
+        if at % CPU_STRIDE == 0:
+            elsewhere = np.asarray(
+                case.run("step on the CPU", beside, *jax.device_put((jnp.asarray(given), before), cpu))
+            )
+        truth = case.run("step beside", case.beside, jnp.asarray(given), before)
+        yield np.asarray(logits), np.asarray(truth), elsewhere
         given = texts[:, at]
 
 
-def _check_written(texts: np.ndarray, steps: Iterator[tuple[np.ndarray, ...]]) -> dict[str, Any]:
+def _check_written(texts: np.ndarray, steps: Iterator[tuple[Any, Any, Any]]) -> dict[str, Any]:
     """Returns where the reference, over the bytes that lie in the packed model's caches, would have written others."""
     others: list[dict[str, Any]] = []
-    for at, (found, truth) in enumerate(steps):
+    for at, (found, truth, _) in enumerate(steps):
         for row in np.flatnonzero(truth.argmax(-1) != texts[:, at]):
             tokens = int(texts[row, at]), int(truth[row].argmax())
             gaps = tuple(bfloat16_steps(*(float(logits[row, one]) for one in tokens)) for logits in (found, truth))
@@ -263,7 +291,6 @@ class _Steps:
     def summary(self) -> dict[str, Any]:
         apart, norm = np.stack(self.apart), np.stack(self.norm)
         return {
-            "figure": "steps over the same bytes",
             "relative": math.sqrt(apart.sum() / norm.sum()),
             "relative, worst token": float(np.sqrt(np.max(apart / norm))),
             "steps": apart.size,

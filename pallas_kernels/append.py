@@ -26,11 +26,14 @@ from jaxtyping import Array, BFloat16, Float32, Int32
 
 from pallas_kernels import compat
 from pallas_kernels.attention import DIMS, PackedCache
+from pallas_kernels.flash import flat, tiled
 from pallas_kernels.lanes import THREADS, Lanes, Registers, Value
 from pallas_kernels.lanes_gpu import run
 
 NUMBERS: Final = 16  # of a head, of one thread
 HALF: Final = NUMBERS // 2
+LOADED: Final = (64, 2 * (HALF + NUMBERS))  # words: a thread's numbers, 8 cosines, 8 sines
+TURNED: Final = (64, 2 * HALF)  # words: a thread's numbers
 LEAST_RANGE: Final = 1e-5  # of a low grid, see `jquant.numerics.offset`
 LEAST_SCALE: Final = 2.0**-24  # of float16, above 0
 EMPTY: Final = 2.0**-126  # times 2^bits: a range that counts as [-1, 1], see `jquant.numerics.rounding`
@@ -145,25 +148,45 @@ class Append:
         return -(-(self.heads + 2 * self.kv_heads) * self.threads // THREADS)
 
     def __call__(self, lanes: Lanes, refs: Sequence[Any], registers: Sequence[Registers]) -> list[Registers]:
-        """Stores queries, keys, values and grids, from the position and the part, or KV head, [64, 8]."""
+        """Stores queries, keys, values and grids, from the position and the part, [64, 8]."""
         out, *caches, projected, angles = refs
-        position, part = (each[0][0][0] for each in registers)
-        shift, every = self.threads.bit_length() - 1, self.heads + 2 * self.kv_heads
-        thread = lanes.offset(0, (lanes.warp, 32), (lanes.row, 4), (lanes.quad, 1))
-        member, head = (lanes.field(thread, *each, 0) for each in ((0, self.threads - 1), (shift, THREADS - 1)))
-        if not self.alone:
-            head = lanes.offset(0, (part, THREADS // self.threads), (head, 1))
-        own = lanes.least(head, every - 1)
-        target = lanes.offset(0, (own, 2 * self.dim), (member, 2 * HALF))
-        found = lanes.offset(0, (self._place(lanes, own, part), 2 * self.dim), (member, 2 * HALF))
-        pairs = self._turned(lanes, projected, angles, found, member, head)
+        position, part = registers
+        (words,) = self.load(lanes, [projected, angles], [part])
+        (words,) = self.turn(lanes, [out], [words, part])
+        return self.keep(lanes, caches, [words, position, part])
+
+    def load(self, lanes: Lanes, refs: Sequence[Any], registers: Sequence[Registers]) -> list[Registers]:
+        """Returns a thread's words, `LOADED`, of a row's numbers and angles, from the part, or KV head, [64, 8]."""
+        (projected, angles), part = refs, registers[0][0][0][0]
+        member, head = self._thread(lanes, part)
+        own = self._place(lanes, lanes.least(head, self.heads + 2 * self.kv_heads - 1), part)
+        place = lanes.offset(0, (own, 2 * self.dim), (member, 2 * HALF))
+        words = [
+            each for start in (0, self.dim) for each in lanes.load(projected, _after(lanes, start, place), HALF // 2)
+        ]
+        place = lanes.offset(0, (member, 4 * HALF))
+        words += [each for start in (0, 2 * self.dim) for each in lanes.load(angles, _after(lanes, start, place), HALF)]
+        return [tiled(words)]
+
+    def turn(self, lanes: Lanes, refs: Sequence[Any], registers: Sequence[Registers]) -> list[Registers]:
+        """Stores queries, and returns a thread's words after RoPE, `TURNED`, from what it loaded and the part."""
+        loaded, part = flat(registers[0]), registers[1][0][0][0]
+        member, head = self._thread(lanes, part)
+        pairs = self._turned(lanes, loaded, member, head)
         words = [lanes.pack(*pairs[i : i + 2]) for i in range(0, NUMBERS, 2)]
-        self._store(lanes, out, target, self.dim, words, lanes.below(head, lanes.word(self.heads)))
+        target = lanes.offset(0, (head, 2 * self.dim), (member, 2 * HALF))
+        self._store(lanes, refs[0], target, self.dim, words, lanes.below(head, lanes.word(self.heads)))
+        return [tiled(words)]
+
+    def keep(self, lanes: Lanes, refs: Sequence[Any], registers: Sequence[Registers]) -> list[Registers]:
+        """Stores keys, values and grids in the caches, from words after RoPE, the position and the part."""
+        words, (position, part) = flat(registers[0]), (each[0][0][0] for each in registers[1:])
+        member, head = self._thread(lanes, part)
         if self.bits != 16:
             numbers = [number for word in words for number in _numbers(lanes, word)]
             words, grid = self._coded(lanes, numbers)
         room = lanes.below(position, lanes.word(self.slots))
-        for index, cache in enumerate(caches[:2]):
+        for index, cache in enumerate(refs[:2]):
             own = lanes.offset(-self.heads - index * self.kv_heads, (head, 1))
             mine = self._kept(lanes, own, room)
             token = lanes.offset(0, (own, self.slots), (position, 1))
@@ -172,10 +195,17 @@ class Append:
             if self.bits != 16:
                 first = lanes.select(lanes.below(lanes.word(0), member), lanes.word(self.kv_heads), own)
                 place = lanes.offset(4 * index, (token, BYTES_OF_GRIDS))
-                lanes.store_word(caches[2], place, grid, self._kept(lanes, first, room))
+                lanes.store_word(refs[2], place, grid, self._kept(lanes, first, room))
         if self.alone:
             lanes.publish()
         return []
+
+    def _thread(self, lanes: Lanes, part: Value) -> tuple[Value, Value]:
+        """Returns which of a head's threads this one is, and of which head."""
+        thread = lanes.offset(0, (lanes.warp, 32), (lanes.row, 4), (lanes.quad, 1))
+        shift = self.threads.bit_length() - 1
+        member, head = (lanes.field(thread, *each, 0) for each in ((0, self.threads - 1), (shift, THREADS - 1)))
+        return member, head if self.alone else lanes.offset(0, (part, THREADS // self.threads), (head, 1))
 
     def _place(self, lanes: Lanes, head: Value, part: Value) -> Value:
         """Returns the place among a row's heads of one of this program's."""
@@ -192,19 +222,13 @@ class Append:
         head = lanes.select(lanes.below(head, lanes.word(0)), none, head)
         return lanes.below(lanes.select(room, head, none), none)
 
-    def _turned(
-        self, lanes: Lanes, projected: Any, angles: Any, place: Value, member: Value, head: Value
-    ) -> list[Value]:
+    def _turned(self, lanes: Lanes, loaded: list[Value], member: Value, head: Value) -> list[Value]:
         """Returns a thread's 16 numbers, those of queries and keys turned: 8 of the lower half, 8 of the upper."""
-        halves = []
-        for start in (0, self.dim):
-            words = lanes.load(projected, lanes.offset(start, (place, 1)), HALF // 2)
-            halves.append([number for word in words for number in _numbers(lanes, word)])
+        words, cosines, sines = loaded[:HALF], loaded[HALF:NUMBERS], loaded[NUMBERS:]
+        numbers = [number for word in words for number in _numbers(lanes, word)]
+        halves = numbers[:HALF], numbers[HALF:]
         straight = lanes.below(lanes.word(self.heads + self.kv_heads - 1), head)
         low, high = [], []
-        cosines, sines = (
-            lanes.load(angles, lanes.offset(start, (member, 4 * HALF)), HALF) for start in (0, 2 * self.dim)
-        )
         for a, b, cosine, sine in zip(*halves, cosines, sines, strict=True):
             cos = lanes.select(straight, lanes.number(1.0), lanes.floats(cosine))
             sin = lanes.select(straight, lanes.number(0.0), lanes.floats(sine))
@@ -295,6 +319,11 @@ def quotient(lanes: Lanes, a: Value, b: Value, inverse: Value) -> Value:
     near = lanes.multiply(a, inverse)
     rest = lanes.fma(lanes.subtract(lanes.number(0.0), near), b, a)
     return lanes.select(lanes.less(near, lanes.number(FAR)), lanes.fma(rest, inverse, near), near)
+
+
+def _after(lanes: Lanes, start: int, place: Value) -> Value:
+    """Returns a place so many bytes behind another."""
+    return lanes.offset(start, (place, 1))
 
 
 def _numbers(lanes: Lanes, word: Value) -> tuple[Value, Value]:

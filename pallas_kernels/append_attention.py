@@ -1,12 +1,14 @@
 """A step's new token and attention in one kernel, where a block has all tokens of a KV head.
 
-    copies of the tiles without the new token  |  last warpgroup: RoPE, codes -> cache, queries -> shared memory
-    all warpgroups wait for it                 |  the copy of the tile with the new token, then as `attention_kernel`
+    last warpgroup      loads  |  copies  |  RoPE, queries -> shared memory   |  codes -> cache
+    all                           copies of the tiles without the new token   |  wait for queries, then as
+                                                                                 `attention_kernel`
+    who has its tile                                                             waits for the codes, copies it
 
 What `append.append_token` and `attention.packed_attention` do in two: the same bytes in the caches, and attention over
-these bytes. The copy engine sees stores of threads behind a fence and a barrier (PTX ISA 8.x, "Async proxy"). Where
-the first tile is asked for before the position is known and turns out to be the one of the new token, it is asked for
-again.
+these bytes. The copy engine sees stores of threads behind a fence and a barrier (PTX ISA 8.x, "Async proxy"). The new
+token's tile is its warpgroup's last, so that only a short row waits for codes. Where the first tile is asked for before
+the position is known and turns out to be the one of the new token, it is asked for again.
 """
 
 from typing import Final
@@ -15,9 +17,10 @@ import jax
 from jaxtyping import Array, BFloat16, Float32, Int32
 
 from pallas_kernels import compat
-from pallas_kernels.append import NUMBERS, Append, Coding
+from pallas_kernels.append import LOADED, NUMBERS, TURNED, Append, Coding
 from pallas_kernels.attention import ROW_OF_GRIDS, PackedCache, fault_of_attention
-from pallas_kernels.attention_kernel import AttentionConfig, NewToken, Stream, attend_to_new
+from pallas_kernels.attention_kernel import AttentionConfig, Stream, attend_to_new
+from pallas_kernels.attention_new import NewToken, Writing
 from pallas_kernels.flash import GROUP
 from pallas_kernels.flash_tokens import Grid, TokenWalk
 from pallas_kernels.lanes import THREADS
@@ -90,7 +93,8 @@ def append_attention(
         kept.append(jax.new_ref(cache.grids.reshape(shape_of_grids)))
     streams = [Stream(ref, unit) for ref, unit in zip(kept, (1, 1, GROUP))]
     program = Append(share, 1, dim, GROUP, bits, coding, alone=kv_heads)
-    token = NewToken(projected, angles, positions, program, capacity)
+    writing = Writing(program.load, program.turn, program.keep, LOADED, TURNED)
+    token = NewToken(projected, angles, positions, writing, capacity)
     found = attend_to_new(token, TokenWalk(bits, dim, share, config.tile, grid, dim), streams, config, simulate)
     keys, values, *grids = (ref[...] for ref in kept)
     written = PackedCache(keys, values, grids[0].reshape(rows, kv_heads, slots, 4) if grids else None)

@@ -16,13 +16,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jaxtyping import Array, BFloat16, Float32, Int32
+from jaxtyping import Array, BFloat16, Int32
 
 from pallas_kernels import compat, flash
 from pallas_kernels.attention_join import Joiner, join_warpgroups, scratch_to_join
+from pallas_kernels.attention_new import NewToken, Writing, scratch_to_write, spread, write_new
 from pallas_kernels.flash_kivi import KiviWalk
 from pallas_kernels.flash_tokens import TokenWalk
-from pallas_kernels.lanes import Program
 from pallas_kernels.lanes_gpu import run
 
 type Walk = TokenWalk | KiviWalk
@@ -71,24 +71,6 @@ class Window(NamedTuple):
     lengths: Int32[Array, "rows"]
 
 
-class NewToken(NamedTuple):
-    """One token of each row, to be turned, coded and written before it is attended to.
-
-    Attributes:
-      projected: queries, keys and values before RoPE.
-      angles: of RoPE.
-      positions: of the tokens.
-      program: what turns, codes and writes the heads of one KV head, see `append.Append`.
-      capacity: tokens that a row may have.
-    """
-
-    projected: BFloat16[Array, "rows numbers"]
-    angles: Float32[Array, "rows dim"]
-    positions: Int32[Array, "rows"]
-    program: Program
-    capacity: int
-
-
 def attend_to_new(
     token: NewToken, walk: Walk, streams: list[Stream], config: AttentionConfig, simulate: compat.Simulation | None
 ) -> BFloat16[Array, "rows kv_heads share dim"]:
@@ -104,7 +86,7 @@ def attend_to_new(
     assert config.splits == 1
     rows, kv_heads, page, _ = streams[0].array.shape
     units = tuple(stream.unit for stream in streams)
-    kernel = _Kernel(config, walk, page, units, False, False, True, simulate is not None, token.program, token.capacity)
+    kernel = _Kernel(config, walk, page, units, False, False, True, simulate is not None, token.writing, token.capacity)
     call = compat.kernel(
         kernel.body,
         out=jax.ShapeDtypeStruct((rows, kv_heads, walk.share, walk.dim), jnp.bfloat16),
@@ -181,7 +163,7 @@ class _Kernel:
     windowed: bool
     whole: bool
     simulated: bool
-    append: Program | None = None
+    writing: Writing | None = None
     capacity: int = 0
 
     @property
@@ -201,9 +183,8 @@ class _Kernel:
         found["full"] = compat.Barrier(num_arrivals=copies, num_barriers=c.warpgroups * c.stages)
         if c.stages * c.tile * self.walk.row < flash.bytes_to_meet(dim):
             found["exchange_smem"] = shared((c.warpgroups, flash.bytes_to_meet(dim) // 4), jnp.float32)
-        if self.append is not None:
-            found["queries_smem"] = shared((self.walk.share, dim), jnp.bfloat16)
-            found["appended"] = compat.Barrier(num_arrivals=1)
+        if self.writing is not None:
+            found |= scratch_to_write(self.walk.share, dim)
         return found | scratch_to_join(c.warpgroups, dim)
 
     @property
@@ -215,7 +196,7 @@ class _Kernel:
     def body(self, queries_gmem: Any, lengths_gmem: Any, *rest: Any, **memory: Any) -> None:
         """One block's program; queries before RoPE, positions and angles come first where there is a new token."""
         *streams, out_gmem = rest
-        angles_gmem: Any = streams.pop(0) if self.append is not None else None
+        angles_gmem: Any = streams.pop(0) if self.writing is not None else None
         window = [streams.pop(0) for _ in range(3)] if self.windowed else None
         table_gmem = streams.pop() if self.paged else None
         c, walk = self.config, self.walk
@@ -238,25 +219,37 @@ class _Kernel:
                     )
                     compat.copy_in(stream.at[page, head, here], target.at[slot, there], full(slot))
 
-        if self.early:
-            fetch(part, 0)
-        length = position = lengths_gmem[row]
-        late = None  # the tile that cannot be asked for yet
-        if angles_gmem is not None:
+        position = lengths_gmem[row]
+
+        def tiles() -> tuple[Any, ...]:
+            """Returns the row's length, what `_tiles` does, and the new token's tile. It waits for the position."""
+            if self.writing is None:
+                return position, *self._tiles(position, c.tile, part, parts), None
             length = jnp.minimum(position + 1, self.capacity)
             late = lax.div(jnp.minimum(position, self.page - 1), c.tile)
-        first, apart, count = self._tiles(length, c.tile, part, parts)
-        for slot in range(int(self.early), c.stages):
+            return length, *self._tiles(length, c.tile, part, parts), late
 
-            @pl.when((slot < count) if late is None else (slot < count) & (first + slot * apart != late))
-            def _(slot: int = slot) -> None:
-                fetch(first + slot * apart, slot)
+        def begin() -> None:
+            if self.early:
+                fetch(part, 0)
+            _, first, apart, count, late = tiles()
+            for slot in range(int(self.early), c.stages):
+
+                @pl.when((slot < count) if late is None else (slot < count) & (first + slot * apart != late))
+                def _(slot: int = slot) -> None:
+                    fetch(first + slot * apart, slot)
 
         queries = queries_gmem.at[row, head]
-        if late is not None:
+        if self.writing is None:
+            begin()
+        else:
             queries = memory["queries_smem"]
-            numbers = queries, queries_gmem.at[row], angles_gmem.at[row]
-            self._write(numbers, streams, (row, head, position), memory["appended"])
+            numbers = queries_gmem.at[row], angles_gmem.at[row]
+            around = functools.partial(self._around, streams, row, head, position)
+            write_new(self.writing, numbers, head, around, begin, memory, c.warpgroups, simulated=self.simulated)
+        length, first, apart, count, late = tiles()
+        queries, sums, start = self._begin(queries, window, (row, head, part, parts))
+        if late is not None:
             slot_of_late = lax.div(late - first, apart)
             mine = (late >= first) & (first + slot_of_late * apart == late)
 
@@ -269,16 +262,16 @@ class _Kernel:
                         compat.wait(full(0))
                         compat.commit()  # all threads have waited, before the next copy may end
 
+                compat.wait(memory["kept"])
                 fetch(late, slot_of_late)
 
-        queries, sums, start = self._begin(queries, window, (row, head, part, parts))
         struct = jax.ShapeDtypeStruct
         state = struct(flash.shape_of_state(walk.dim), jnp.float32)
 
         def step(index: Any, carried: Any) -> Any:
             slot = lax.rem(index, c.stages)
             compat.wait(full(slot))
-            limit = _spread(length - (first + index * apart) * c.tile)
+            limit = spread(length - (first + index * apart) * c.tile)
             refs = [each.at[slot] for each in slots]
             (carried,) = run(walk.step, refs, [queries, sums, carried, limit], (state,), simulated=self.simulated)
             if self.simulated:  # the program itself waits for all threads
@@ -286,7 +279,10 @@ class _Kernel:
 
             @pl.when(index + c.stages < count)
             def _() -> None:
-                fetch(first + (index + c.stages) * apart, slot)
+                tile = first + (index + c.stages) * apart
+                if late is not None:
+                    pl.when(tile == late)(lambda: compat.wait(memory["kept"]))
+                fetch(tile, slot)
 
             return carried
 
@@ -311,32 +307,15 @@ class _Kernel:
 
         join_warpgroups(met, c.warpgroups, memory, store, simulated=self.simulated)
 
-    def _write(self, numbers: tuple[Any, ...], streams: list[Any], place: tuple[Any, ...], told: Any) -> None:
-        """Has the last warpgroup, whose tiles are the fewest, write the new token, and all wait for it.
-
-        Args:
-          numbers: references to queries that are to be stored, a row's numbers before RoPE, and its angles.
-          streams: the cache.
-          place: row, KV head, position.
-          told: the barrier.
-        """
-        (queries, *given), (row, head, position), group = numbers, place, flash.GROUP
-        program = self.append
-        assert program is not None
-
-        @pl.when(lax.axis_index("wg") == self.config.warpgroups - 1)
-        def _() -> None:
-            first = lax.div(jnp.minimum(position, self.page - 1), group) * group
-            some = [
-                stream.at[row, head, pl.ds(lax.div(first, unit), group // unit)]
-                for stream, unit in zip(streams, self.units, strict=True)
-            ]
-            which = [_spread(position - first), _spread(head)]
-            run(program, [queries, *some, *given], which, (), 1 + len(some), simulated=self.simulated)
-            compat.commit()
-            compat.arrive(told)
-
-        compat.wait(told)
+    def _around(self, streams: list[Any], row: Any, head: Any, position: Any) -> tuple[list[Any], Any]:
+        """Returns references to the tokens of one instruction, the new one among them, and its place there."""
+        group = flash.GROUP
+        first = lax.div(jnp.minimum(position, self.page - 1), group) * group
+        some = [
+            stream.at[row, head, pl.ds(lax.div(first, unit), group // unit)]
+            for stream, unit in zip(streams, self.units, strict=True)
+        ]
+        return some, position - first
 
     def _tiles(self, length: Any, tile: int, part: Any, parts: int) -> tuple[Any, int, Any]:
         """Returns the first of a part's tiles, how far they lie apart, and how many there are."""
@@ -363,14 +342,9 @@ class _Kernel:
             def step(index: Any, carried: Any) -> Any:
                 token = (first + index * apart) * WINDOW_TILE
                 refs = [each.at[row, head, pl.ds(token, WINDOW_TILE)] for each in (keys, values)]
-                given = [exact, unused, carried, _spread(length - token)]
+                given = [exact, unused, carried, spread(length - token)]
                 return run(plain.step, refs, given, (state,), simulated=self.simulated)[0]
 
             walked = lax.fori_loop(0, count, step, nothing)
         coded, sums, start = run(self.walk.begin, [queries], [], begun, simulated=self.simulated)
         return coded, sums, start if walked is None else walked
-
-
-def _spread(number: Any) -> Any:
-    """Returns a number in every thread's registers."""
-    return compat.cast(jnp.full((64, 8), number, jnp.int32), compat.C)

@@ -180,8 +180,13 @@ class GpuLanes(Lanes):
         mgpu.utils.warpgroup_barrier()
 
     def publish(self) -> None:
-        """Lets copies see what this thread stored, which another thread may start: PTX ISA, "Async proxy"."""
-        mgpu.utils.inline_ptx("fence.acq_rel.gpu; fence.proxy.async;", has_side_effects=True)
+        """Lets copies see what this thread stored, which another thread may start: PTX ISA, "Async proxy".
+
+        That thread is one of the same block, behind a barrier that all who stored came to: the barrier orders stores
+        and copy for the block, the fence in each thread that stored orders them between the two ways to memory. A
+        fence for the whole GPU is not needed: no other block reads, and a kernel's end is one.
+        """
+        mgpu.utils.inline_ptx("fence.proxy.async;", has_side_effects=True)
 
     def barrier(self) -> None:
         """Waits for all threads of the warpgroup, and what they stored."""

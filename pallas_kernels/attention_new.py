@@ -1,7 +1,7 @@
 """How a block writes a row's new token before it attends: its last warpgroup, while first tiles are on their way.
 
-    last warpgroup   asks for words of queries, keys, values and angles; begins its copies; RoPE, queries -> shared memory,
-                     "turned"; codes -> cache, "kept"
+    last warpgroup   asks for words of queries, keys, values and angles; begins its copies; RoPE, queries -> shared
+                     memory, "turned"; codes -> cache, "kept"
     others           begin their copies; wait for "turned"
 
 Two barriers, as all need the queries at once, and one of them the codes, when it asks for the tile that has them. Words

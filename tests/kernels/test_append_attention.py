@@ -89,6 +89,9 @@ CASES = {
         4, 64, 3, 2, 192, (5, 63, 64, 190, 191, 192), TWO_OF_TWO, capacity=190
     ),
     "QuaRot's, 8 bits": Case(8, 128, 4, 1, 128, (0, 100), AttentionConfig(tile=64, stages=1), QUAROT),
+    "8 bits, the tile asked for after another, by who does not write": Case(
+        8, 64, 4, 1, 256, (150,), AttentionConfig(tile=64, stages=1, warpgroups=2)
+    ),
     "bfloat16, the first tile early": Case(16, 64, 8, 1, 256, (255, 70), AttentionConfig(tile=64, stages=2)),
     "bfloat16, tiles in runs": Case(
         16, 64, 1, 1, 256, (3, 250), AttentionConfig(tile=64, stages=1, warpgroups=2, tiles="in runs")

@@ -151,9 +151,10 @@ def spqr(inputs: int, format: SpqrFormat, outputs: int = OUTPUTS) -> tuple[SpqrT
 
 
 def for_floats(inputs: int, format: UniformFormat) -> tuple[PreparedFloatTensor, np.ndarray]:
-    """Both sides are filled up to 64; the meaning is that of scales in bfloat16."""
+    """Both sides are filled up to 64; the meaning is that of the scales, of float32 ones that of them in bfloat16."""
     tensor, _ = uniform(inputs, format)
-    rounded = dataclasses.replace(tensor, scales=tensor.scales.astype(jnp.bfloat16))
+    read = jnp.bfloat16 if format.scale_dtype == "float32" else tensor.scales.dtype
+    rounded = dataclasses.replace(tensor, scales=tensor.scales.astype(read))
     with jax.enable_x64(True):
         return prepare_float(tensor, Layout.HOPPER), np.asarray(rounded.dequantize(jnp.float64))
 
@@ -206,6 +207,7 @@ CASES = {
     "spqr 2 bits, numbers for scales": (spqr, 45, SpqrFormat(2, 15, None, 5, 2, "float32")),
     "spqr, outliers": (spqr, 48, SpqrFormat(3, 8, 2, 4, second_group_size=1)),
     "for floats, 3 groups": (for_floats, 96, UniformFormat(4, 32)),
+    "for floats, wide scales": (for_floats, 96, UniformFormat(4, 32, "asymmetric", "float32")),
     "for floats, 3 bits, symmetric": (for_floats, 45, UniformFormat(3, None, "symmetric", "bfloat16")),
     **{f"for {bits}-bit integers": (for_integers, 45, UniformFormat(bits, None, "symmetric")) for bits in (4, 7)},
     "for 8-bit integers": (for_integers, 45, UniformFormat(8, None)),
@@ -390,7 +392,8 @@ def test_bits_per_weight_are_bytes(case: str) -> None:
         ("razored, inputs", (23 + 2 + 2) * 8 / 45),  # 180 bits, 3 shifts of 3 bits, a scale
         ("razored, outputs", (23 + 17 / 2 + 5 * 2) * 8 / 45),  # 135 bits of shifts for two outputs
         ("3 bits, per channel", (17 + 4 + 1) * 8 / 45),  # 135 bits take 17 bytes
-        ("for floats, 3 groups", (64 * 128 * 4 + 2 * 4 * 64 * 16) / 576 + 16 / 32),  # the old scales too
+        ("for floats, 3 groups", (64 * 128 * 4 + 2 * 4 * 64 * 16) / 576),
+        ("for floats, wide scales", (64 * 128 * 4 + 2 * 4 * 64 * 16) / 576 + 32 / 32),  # the old scales too
         ("for 7-bit integers", 64 * (64 * 8 + 2 * 32) / 270),
     ],
 )

@@ -7,9 +7,9 @@ CPU. Figures of a recipe:
 1. "tokens": the packed model reads, one by one, the tokens that the CPU's reference wrote behind each prompt, and for
    each token the reference's logits over *the same packed bytes*: what the kernels themselves are off by; beside it
    what the reference in float32 is off by from itself, a step on a CPU over these bytes. The same
-   along the tokens that `begin` and `advance` write: whether the reference, reading the same caches, would have
-   written them. Then these tokens beside the CPU's, prompt by prompt. Where two choices part, the two tokens' logits
-   in both paths: how many steps of bfloat16 each prefers its own by, and whether that is a tie;
+   along the tokens that `begin` and `advance` write: whether the reference, reading the caches that these left, would
+   have written them. Then these tokens beside the CPU's, prompt by prompt. Where two choices part, the two tokens'
+   logits in both paths: how many steps of bfloat16 each prefers its own by, and whether that is a tie;
 2. "logits" and perplexities of all windows, their queries seeing what the recipe shows a prompt: the difference's norm
    over that of the reference's logits, losses beside those of both references.
 
@@ -213,7 +213,7 @@ def _write(case: Case, prompts: np.ndarray) -> Iterator[dict[str, Any]]:
     lengths, stops, key = jnp.full(PROMPTS, PROMPT, jnp.int32), jnp.zeros(0, jnp.int32), jax.random.key(0)
     writing = case.run("begin", case.packed, padded, lengths, stops, key)
     first = np.asarray(writing.tokens)
-    rest, _, _ = case.run("advance", case.packed, writing, jnp.int32(TOKENS), stops, key)
+    rest, _, written = case.run("advance", case.packed, writing, jnp.int32(TOKENS), stops, key)
     ours = np.concatenate([first[:, None], np.asarray(rest)], axis=1)[:, :TOKENS]
     theirs = case.truth["tokens"]
 
@@ -228,7 +228,7 @@ def _write(case: Case, prompts: np.ndarray) -> Iterator[dict[str, Any]]:
         values[:, at] = np.stack([found[rows, one] for one in (best[:, at], theirs[:, at], ours[:, at])], axis=1)
     yield {"figure": "steps over the same bytes"} | steps.summary()
     yield {"figure": "reference here beside the CPU's, over the same bytes"} | elsewhere.summary()
-    yield _check_written(ours, _steps_along(ours, case, start, prompts[:, -1]))
+    yield _check_written(case, ours, written.cache, prompts[:, -1])
     yield from _compare_tokens(case, ours, best, values)
 
 
@@ -253,15 +253,23 @@ def _steps_along(texts: np.ndarray, case: Case, cache: Any, given: np.ndarray) -
         given = texts[:, at]
 
 
-def _check_written(texts: np.ndarray, steps: Iterator[tuple[Any, Any, Any]]) -> dict[str, Any]:
-    """Returns where the reference, over the bytes that lie in the packed model's caches, would have written others."""
+def _check_written(case: Case, texts: np.ndarray, cache: Any, given: np.ndarray) -> dict[str, Any]:
+    """Returns where the reference, over the very bytes that `advance` wrote, would have written other tokens.
+
+    What is cached of a token stays: at an earlier position the last cache is that of the step there. Tokens and bytes
+    are those of `begin` and `advance`; the packed logits, of which only gaps are told, those of one step over them.
+    """
     others: list[dict[str, Any]] = []
-    for at, (found, truth, _) in enumerate(steps):
-        for row in np.flatnonzero(truth.argmax(-1) != texts[:, at]):
-            tokens = int(texts[row, at]), int(truth[row].argmax())
+    for at in range(TOKENS):
+        before = dataclasses.replace(cache, positions=jnp.full(PROMPTS, PROMPT - 1 + at, jnp.int32))
+        truth = np.asarray(case.run("step beside", case.beside, jnp.asarray(given), before))
+        found = np.asarray(case.run("step", case.packed, jnp.asarray(given), before)[0])
+        given = texts[:, at]
+        for row in np.flatnonzero(truth.argmax(-1) != given):
+            tokens = int(given[row]), int(truth[row].argmax())
             gaps = tuple(bfloat16_steps(*(float(logits[row, one]) for one in tokens)) for logits in (found, truth))
-            found_other = OtherChoice(int(row), tokens, gaps)
-            others.append({"prompt": int(row), "at": at, "tokens": tokens, "steps": gaps, "tie": found_other.is_tie()})
+            tie = OtherChoice(int(row), tokens, gaps).is_tie()
+            others.append({"prompt": int(row), "at": at, "tokens": tokens, "steps": gaps, "tie": tie})
     return {
         "figure": "written, beside the reference over the same bytes",
         "whole": PROMPTS - len({other["prompt"] for other in others}),

@@ -9,6 +9,7 @@ from pallas_kernels import flash
 from pallas_kernels.attention_kernel import AttentionConfig
 from pallas_kernels.decode_rules import MULTIPROCESSORS, ONE_BLOCK
 
+FEWEST: Final = 4  # bits of a code
 EXACT: Final = 16  # bits of bfloat16, whose tiles in runs are the faster: 178.5 us, 179.5 in turns (16 x 8192)
 WARPGROUPS: Final = (4, 2, 1)  # of a block, the most that fit: four have 128 registers a thread, a multiprocessor each
 TILES: Final = (128, 64)
@@ -28,6 +29,8 @@ COST_OF_BLOCK: Final = 3.0  # in tiles of a warpgroup: what starting and ending 
 COST_OF_JOIN: Final = 2.5  # likewise, a second kernel
 FEW: Final = 2 * MULTIPROCESSORS  # tiles in all, up to which blocks of one warpgroup and two tiles are the fastest
 SPLITS_OF_FEW: Final = 16  # more take longer to join
+FEW_TILES: Final = 16  # of a warpgroup: as far as two copies of 4-bit codes under way were timed, 53.4 us; three take
+AHEAD_OF_FEW: Final = 2  # 55.9, as the first tile comes later (16 x 8000 tokens and the new one, H100, 2026-11-23)
 SHORT: Final = 4  # tiles of a warpgroup, up to which smaller ones end earlier: their last step is shorter
 
 
@@ -47,7 +50,7 @@ def choose_attention(
 
     Example:
       >>> choose_attention(4, 16, 8, 128, 8192)
-      AttentionConfig(splits=1, tile=128, stages=3, warpgroups=4, tiles='in turns')
+      AttentionConfig(splits=1, tile=128, stages=2, warpgroups=4, tiles='in turns')
       >>> choose_attention(4, 1, 8, 128, 32768)
       AttentionConfig(splits=16, tile=64, stages=4, warpgroups=4, tiles='in turns')
       >>> choose_attention(4, 1, 8, 128, 2048)
@@ -71,9 +74,13 @@ def _choose_attention(bits: int, rows: int, kv_heads: int, dim: int, tokens: int
     fitting = {tile: _stages(bits, dim, page, tile, warpgroups) for tile in TILES}
     tile = next((each for each in TILES if fitting[each] >= 2), TILES[-1])
     splits = _splits(rows * kv_heads, -(-tokens // tile), MULTIPROCESSORS, warpgroups)
-    if -(-tokens // (tile * splits * warpgroups)) <= SHORT and fitting[TILES[-1]] >= 2:
+    each = -(-tokens // (tile * splits * warpgroups))
+    if each <= SHORT and fitting[TILES[-1]] >= 2:
         tile = TILES[-1]
-    return AttentionConfig(splits, tile, max(1, fitting[tile]), warpgroups)
+    stages = (
+        min(fitting[tile], AHEAD_OF_FEW) if bits == FEWEST and tile == TILES[0] and each <= FEW_TILES else fitting[tile]
+    )
+    return AttentionConfig(splits, tile, max(1, stages), warpgroups)
 
 
 def _stages(bits: int, dim: int, page: int, tile: int, warpgroups: int) -> int:

@@ -1,8 +1,8 @@
 """A step's token by kernels: RoPE, codes and their writing, and attention over the packed caches.
 
-Caches that code token by token have one kernel for all of it, in bfloat16, where a block has all tokens of a KV head,
-and else one that writes and one that attends, as exact ones have, which are the faster so; where there is none that
-writes, a codec's own `push` does, and `attend_packed` attends.
+Caches that code token by token and exact ones have one kernel for all of it, in bfloat16, where a block has all tokens
+of a KV head, and else one that writes and one that attends; where there is none that writes, a codec's own `push`
+does, and `attend_packed` attends.
 """
 
 from typing import Any, Final
@@ -15,7 +15,7 @@ from jquant.formats import OnlineRotation
 from jquant.kv.base import KvCodec
 from jquant.kv.packed import HeadMajorCache, PackedExactKv, PackedKv, PackedPerTokenKv, attend_packed, simulation
 
-EXACT: Final = 16  # bits of bfloat16: two kernels take 178.5 us, one 179.1 (16 x 8000 tokens, H100, 2026-11-23)
+EXACT: Final = 16  # bits of bfloat16
 
 type Token = tuple[
     Float[Array, "batch heads dim"], Float[Array, "batch kv_heads dim"], Float[Array, "batch kv_heads dim"]
@@ -63,7 +63,7 @@ def step_packed(
     bits = codec.inner.bits if isinstance(codec, PackedPerTokenKv) else EXACT
     config = choose_attention(bits, batch, kv_heads, cache.dim, slots)
     share = token[0].shape[1] // kv_heads
-    if bits == EXACT or fault_of_append_attention(config, cache.dim, share, slots) is not None:
+    if fault_of_append_attention(config, cache.dim, share, slots) is not None:
         queries, kept = append_packed(codec, cache, token, angles, positions, rotation)
         return attend_packed(codec, kept, queries, positions), kept
     found, written = append_attention(

@@ -15,7 +15,7 @@ CPU. Figures of a recipe:
 
 Codes of caches and of activations in few bits fall elsewhere wherever bfloat16 rounds across a boundary, by whatever
 kernel: only steps over the same bytes hold such recipes to bfloat16's rounding. Prompts have the widths and caches that
-`generate` gives them. Layers are stacked: seven programs a recipe, compiled in threads, the first needed first.
+`generate` gives them. Layers are stacked: eight programs a recipe, compiled in threads, the first needed first.
 
     JAX_PLATFORMS=cuda,cpu PYTHONPATH=. python benchmarks/packed_agreement.py --model FILE.gguf --windows FILE.npy \
         --reference FOLDER [--recipes ...] [--seconds 150]

@@ -9,6 +9,7 @@ and asked for, before the row's length is. The blocks of coded tokens walk KIVI'
 """
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final, Literal, NamedTuple
 
@@ -250,21 +251,7 @@ class _Kernel:
         length, first, apart, count, late = tiles()
         queries, sums, start = self._begin(queries, window, (row, head, part, parts))
         if late is not None:
-            slot_of_late = lax.div(late - first, apart)
-            mine = (late >= first) & (first + slot_of_late * apart == late)
-
-            @pl.when(mine & (slot_of_late < jnp.minimum(count, c.stages)))
-            def _() -> None:
-                if self.early:
-
-                    @pl.when(slot_of_late == 0)
-                    def _() -> None:  # it came in vain, maybe before the token did
-                        compat.wait(full(0))
-                        compat.commit()  # all threads have waited, before the next copy may end
-
-                compat.wait(memory["kept"])
-                fetch(late, slot_of_late)
-
+            self._fetch_late(late, (first, apart, count), full, fetch, memory)
         struct = jax.ShapeDtypeStruct
         state = struct(flash.shape_of_state(walk.dim), jnp.float32)
 
@@ -316,6 +303,31 @@ class _Kernel:
             for stream, unit in zip(streams, self.units, strict=True)
         ]
         return some, position - first
+
+    def _fetch_late(
+        self,
+        late: Any,
+        tiles: tuple[Any, int, Any],
+        full: Callable[[Any], Any],
+        fetch: Callable[[Any, Any], None],
+        memory: dict[str, Any],
+    ) -> None:
+        """Asks for the new token's tile when it is written, where it is one of a part's first (see `_tiles`)."""
+        first, apart, count = tiles
+        slot = lax.div(late - first, apart)
+        mine = (late >= first) & (first + slot * apart == late)
+
+        @pl.when(mine & (slot < jnp.minimum(count, self.config.stages)))
+        def _() -> None:
+            if self.early:
+
+                @pl.when(slot == 0)
+                def _() -> None:  # it came in vain, maybe before the token did
+                    compat.wait(full(0))
+                    compat.commit()  # all threads have waited, before the next copy may end
+
+            compat.wait(memory["kept"])
+            fetch(late, slot)
 
     def _tiles(self, length: Any, tile: int, part: Any, parts: int) -> tuple[Any, int, Any]:
         """Returns the first of a part's tiles, how far they lie apart, and how many there are."""

@@ -82,7 +82,9 @@ def append_attention(
     heads = projected.shape[1] // dim - 2 * kv_heads
     fault = fault_of_append_attention(config, dim, heads // kv_heads, slots)
     if projected.shape[1] != (heads + 2 * kv_heads) * dim or heads < kv_heads or heads % kv_heads:
-        fault = f"{projected.shape[1]} numbers, wanted are whole heads: as many queries of each KV head, a key and a value"
+        fault = (
+            f"{projected.shape[1]} numbers, wanted are whole heads: as many queries of each KV head, a key and a value"
+        )
     if fault:
         raise ValueError(f"attention of a new token over {kv_heads} KV heads of {dim} with {config}: {fault}")
     share, bits = heads // kv_heads, 16 if cache.grids is None else stored * 8 // dim

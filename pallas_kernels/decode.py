@@ -41,10 +41,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jaxtyping import Array, BFloat16, Float, Float16, Float32, Int, Int8
+from jaxtyping import Array, BFloat16, Float, Float32, Int, Int8
 
 from pallas_kernels import compat, gate, inline, inline_warp, meet, residual
 from pallas_kernels.decode_config import LEAST_PIECE, MOST_TOKENS, PADDED, DecodeConfig
+from pallas_kernels.weights import Scales
 
 OF_GROUPS: Final = ("scales", "centers")
 OF_TOKENS: Final = ("token_scales", "token_zeros")  # arguments that only products of integers have
@@ -54,7 +55,7 @@ SIXTEENTH: Final = 1 / 16  # int4 codes are unpacked as 16 times themselves
 def w4a16_decode(
     x: BFloat16[Array, "tokens in"],
     codes: Int[Array, "out in"],
-    scales: BFloat16[Array, "groups out"] | Float16[Array, "groups out"],
+    scales: Scales,
     centers: BFloat16[Array, "groups out"] | None = None,
     *,
     squares: Float32[Array, "runs columns"] | None = None,
@@ -86,7 +87,7 @@ def w4a16_decode(
 def w4a16_onto(
     x: BFloat16[Array, "tokens in"],
     codes: Int[Array, "out in"],
-    scales: BFloat16[Array, "groups out"] | Float16[Array, "groups out"],
+    scales: Scales,
     centers: BFloat16[Array, "groups out"] | None,
     stream: Float32[Array, "tokens out"],
     scale: BFloat16[Array, "out"],

@@ -38,10 +38,11 @@ from typing import Final, Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, BFloat16, Float16, Float32, Int, Int8
+from jaxtyping import Array, BFloat16, Float32, Int, Int8
 
 from pallas_kernels import compat, order
 from pallas_kernels.tiles import LEAST_PIECE, Kind, Tiles
+from pallas_kernels.weights import Scales
 
 PADDED: Final = 8  # tokens are a multiple of it
 MOST_SHARED: Final = 226 * 1024  # bytes of shared memory that a block may plan with
@@ -111,7 +112,7 @@ def fitting(config: PrefillConfig, outliers: int) -> PrefillConfig:
 def w4a16_prefill(
     x: BFloat16[Array, "tokens in"],
     codes: Int[Array, "out in"],
-    scales: BFloat16[Array, "groups out"] | Float16[Array, "groups out"],
+    scales: Scales,
     centers: BFloat16[Array, "groups out"] | None = None,
     *,
     config: PrefillConfig,
@@ -130,7 +131,7 @@ def w4a16_prefill(
     Raises:
       ValueError: the configuration does not fit the weight.
     """
-    if simulate is not None:  # on two cores the interpreter's threads wait for ever where the kernel does so
+    if simulate is not None:  # where the kernel casts them, the interpreter's threads wait for ever on two cores
         scales = scales.astype(jnp.bfloat16)
     return _run("w4a16", x, codes, [scales] if centers is None else [scales, centers], [], [], [], config, simulate)
 

@@ -7,8 +7,8 @@
 
 Codes lie [out', in'], the inputs contiguous, less 2^(bits - 1) so that they are signed; int4 codes are permuted within
 each 32 inputs. in' and out' are in and out, filled up with codes, and groups, that stand for 0. What lies so is neither
-cut nor sharded. `restore` gives back every bit of the portable tensor: scales in float32 are kept beside what the
-kernels read, which they are rounded to bfloat16 for.
+cut nor sharded. `restore` gives back every bit of the portable tensor: scales in float32, which the kernels read
+rounded to bfloat16, are kept beside.
 """
 
 import math

@@ -9,7 +9,7 @@ from pallas_kernels import flash
 from pallas_kernels.attention_kernel import AttentionConfig
 from pallas_kernels.decode_rules import MULTIPROCESSORS, ONE_BLOCK
 
-FEWEST: Final = 4  # bits of a code
+FEWEST_BITS: Final = 4  # of a code
 EXACT: Final = 16  # bits of bfloat16, whose tiles in runs are the faster: 178.5 us, 179.5 in turns (16 x 8192)
 WARPGROUPS: Final = (4, 2, 1)  # of a block, the most that fit: four have 128 registers a thread, a multiprocessor each
 TILES: Final = (128, 64)
@@ -77,9 +77,9 @@ def _choose_attention(bits: int, rows: int, kv_heads: int, dim: int, tokens: int
     each = -(-tokens // (tile * splits * warpgroups))
     if each <= SHORT and fitting[TILES[-1]] >= 2:
         tile = TILES[-1]
-    stages = (
-        min(fitting[tile], AHEAD_OF_FEW) if bits == FEWEST and tile == TILES[0] and each <= FEW_TILES else fitting[tile]
-    )
+    stages = fitting[tile]
+    if bits == FEWEST_BITS and tile == TILES[0] and each <= FEW_TILES:
+        stages = min(stages, AHEAD_OF_FEW)
     return AttentionConfig(splits, tile, max(1, stages), warpgroups)
 
 

@@ -21,10 +21,11 @@ import jax
 import jax.numpy as jnp
 
 from jquant import models
+from jquant.machines import Target
 from jquant.models import SHAPES, Cache, Llama, abstract_llama, empty_cache, random_like, stack_layers
 from jquant.plan import outline
 from jquant.recipe import load_recipe
-from jquant.targets import Target, describe_products, prepare
+from jquant.targets import describe_products, prepare
 
 STEPS: Final = 16
 TILE: Final = 128  # tokens that a cache's capacity is a multiple of

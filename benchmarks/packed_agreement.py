@@ -46,9 +46,10 @@ from jquant import models
 from jquant.folders import round_scales, stack_if_alike
 from jquant.formats import Layout
 from jquant.kv import KvCodec, attention_kernel
+from jquant.machines import Target
 from jquant.models import Block, Llama, Stacked, blocks
 from jquant.runtime import advance, begin, token_stride
-from jquant.targets import Target, describe_products, prepare
+from jquant.targets import describe_products, prepare
 
 FIGURES: Final = ("tokens", "logits")
 WIDTH: Final = 256  # that `generate` pads the prompts to, and the capacity it gives their caches

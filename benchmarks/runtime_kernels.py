@@ -34,11 +34,12 @@ from jquant import models
 from jquant.activations import ActivationMethod, PerToken
 from jquant.data import PYTHON_DOCS, load_text, token_windows
 from jquant.formats import UniformFormat, UniformTensor
+from jquant.machines import Target
 from jquant.models import Linear, Llama, LlamaConfig, blocks, build, map_linears, stack_layers
 from jquant.numerics import packed_length
 from jquant.quantizers import Rtn
 from jquant.runtime import generate
-from jquant.targets import Target, describe_products, prepare
+from jquant.targets import describe_products, prepare
 from pallas_kernels.compat import kernel_times
 
 type Way = Literal["XLA", "kernels", "kernels, stacked"]

@@ -27,10 +27,11 @@ import numpy as np
 
 from eval import Latency, Lowered, Phase, Programs, Workload, lower_latency, measure_latency, start_decode
 from jquant.folders import round_scales
+from jquant.machines import Target
 from jquant.models import SHAPES, Llama, abstract_llama, random_like
 from jquant.plan import outline
 from jquant.recipe import load_recipe
-from jquant.targets import Target, describe_products, prepare
+from jquant.targets import describe_products, prepare
 from pallas_kernels import norm, reference, wide
 
 STRIDE: Final = 8  # steps of one run of `advance`: the fewest that its loop takes on a GPU

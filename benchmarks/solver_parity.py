@@ -12,6 +12,7 @@ kernels are simulated: take small sizes.
 """
 
 import argparse
+import dataclasses
 import functools
 import json
 import time
@@ -21,11 +22,10 @@ from typing import Any, Final, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jquant.blocks.attention import calibrated
 from jquant.blocks.weights import OPTIONS
 from jquant.calibration.ahead import MOST_COMPILERS, compile_ahead
-from jquant.formats import Layout, SpqrFormat, UniformFormat, hopper_card
-from jquant.models import SHAPES, Block, abstract_llama, blocks, prompt_block, random_like
+from jquant.formats import SpqrFormat, UniformFormat, hopper_card
+from jquant.models import SHAPES, Block, PromptAttention, abstract_llama, blocks, prompt_block, random_like
 from jquant.quantizers import Gptq, Spqr
 from jquant.quantizers.base import proxy_loss
 from jquant.quantizers.ldlq import round_with_feedback
@@ -55,7 +55,7 @@ def main() -> None:
     if arguments.only != "attention":
         parts += _kernels(arguments.inputs, arguments.outputs, Solver.HOPPER if on_gpu else Solver.SIMULATED)
     if arguments.only != "solvers":
-        parts.insert(1, _attention(arguments, Layout.HOPPER if on_gpu else Layout.SIMULATED))
+        parts.insert(1, _attention(arguments, "cudnn" if on_gpu else "xla"))
     show(traced=sum(len(part.programs) for part in parts))
     compile_ahead((program for part in parts for program in part.programs), MOST_COMPILERS)
     show(compiled=True)
@@ -120,28 +120,28 @@ def _compare(name: str, ways: Mapping[Solver, Any], lost: Any, rows: jax.Array, 
     show(solver=name, codes_differ=differ, of=rows.size, loss_ratio=losses[0] / losses[1], **figures)
 
 
-def _attention(arguments: argparse.Namespace, layout: Layout) -> Part:
+def _attention(arguments: argparse.Namespace, kernel: PromptAttention) -> Part:
     config = SHAPES[arguments.shape]
     block = random_like(blocks(abstract_llama(config, "bfloat16"))[0], jax.random.key(0))
     shape = (arguments.windows, arguments.length, config.hidden_size)
     inputs, lengths = jax.random.normal(jax.random.key(1), shape, jnp.bfloat16), jnp.full(1, shape[1], jnp.int32)
 
-    def run(own: Layout, block: Block, inputs: jax.Array) -> tuple[jax.Array, dict[str, SecondMoment]]:
-        attending = calibrated(block, config, inputs.dtype, own)
+    def run(own: PromptAttention | None, block: Block, inputs: jax.Array) -> tuple[jax.Array, dict[str, SecondMoment]]:
+        attending = dataclasses.replace(config, prompt_attention=own)
 
         def window(sums: dict[str, SecondMoment], x: jax.Array) -> tuple[dict[str, SecondMoment], jax.Array]:
-            out, _, taps = prompt_block(attending, x[None], lengths, x.shape[0], config)
+            out, _, taps = prompt_block(block, x[None], lengths, x.shape[0], attending)
             return {site: HESSIAN.update(sums[site], getattr(taps, site)[0]) for site in SITES}, out[0]
 
         sums, outputs = jax.lax.scan(window, {site: HESSIAN.init(config.hidden_size) for site in SITES}, inputs)
         return outputs, sums
 
-    kernel = block.self_attn.o_proj.kernel
-    taken, usual = (jax.jit(functools.partial(run, own)) for own in (layout, Layout.PORTABLE))
-    solve = compiled(lambda moment: GPTQ(kernel, moment, jax.random.key(0))[0])
+    weight = block.self_attn.o_proj.kernel
+    taken, usual = (jax.jit(functools.partial(run, own)) for own in (kernel, None))
+    solve = compiled(lambda moment: GPTQ(weight, moment, jax.random.key(0))[0])
     sums = jax.eval_shape(lambda: HESSIAN.init(config.hidden_size))
     traced = taken.trace(block, inputs), usual.trace(block, inputs), solve.trace(sums)
-    return Part(traced, functools.partial(_compare_attention, layout.value, taken, usual, solve, block, inputs))
+    return Part(traced, functools.partial(_compare_attention, kernel, taken, usual, solve, block, inputs))
 
 
 def _compare_attention(name: str, taken: Any, usual: Any, solve: Any, block: Block, inputs: jax.Array) -> None:

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from jquant.checkpoint import load_model as load_model
     from jquant.checkpoint import save_model as save_model
     from jquant.formats import UniformFormat as UniformFormat
+    from jquant.machines import Target as Target
     from jquant.models import forward as forward
     from jquant.models import stack_layers as stack_layers
     from jquant.pipeline import quantize as quantize
@@ -19,13 +20,13 @@ if TYPE_CHECKING:
     from jquant.recipe import load_recipe as load_recipe
     from jquant.runtime import generate as generate
     from jquant.sampling import Sampler as Sampler
-    from jquant.targets import Target as Target
     from jquant.targets import prepare as prepare
 
 _HOMES: Final = {
     "load_model": "jquant.checkpoint",
     "save_model": "jquant.checkpoint",
     "UniformFormat": "jquant.formats",
+    "Target": "jquant.machines",
     "forward": "jquant.models",
     "stack_layers": "jquant.models",
     "quantize": "jquant.pipeline",
@@ -35,7 +36,6 @@ _HOMES: Final = {
     "load_recipe": "jquant.recipe",
     "generate": "jquant.runtime",
     "Sampler": "jquant.sampling",
-    "Target": "jquant.targets",
     "prepare": "jquant.targets",
 }
 

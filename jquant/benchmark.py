@@ -19,11 +19,12 @@ from eval import Latency, Workload, check_workload, measure_latency
 from jquant.errors import CheckpointError, RecipeError
 from jquant.folders import make_ready, open_abstract, open_for_use
 from jquant.inspection import inspect_model
+from jquant.machines import TargetName, choose_target
 from jquant.models import SHAPES, Llama, LlamaConfig, abstract_llama, random_like
 from jquant.plan import outline
 from jquant.progress import OnProgress, Progress, ignore
 from jquant.recipe import Recipe, load_recipe
-from jquant.targets import TargetName, choose_target, describe_products
+from jquant.targets import describe_products
 from jquant.types import Key
 
 type RandomDtype = Literal["bfloat16", "float32"]
@@ -81,7 +82,7 @@ def bench(
         takes, whose own weights are timed where no recipe is applied.
       recipes: presets or YAML files; several, one after another, are joined by "+", as in "rtn-w4g128+kv4".
       workloads: what is timed of each.
-      target: see `jquant.targets.choose_target`.
+      target: see `jquant.machines.choose_target`.
       dtype: of random models.
       seed: of random numbers.
       mesh: devices over which the model is spread; None for one.

@@ -37,13 +37,14 @@ from jquant.data import PYTHON_DOCS
 from jquant.errors import CheckpointError, DataError, JquantError, RecipeError
 from jquant.folders import open_abstract, open_for_use, open_model, read_report, remove_folder, write_text
 from jquant.inspection import inspect_model
+from jquant.machines import TargetName, choose_target
 from jquant.measure import ModelFigures, measure, measure_tasks
 from jquant.passes import Sequential
 from jquant.pipeline import WINDOWS, calibration_tokens, quantize, store_of
 from jquant.plan import plan
 from jquant.progress import OnProgress, Progress, ignore
 from jquant.recipe import Calibration, Recipe, digest, to_yaml
-from jquant.targets import TargetName, choose_target, describe_products
+from jquant.targets import describe_products
 
 BASELINE: Final = "full precision"
 PAPER_TABLES: Final = "paper-tables"  # stands for the presets of QLLM-INFER's tables (spec_acts_kv.md 12.1), as far as
@@ -92,7 +93,7 @@ class Evaluation:
       datasets: names or paths for `jquant.data.load_text`, at least one; their evaluation splits are used.
       windows: how many windows of each; None for all of the text.
       length: tokens of a window.
-      target: whose kernels multiply: see `jquant.targets.choose_target`.
+      target: whose kernels multiply: see `jquant.machines.choose_target`.
       tasks: names in lm-eval, none to run none.
       limit: documents of each task, the first ones; None for all.
       shots: examples in each prompt; None for each task's own number.

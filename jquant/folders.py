@@ -22,9 +22,10 @@ from jquant.checkpoint import ARRAYS, STRUCTURE, abstract_tree, is_checkpoint, l
 from jquant.checkpoint import open_lazily as open_checkpoint
 from jquant.errors import CheckpointError, FormatError
 from jquant.formats import PermutedTensor, RotatedTensor, UniformTensor
+from jquant.machines import Target, TargetName, choose_target
 from jquant.models import LazyModel, Linear, Llama, Stacked, linears, put, stack_layers
 from jquant.sharding import choose_cuts, shard
-from jquant.targets import Target, TargetName, choose_product, choose_target, prepare
+from jquant.targets import choose_product, prepare
 
 RECIPE: Final = "recipe.yaml"
 REPORT: Final = "report.json"
@@ -95,11 +96,11 @@ def open_for_use(source: str | Path, *, target: TargetName = "reference", mesh: 
 
 
 def make_ready(model: Llama, target: TargetName, mesh: Mesh | None = None) -> Llama:
-    """Returns the model prepared for a target, to be run; where XLA alone multiplies, stacked if layers are alike.
+    """Returns the model prepared for a target, to be run; where XLA alone serves the layers, stacked if they are alike.
 
     Weights for kernels stay apart: a scan would copy each layer's out of the stack before a kernel could read them. All
-    layers share their kernels, so that this compiles fast too. Scales that W4A16 kernels read are kept in bfloat16
-    alone, as they are multiplied: what `prepare` makes of the result for the reference target has these.
+    layers share their kernels, so that this compiles fast too. Float32 scales that W4A16 kernels read are kept in
+    bfloat16 alone, as they are multiplied: what `prepare` makes of the result for the reference target has these.
 
     Args:
       model: portable.
@@ -114,7 +115,7 @@ def make_ready(model: Llama, target: TargetName, mesh: Mesh | None = None) -> Ll
         return shard(model, mesh, lambda own: make_ready(own, target))
     chosen = choose_target(target, model.embed_tokens.dtype)
     prepared = prepare(round_scales(model, chosen), chosen)
-    return stack_if_alike(model) if prepared is model else prepared
+    return stack_if_alike(prepared) if prepared.layers is model.layers else prepared
 
 
 def round_scales(model: Llama, target: Target) -> Llama:

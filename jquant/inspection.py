@@ -10,9 +10,10 @@ import jax
 
 from jquant.formats import QuantizedTensor, tree_nbytes
 from jquant.kv import KvCodec
+from jquant.machines import Target
 from jquant.models import Linear, Llama, Stacked, blocks, linears
 from jquant.sharding import choose_cuts
-from jquant.targets import Target, choose_attention, choose_product
+from jquant.targets import choose_attention, choose_product, choose_prompts
 
 CACHE_LENGTH: Final = 4096  # tokens at which caches are measured; KIVI's exact window weighs little there
 _FINGERPRINT: Final = "calibrated_for"  # 64 digits that say nothing to a reader
@@ -71,6 +72,7 @@ class Facts:
       cache: what keys and values take.
       query_key_rotations: what turns each block's queries and keys after RoPE, in words; empty for nothing.
       attentions: what attends in each block's decode steps on the target that was asked for; none where none was.
+      prompts: what attends to whole prompts of each block there; likewise.
     """
 
     linears: tuple[LinearFacts, ...]
@@ -79,6 +81,7 @@ class Facts:
     cache: CacheFacts
     query_key_rotations: tuple[str, ...]
     attentions: tuple[str, ...] = ()
+    prompts: tuple[str, ...] = ()
 
     def bits_per_weight(self) -> float:
         """Returns the bits per weight of all linears of the blocks taken together."""
@@ -133,8 +136,12 @@ def inspect_model(
         for rotation in (block.self_attn.query_key_rotation for block in blocks(model))
     )
     codecs = [] if target is None else [block.self_attn.kv_codec for block in blocks(model)]
-    attentions = tuple(choose_attention(model, codec, target).describe() for codec in codecs if target is not None)
-    return Facts(rows, count_structures(model), tree_nbytes(model), measure_cache(model), rotations, attentions)
+    attentions, prompts = (
+        tuple(choose(model, codec, target).describe() for codec in codecs if target is not None)
+        for choose in (choose_attention, choose_prompts)
+    )
+    cache = measure_cache(model)
+    return Facts(rows, count_structures(model), tree_nbytes(model), cache, rotations, attentions, prompts)
 
 
 def measure_cache(model: Llama) -> CacheFacts:

@@ -33,11 +33,12 @@ from jquant.data import load_text, token_windows
 from jquant.errors import DataError, RecipeError
 from jquant.folders import make_ready, open_abstract, open_for_use, open_model, stack_if_alike
 from jquant.inspection import CacheFacts, measure_cache
+from jquant.machines import TargetName, choose_target
 from jquant.models import Llama
 from jquant.passes import Context, run_passes
 from jquant.progress import OnProgress, Progress, ignore
 from jquant.recipe import Recipe
-from jquant.targets import TargetName, choose_target, describe_products
+from jquant.targets import describe_products
 
 _KEY_LENGTH: Final = 12  # hexadecimal digits of a digest in a file's name
 _VERSIONS: Final = ("jquant", "jax", "jaxlib")
@@ -113,7 +114,7 @@ def measure(
       windows: how many; None for all of the text.
       folder: where the files of a named data set lie; None to get it from the hub.
       model: the checkpoint's, where it is ready to run already; None to open it.
-      target: whose kernels multiply where it is opened here: see `jquant.targets.choose_target`.
+      target: whose kernels multiply where it is opened here: see `jquant.machines.choose_target`.
       on_progress: called after each window.
 
     Raises:
@@ -172,7 +173,7 @@ def measure_tasks(
       cache: a folder for answers, where those of other models may lie too: a run that was stopped goes on after the
         last of them. None to keep nothing.
       model: the checkpoint's, where it is ready to run already; None to open it.
-      target: whose kernels multiply where it is opened here: see `jquant.targets.choose_target`.
+      target: whose kernels multiply where it is opened here: see `jquant.machines.choose_target`.
       on_progress: called after each answer.
 
     Raises:
@@ -314,7 +315,7 @@ def measure_needles(
       source: what `open_model` takes.
       recipes: each is applied to the model as it is.
       ask: puts the questions to a model, given its tokenizer too.
-      target: whose kernels multiply: see `jquant.targets.choose_target`.
+      target: whose kernels multiply: see `jquant.machines.choose_target`.
       on_progress: called at each model.
 
     Raises:

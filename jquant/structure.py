@@ -75,7 +75,9 @@ _VALUES: Final[Mapping[str, type]] = {
     )
 }
 # Fields that came when there were checkpoints: left out at their default, so that those keep their sha256.
-_ADDED: Final[Mapping[str, frozenset[str]]] = {models.LlamaConfig.__name__: frozenset({"wide_residual"})}
+_ADDED: Final[Mapping[str, frozenset[str]]] = {
+    models.LlamaConfig.__name__: frozenset({"wide_residual", "prompt_attention"})
+}
 _ENUMS: Final[Mapping[str, type[enum.Enum]]] = {formats.Layout.__name__: formats.Layout}
 
 

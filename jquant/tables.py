@@ -186,11 +186,10 @@ def facts_table(facts: Facts, name: str) -> Table:
     turned = ", ".join(f"{name or 'as they are'} in {count} blocks" for name, count in rotations.items())
     cache = f"KV cache: {_cache_size(facts.cache)}, {facts.cache.codec}"
     table.caption = f"{sizes}\n{cache}\nqueries and keys after RoPE: {turned}"
-    if facts.attentions:
-        kernels = Counter(facts.attentions)
-        table.caption += (
-            f"\nattention to the cache: {', '.join(f'{name} in {n} blocks' for name, n in kernels.items())}"
-        )
+    for place, chosen in (("to the cache", facts.attentions), ("of prompts", facts.prompts)):
+        if chosen:
+            kernels = ", ".join(f"{name} in {count} blocks" for name, count in Counter(chosen).items())
+            table.caption += f"\nattention {place}: {kernels}"
     return table
 
 

@@ -16,16 +16,15 @@ reason, before any work. Widths that kernels do not take are filled up where gro
 """
 
 import dataclasses
-import enum
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 import jax
 import jax.numpy as jnp
 
 from jquant.activations import OutlierQuantizer, TensorQuantizer, TokenQuantizer
-from jquant.errors import FormatError, RecipeError
+from jquant.errors import FormatError
 from jquant.formats import (
     SYMMETRIES,
     WIDE_BITS,
@@ -47,7 +46,6 @@ from jquant.formats import (
     UniformTensor,
     binary_fault,
     float_fault,
-    hopper_card,
     integer_fault,
     integer_kind,
     most_outliers,
@@ -65,48 +63,24 @@ from jquant.formats import (
     wide_fault,
 )
 from jquant.kv import Kivi, KvCodec, PerTokenKv, attention_fault, pack_codec
+from jquant.machines import Target
 from jquant.matmul import MOST_FEATURES
 from jquant.models import (
     BLOCK_LINEARS,
     Block,
     Linear,
     Llama,
+    PromptAttention,
     Sharded,
     Stacked,
     get,
     join_shared,
+    prompt_fault,
     put,
     split_shared,
 )
 from jquant.products import Product
-from jquant.types import DType
 
-type TargetName = Literal["auto", "reference", "h100", "h200"]
-
-
-class Target(enum.Enum):
-    """What a model is prepared for.
-
-    Attributes:
-      REFERENCE: any machine, through XLA; nothing is rewritten.
-      H100: kernels for Hopper GPUs.
-      H200: the same.
-      SIMULATED: the same in Pallas' interpreter on a CPU, for tests: slow, and on few cores it waits for ever where XLA
-        runs two kernels at once, as those of queries and keys.
-    """
-
-    REFERENCE = "reference"
-    H100 = "h100"
-    H200 = "h200"
-    SIMULATED = "simulated"
-
-
-_LAYOUTS: Final[Mapping[Target, Layout]] = {
-    Target.REFERENCE: Layout.PORTABLE,
-    Target.H100: Layout.HOPPER,
-    Target.H200: Layout.HOPPER,
-    Target.SIMULATED: Layout.SIMULATED,
-}
 _UNIFORM: Final = (UniformTensor, PreparedFloatTensor, PreparedIntegerTensor, PreparedWideTensor)
 _BINARY: Final = (BinaryTensor, PreparedBinaryTensor)
 _SPQR: Final = (SpqrTensor, PreparedSpqrTensor)
@@ -114,6 +88,11 @@ _PREPARED: Final = (*_UNIFORM[1:], PreparedBinaryTensor, PreparedSpqrTensor)
 _OF_NUMBERS: Final = {"W4A16": prepare_float, "W8A16": prepare_wide}
 _INTEGERS: Final = ("W4A8", "W8A8")
 _WRAPPERS: Final = (PermutedTensor, RotatedTensor, ShardedTensor)  # their rules multiply by the inner tensor
+_PROMPTS: Final[Mapping[PromptAttention, str]] = {
+    "cudnn": "cuDNN",
+    "tokamax": "tokamax",
+    "xla": "jax.nn.dot_product_attention",
+}
 
 
 def choose_product(layer: Linear, target: Target) -> Product:
@@ -197,10 +176,26 @@ def choose_attention(model: Llama, codec: KvCodec, target: Target) -> Product:
     return Product(f"attention over {own.bits if isinstance(own, PerTokenKv) else 16}-bit caches")
 
 
+def choose_prompts(model: Llama, codec: KvCodec, target: Target) -> Product:
+    """Returns what attends to whole prompts of a block with a codec on a target; abstract arrays will do.
+
+    Example:
+      >>> from jquant.kv import ExactKv
+      >>> from jquant.models import abstract_llama, tiny_config
+      >>> choose_prompts(abstract_llama(tiny_config(), "bfloat16"), ExactKv(), Target.H100).describe()
+      'cuDNN'
+    """
+    if target.prompts is None:
+        return Product(None)
+    fault = prompt_fault(codec, model.config, model.embed_tokens.dtype)
+    return Product(None, fault) if fault else Product(_PROMPTS[target.prompts])
+
+
 def prepare(model: Llama, target: Target) -> Llama:
     """Writes every linear's weight, and the head's, as the target's kernels read it, where `choose_product` names one.
 
-    Caches too: where `choose_attention` names a kernel, layers get the codec that keeps them in its order.
+    Caches too: where `choose_attention` names a kernel, layers get the codec that keeps them in its order. Prompts
+    attend by the target's kernel where `choose_prompts` names it.
 
     A model in bfloat16 gets a residual stream in float32 (`LlamaConfig.wide_residual`): rounding the stream at every
     block is 40 % of what bfloat16 costs the logits, and a step moves a few more kilobytes for it (docs/runtime.md).
@@ -225,49 +220,23 @@ def prepare(model: Llama, target: Target) -> Llama:
     """
     rewrite, pack = partial(_rewrite, target=target), partial(_pack, model=model, target=target)
     if isinstance(model.layers, Stacked):
-        block = pack(_map_block(model.layers.block, partial(rewrite, stacked=True), _LAYOUTS[target]))
+        block = pack(_map_block(model.layers.block, partial(rewrite, stacked=True), target.layout))
         layers: tuple[Block, ...] | Stacked = dataclasses.replace(model.layers, block=block)
     elif isinstance(model.layers, Sharded):
         raise FormatError("the layers are spread over the devices of a mesh: prepare each device's own, in `shard`")
     else:
         layers = tuple(
-            pack(_map_block(block, partial(rewrite, stacked=False), _LAYOUTS[target])) for block in model.layers
+            pack(_map_block(block, partial(rewrite, stacked=False), target.layout)) for block in model.layers
         )
     head = None if model.lm_head is None else rewrite(model.lm_head, stacked=False)
     changed = any(old is not new for old, new in zip(_changing(model.layers), _changing(layers), strict=True))
     changed = changed or head is not model.lm_head
-    if not changed:
+    prompts = _choose_prompts(model, target)
+    if not changed and prompts == model.config.prompt_attention:
         return model
     wide = target is not Target.REFERENCE and model.embed_tokens.dtype == jnp.bfloat16
-    config = dataclasses.replace(model.config, wide_residual=wide)
-    return dataclasses.replace(model, layers=layers, lm_head=head, config=config)
-
-
-def choose_target(name: TargetName, dtype: DType) -> Target:
-    """Returns the target that a name means on this machine, for activations of a dtype: what every `--target` means.
-
-    "auto" is the GPU's own target where the first device is an H100 or H200 and activations are bfloat16, in which the
-    kernels compute; otherwise the reference, so that nothing is computed more coarsely than was asked for. Naming a
-    GPU takes its kernels for activations of any dtype.
-
-    Args:
-      name: what the command line was given.
-      dtype: of the embedding table, and so of the activations.
-
-    Raises:
-      RecipeError: a GPU is named that this machine does not have.
-
-    Example:
-      >>> choose_target("auto", jnp.float32)
-      <Target.REFERENCE: 'reference'>
-    """
-    kind = jax.devices()[0].device_kind
-    card = hopper_card(kind)
-    if name == "reference" or (name == "auto" and (card is None or jnp.dtype(dtype) != jnp.bfloat16)):
-        return Target.REFERENCE
-    if card is None:
-        raise RecipeError(f"--target {name}: this machine has {kind}, no H100 or H200; give auto or reference")
-    return Target(card.lower() if name == "auto" else name)
+    config = dataclasses.replace(model.config, wide_residual=wide, prompt_attention=prompts)
+    return dataclasses.replace(model, layers=layers if changed else model.layers, lm_head=head, config=config)
 
 
 def describe_products(model: Llama) -> str:
@@ -288,12 +257,13 @@ def describe_products(model: Llama) -> str:
     inner = [_innermost(kernel) for kernel in kernels]
     layouts = [kernel.layout for kernel in inner if isinstance(kernel, QuantizedTensor)]
     prepared = [layout for layout in layouts if layout is not Layout.PORTABLE]
+    prompts = ", prompts by tokamax" if model.config.prompt_attention == "tokamax" else ""
     if not prepared:
-        return "XLA"
+        return f"XLA{prompts}"
     served = len(prepared) + sum(isinstance(kernel, JoinedPart) for kernel in kernels)
     count = len(BLOCK_LINEARS) * model.config.num_hidden_layers
     head = " and the head" if model.lm_head is not None and isinstance(model.lm_head.kernel, _PREPARED) else ""
-    return f"{prepared[0].value} kernels, {depth * served} of {count} linears{head}"
+    return f"{prepared[0].value} kernels, {depth * served} of {count} linears{head}{prompts}"
 
 
 def _input_fault(layer: Linear, weight: Any, *, rotated: bool) -> str | None:
@@ -322,7 +292,7 @@ def _rotation_fault(layer: Linear) -> str | None:
 
 
 def _rewrite(layer: Linear, *, target: Target, stacked: bool) -> Linear:
-    layout = _LAYOUTS[target]
+    layout = target.layout
     kernel = layer.kernel
     inner = _innermost(kernel)
     product = choose_product(layer, target)
@@ -370,8 +340,14 @@ def _wrap(kernel: Any, inner: Any) -> Any:
 def _pack(block: Block, *, model: Llama, target: Target) -> Block:
     codec = block.self_attn.kv_codec
     kernel = choose_attention(model, codec, target).kernel is not None
-    packed = pack_codec(codec, _LAYOUTS[target] if kernel else Layout.PORTABLE)
+    packed = pack_codec(codec, target.layout if kernel else Layout.PORTABLE)
     return block if packed is codec else put(block, "self_attn.kv_codec", packed)
+
+
+def _choose_prompts(model: Llama, target: Target) -> PromptAttention | None:
+    layers: Any = (model.layers.block,) if isinstance(model.layers, Stacked) else model.layers
+    codecs = (block.self_attn.kv_codec for block in layers)
+    return target.prompts if any(choose_prompts(model, codec, target).kernel for codec in codecs) else None
 
 
 def _map_block(block: Block, function: Callable[[Linear], Linear], layout: Layout) -> Block:

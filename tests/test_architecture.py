@@ -22,7 +22,7 @@ FLOORS: Final = (
     ("jquant.matmul", "jquant.fused"),
     ("jquant.kv", "jquant.activations", "jquant.quantizers"),
     ("jquant.models",),
-    ("jquant.structure", "jquant.products"),
+    ("jquant.structure", "jquant.products", "jquant.machines"),
     ("jquant.transforms", "jquant.blocks", "jquant.runtime", "jquant.targets", "jquant.checkpoint", "jquant.sharding"),
     ("convert", "jquant.calibration", "jquant.costs", "jquant.inspection", "eval"),
     ("jquant.passes", "jquant.folders", "jquant.progress"),

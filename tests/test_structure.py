@@ -50,8 +50,8 @@ def test_every_node_that_a_model_may_hold_is_known() -> None:
 
 def test_a_field_that_came_later_changes_no_older_checkpoint() -> None:
     config = tiny_config()
-    assert "wide_residual" not in encode_structure(config)["fields"]
-    wide = dataclasses.replace(config, wide_residual=True)
+    assert not {"wide_residual", "prompt_attention"} & set(encode_structure(config)["fields"])
+    wide = dataclasses.replace(config, wide_residual=True, prompt_attention="cudnn")
     assert (through_json(config), through_json(wide)) == (config, wide)
 
 

@@ -28,12 +28,15 @@ from jquant.formats import (
     quantize_centered,
     rotated,
 )
+from jquant.kv import ExactKv
+from jquant.machines import Target, choose_target
 from jquant.matmul import matmul
 from jquant.models import (
     Linear,
     Llama,
     LlamaConfig,
     abstract_llama,
+    blocks,
     build,
     decode,
     empty_cache,
@@ -41,12 +44,13 @@ from jquant.models import (
     get,
     linears,
     map_linears,
+    set_kv_codec,
     stack_layers,
     tiny_config,
 )
 from jquant.models.layers import linears as linears_of_one_input
 from jquant.numerics import packed_length
-from jquant.targets import Target, choose_product, choose_target, describe_products, prepare
+from jquant.targets import choose_product, choose_prompts, describe_products, prepare
 from tests.contracts import test_formats as formats
 
 W4, W8 = UniformFormat(4, 32), UniformFormat(8, None, "symmetric")
@@ -380,13 +384,38 @@ def test_a_prepared_model_lowers_to_cuda(tokens: int) -> None:
         ("NVIDIA H100 80GB HBM3", "auto", "float32", Target.REFERENCE),
         ("NVIDIA H100 80GB HBM3", "h100", "float32", Target.H100),
         ("NVIDIA H200", "reference", "bfloat16", Target.REFERENCE),
+        ("NVIDIA H200", "h200+tokamax", "bfloat16", Target.H200_TOKAMAX),
     ],
 )
 def test_the_target_of_a_name(
     kind: str, name: Any, dtype: str, target: Target, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(device_kind=kind)])
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: SimpleNamespace(name=name))
     assert choose_target(name, dtype) is target
+
+
+def test_tokamax_that_is_not_installed_is_refused_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(device_kind="NVIDIA H100 80GB HBM3")])
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(RecipeError, match=r"--target h100\+tokamax: tokamax is not installed; run pip install"):
+        choose_target("h100+tokamax", "bfloat16")
+
+
+def test_prompts_attend_by_what_the_target_names() -> None:
+    """Also with a window, and where no kernel reads the caches; streamed prompts are the model's own."""
+    config = dataclasses.replace(tiny_config(), sliding_window=8)
+    model = abstract_llama(config, "bfloat16")
+    ready = prepare(model, Target.H100_TOKAMAX)
+    assert (ready.config.prompt_attention, ready.layers is model.layers) == ("tokamax", True)
+    assert describe_products(ready) == "XLA, prompts by tokamax"
+    assert prepare(ready, Target.H100).config.prompt_attention == "cudnn"
+    assert prepare(ready, Target.REFERENCE).config == config
+    assert choose_prompts(model, ExactKv(), Target.H200).describe() == "cuDNN"
+    assert choose_prompts(model, ExactKv(), Target.REFERENCE).describe() == "XLA"
+    streamed = set_kv_codec(model, ExactKv(prompt="streamed"))
+    assert "its own version" in choose_prompts(streamed, blocks(streamed)[0].self_attn.kv_codec, Target.H100).note
+    assert prepare(streamed, Target.H100) is streamed
 
 
 def test_layers_are_stacked_where_xla_multiplies_and_apart_for_kernels(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,18 +1,18 @@
 """What attends while a block is calibrated: the model's own attention, or on Hopper GPUs cuDNN's.
 
 Calibration reads whole windows, keeps no cache, and needs nothing but what the linears multiply. Where keys and values
-stay exact, bfloat16 and causal, cuDNN gives the same attention in other roundings; each window goes alone through one
+stay exact and in bfloat16, cuDNN gives the same attention in other roundings; each window goes alone through one
 program, so that results are those of any number of devices, as before (docs/solvers.md has what an H100 gave). The
 choice is made when a program is traced.
 """
 
-import jax
-import jax.numpy as jnp
+import dataclasses
 
-from jquant.formats import Layout, hopper_card
-from jquant.kv import ExactKv, pack_codec
-from jquant.kv.packed import WIDEST_PROMPT
-from jquant.models import Block, Llama, LlamaConfig, blocks, put
+import jax
+
+from jquant.formats import hopper_card
+from jquant.kv import ExactKv
+from jquant.models import Block, Llama, LlamaConfig, blocks, prompt_fault
 from jquant.types import DType
 
 
@@ -36,11 +36,7 @@ def cudnn_fault(block: Block, config: LlamaConfig, dtype: DType, device_kind: st
         return f"{device_kind} is no Hopper GPU"
     if not isinstance(codec, ExactKv):
         return f"keys and values are rounded by {type(codec).__name__}"
-    if jnp.dtype(dtype) != jnp.bfloat16:
-        return f"activations are {jnp.dtype(dtype)}, cuDNN takes bfloat16"
-    if config.head_dim > WIDEST_PROMPT:
-        return f"heads have {config.head_dim} numbers, cuDNN takes {WIDEST_PROMPT}"
-    return "a sliding window" if config.sliding_window is not None else None
+    return prompt_fault(codec, config, dtype)
 
 
 def calibration_attention(model: Llama) -> dict[str, str]:
@@ -56,19 +52,13 @@ def calibration_attention(model: Llama) -> dict[str, str]:
     return {"calibration attention": f"cuDNN in {sum(taken)} of {len(taken)} blocks"} if any(taken) else {}
 
 
-def calibrated(block: Block, config: LlamaConfig, dtype: DType, layout: Layout | None = None) -> Block:
-    """Returns a block that attends as calibration shall; for `prompt_block`, not to be kept.
+def calibrated(block: Block, config: LlamaConfig, dtype: DType) -> LlamaConfig:
+    """Returns the sizes by which a block attends as calibration shall, on JAX's first device; for `prompt_block`.
 
     Args:
       block: as it is.
       config: the model's sizes.
       dtype: of the activations.
-      layout: whose attention; None for what JAX's first device serves.
     """
-    if layout is None:
-        fault = cudnn_fault(block, config, dtype, jax.devices()[0].device_kind)
-        layout = Layout.PORTABLE if fault else Layout.HOPPER
-    if layout is Layout.PORTABLE:
-        return block
-    attending: Block = put(block, "self_attn.kv_codec", pack_codec(block.self_attn.kv_codec, layout))
-    return attending
+    fault = cudnn_fault(block, config, dtype, jax.devices()[0].device_kind)
+    return dataclasses.replace(config, prompt_attention=None if fault else "cudnn")

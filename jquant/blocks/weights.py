@@ -269,7 +269,7 @@ def collect(
     attending = calibrated(block, config, inputs.dtype)
 
     def step(sums: dict[str, Any], sample: Float[Array, "tokens hidden"]) -> tuple[dict[str, Any], None]:
-        taps = prompt_block(attending, sample[None], lengths, sample.shape[0], config)[2]
+        taps = prompt_block(block, sample[None], lengths, sample.shape[0], attending)[2]
         return {site: statistic.update(sums[site], getattr(taps, site)[0]) for site in sites}, None
 
     features = {site: get(block, SITES[site][0]).kernel.shape[0] for site in sites}

@@ -257,7 +257,7 @@ def advance(
 ) -> Float[Array, "samples tokens hidden"]:
     """Returns what a block makes of all samples, one sample at a time."""
     lengths = jnp.full(1, inputs.shape[1], jnp.int32)
-    layer = calibrated(layer, config, inputs.dtype)
+    config = calibrated(layer, config, inputs.dtype)
     return jax.lax.map(lambda x: prompt_block(layer, x[None], lengths, x.shape[0], config)[0][0], inputs)
 
 

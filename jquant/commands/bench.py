@@ -14,8 +14,8 @@ from jquant.benchmark import RandomDtype, Shortage, bench
 from jquant.commands.devices import ONE_DEVICE, Devices
 from jquant.commands.display import note, show_progress, stdout
 from jquant.folders import make_writable, write_text
+from jquant.machines import TargetName
 from jquant.tables import benchmark_table
-from jquant.targets import TargetName
 
 
 def run(
@@ -49,7 +49,8 @@ def run(
       tokens: tokens that decode writes in one run; 0 to time no decode.
       repeats: runs that count, after one that does not; figures are medians.
       dtype: of random weights.
-      target: whose kernels multiply; auto is the GPU's own for models in bfloat16 on an H100 or H200.
+      target: whose kernels multiply; auto is the GPU's own for models in bfloat16 on an H100 or H200. With +tokamax,
+        prompts attend by tokamax (jquant[tokamax]), not by cuDNN.
       seed: of random weights and tokens.
       json_: a file to write every run to, after each row.
       devices: which devices of this process.

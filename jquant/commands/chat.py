@@ -18,10 +18,11 @@ from jquant.commands.display import note, stdout
 from jquant.errors import DataError
 from jquant.folders import open_abstract, open_for_use
 from jquant.inspection import CacheFacts, measure_cache
+from jquant.machines import TargetName
 from jquant.models import Llama
 from jquant.sampling import Sampler
 from jquant.tables import format_bytes
-from jquant.targets import TargetName, describe_products
+from jquant.targets import describe_products
 
 _HELP: Final = "/stats: what the last answer took; /clear: forget the conversation; /help: this; an empty line ends"
 
@@ -73,7 +74,8 @@ def run(
       top_k: draw from the likeliest K tokens.
       top_p: draw from the likeliest tokens that have this probability together.
       seed: of the draws.
-      target: whose kernels multiply; auto is the GPU's own for models in bfloat16 on an H100 or H200.
+      target: whose kernels multiply; auto is the GPU's own for models in bfloat16 on an H100 or H200. With +tokamax,
+        prompts attend by tokamax (jquant[tokamax]), not by cuDNN.
     """
     sampler, console = Sampler(temperature, top_k, top_p), stdout()
     start: list[Message] = [] if system is None else [{"role": "system", "content": system}]

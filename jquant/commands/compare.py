@@ -13,10 +13,10 @@ from jquant.comparison import read_tables
 from jquant.data import PYTHON_DOCS
 from jquant.errors import RecipeError
 from jquant.folders import write_text
+from jquant.machines import TargetName
 from jquant.pages import comparison_page
 from jquant.recipe import load_recipe
 from jquant.tables import figures_table
-from jquant.targets import TargetName
 
 
 def run(
@@ -61,6 +61,7 @@ def run(
       data: the folder where the files of named texts and of tasks lie, or its text/ and tasks/, instead of the hub.
       dtype: of the model's arrays; auto keeps what is stored.
       target: whose kernels multiply when results are measured; auto is the GPU's own for bfloat16 on an H100 or H200.
+        With +tokamax, prompts attend by tokamax (jquant[tokamax]), not by cuDNN.
       share_hessians: solve every recipe on the source model's own activations, whose Hessians are computed once.
     """
     chosen = [

@@ -16,10 +16,10 @@ from jquant.data import PYTHON_DOCS
 from jquant.errors import RecipeError
 from jquant.folders import make_writable, open_abstract, open_for_use, write_text
 from jquant.inspection import inspect_model
+from jquant.machines import TargetName
 from jquant.measure import measure, measure_tasks
 from jquant.pages import evaluation_page
 from jquant.tables import measurement_table, tasks_table
-from jquant.targets import TargetName
 
 
 def run(
@@ -56,7 +56,8 @@ def run(
       batch_tokens: tokens of tasks that go through the model at once, to bound memory.
       cache: a folder for answers to tasks, so that the same command goes on where it was stopped.
       data: the folder where the files of named texts and of tasks lie, or its text/ and tasks/, instead of the hub.
-      target: whose kernels multiply; auto is the GPU's own for models in bfloat16 on an H100 or H200.
+      target: whose kernels multiply; auto is the GPU's own for models in bfloat16 on an H100 or H200. With +tokamax,
+        prompts attend by tokamax (jquant[tokamax]), not by cuDNN.
       json_: a file to write the result to, all figures of tasks included.
       report: an HTML file to write: the figures, the loss of each window, where the data came from.
       devices: which devices.

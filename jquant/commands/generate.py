@@ -10,9 +10,10 @@ from convert import load_tokenizer
 from jquant.commands.devices import ONE_DEVICE, Devices, is_first, rows_to_fill
 from jquant.commands.display import note, stdout
 from jquant.folders import open_for_use
+from jquant.machines import TargetName
 from jquant.runtime import generate
 from jquant.sampling import Sampler
-from jquant.targets import TargetName, describe_products
+from jquant.targets import describe_products
 
 
 def run(
@@ -40,7 +41,8 @@ def run(
       top_p: draw from the likeliest tokens that have this probability together.
       seed: of the draws.
       prefill_chunk: tokens of the prompts that go through the model at once, to bound memory; all if not given.
-      target: whose kernels multiply; auto is the GPU's own for models in bfloat16 on an H100 or H200.
+      target: whose kernels multiply; auto is the GPU's own for models in bfloat16 on an H100 or H200. With +tokamax,
+        prompts attend by tokamax (jquant[tokamax]), not by cuDNN.
       devices: which devices.
     """
     mesh = devices.start()

@@ -5,12 +5,18 @@ from typing import Literal
 from jquant.commands.display import stdout
 from jquant.folders import open_abstract, read_report
 from jquant.inspection import inspect_model
+from jquant.machines import Target
 from jquant.sharding import parse_axes
 from jquant.tables import facts_table
-from jquant.targets import Target
 
 
-def run(model: str, /, *, target: Literal["h100", "h200"] | None = None, mesh: str | None = None) -> None:
+def run(
+    model: str,
+    /,
+    *,
+    target: Literal["h100", "h200", "h100+tokamax", "h200+tokamax"] | None = None,
+    mesh: str | None = None,
+) -> None:
     """List the linears of a checkpoint: format, bits per weight, relative error; only headers are read.
 
     Args:

@@ -23,12 +23,12 @@ from jquant.commands.display import show_progress, stdout
 from jquant.data import PYTHON_DOCS, load_text
 from jquant.errors import DataError, RecipeError
 from jquant.folders import make_writable, write_text
+from jquant.machines import TargetName
 from jquant.measure import NeedleRow, measure_needles, read_needle_rows
 from jquant.models import Llama
 from jquant.progress import OnProgress, Progress
 from jquant.recipe import load_recipe
 from jquant.tables import needle_table
-from jquant.targets import TargetName
 
 _SEVERAL: Final = Parameter(negative="", consume_multiple=True)
 _COPIES: Final = 5  # QLLM-INFER's
@@ -68,7 +68,8 @@ def run(
       data: the folder where the files of a named data set lie, instead of the hub.
       batch_size: prompts that are read at once.
       prefill_chunk: tokens of a prompt that go through the model at once, to bound memory; all if not given.
-      target: whose kernels multiply; auto is the GPU's own for models in bfloat16 on an H100 or H200.
+      target: whose kernels multiply; auto is the GPU's own for models in bfloat16 on an H100 or H200. With +tokamax,
+        prompts attend by tokamax (jquant[tokamax]), not by cuDNN.
       json_: a file to write the result to, after each row.
       plot: a PNG to draw the heat maps to; needs matplotlib.
     """

@@ -26,7 +26,6 @@ from jquant.kv.packed import attend_packed as attend_packed
 from jquant.kv.packed import attention_fault as attention_fault
 from jquant.kv.packed import attention_kernel as attention_kernel
 from jquant.kv.packed import pack_codec as pack_codec
-from jquant.kv.packed import prompt_kernel as prompt_kernel
 from jquant.kv.packed_kivi import PackedKivi as PackedKivi
 from jquant.kv.packed_kivi import PackedKiviCache as PackedKiviCache
 from jquant.kv.per_token import PerTokenCache as PerTokenCache

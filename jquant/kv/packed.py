@@ -24,9 +24,6 @@ from jquant.kv.per_token import PerTokenKv
 from jquant.kv.vectors import VectorFormat, Vectors, code_vectors, decode_vectors
 from jquant.types import Leaf
 
-type PromptKernel = Literal["cudnn", "xla"]  # the implementation of `jax.nn.dot_product_attention`; XLA's for tests
-
-WIDEST_PROMPT: Final = 128  # numbers of a head that cuDNN's attention takes on every Hopper GPU
 TILE: Final = 128  # tokens, which the slots are a multiple of
 KERNEL_BITS: Final = (4, 8)
 
@@ -267,26 +264,6 @@ def attention_kernel(codec: KvCodec) -> PackedKv | None:
     if isinstance(codec, PackedPerTokenKv | PackedExactKv | PackedKivi) and codec.layout is not Layout.PORTABLE:
         return codec
     return None
-
-
-def prompt_kernel(codec: KvCodec, dim: int, dtype: jax.typing.DTypeLike) -> PromptKernel | None:
-    """Returns what attends to whole prompts, by the codec's layout; None where the model does it itself.
-
-    cuDNN attends causally to one version of keys and values, in bfloat16, heads of at most 128 numbers.
-
-    Args:
-      codec: the layer's.
-      dim: numbers of a head.
-      dtype: of the queries.
-
-    Example:
-      >>> prompt_kernel(PackedExactKv(Layout.HOPPER), 128, jnp.bfloat16), prompt_kernel(ExactKv(), 128, jnp.bfloat16)
-      ('cudnn', None)
-    """
-    packed = attention_kernel(codec)
-    if packed is None or codec.prompt == "streamed" or dim > WIDEST_PROMPT or jnp.dtype(dtype) != jnp.bfloat16:
-        return None
-    return "cudnn" if packed.layout is Layout.HOPPER else "xla"
 
 
 def attend_packed(

@@ -3,6 +3,7 @@
 from jquant.models.block import Taps as Taps
 from jquant.models.block import exact_block as exact_block
 from jquant.models.config import LlamaConfig as LlamaConfig
+from jquant.models.config import PromptAttention as PromptAttention
 from jquant.models.config import RopeConfig as RopeConfig
 from jquant.models.edit import BLOCK_LINEARS as BLOCK_LINEARS
 from jquant.models.edit import blocks as blocks
@@ -34,6 +35,7 @@ from jquant.models.llama import step_block as step_block
 from jquant.models.loss import next_token_losses as next_token_losses
 from jquant.models.mesh import model_specs as model_specs
 from jquant.models.mesh import place_cache as place_cache
+from jquant.models.prompts import prompt_fault as prompt_fault
 from jquant.models.random import Family as Family
 from jquant.models.random import random_like as random_like
 from jquant.models.random import random_model as random_model

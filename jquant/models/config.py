@@ -8,6 +8,7 @@ from jquant.errors import ConversionError
 from jquant.types import DType
 
 type RopeScaling = Literal["default", "linear", "llama3"]
+type PromptAttention = Literal["cudnn", "tokamax", "xla"]  # see `prompts.causal_attention`; XLA's for tests
 
 # What a scaling rule cannot do without, as in transformers.
 _ROPE_KEYS: Final[Mapping[str, tuple[str, ...]]] = {
@@ -83,6 +84,8 @@ class LlamaConfig:
       sliding_window: tokens that a query sees, itself among them; None for all before it.
       wide_residual: whether the residual stream of a model in bfloat16 is float32 between blocks and up to the norms,
         which round once: `jquant.targets.prepare` decides it.
+      prompt_attention: what attends to whole prompts, but for codecs whose prompts are streamed; None for the model
+        itself. `prepare` decides this too.
     """
 
     vocab_size: int
@@ -103,6 +106,7 @@ class LlamaConfig:
     sliding_window: int | None = None
     model_type: str = "llama"
     wide_residual: bool = False
+    prompt_attention: PromptAttention | None = None
 
     def residual_dtype(self, dtype: DType) -> DType:
         """Returns the dtype of the residual stream of a model whose embedding table has a dtype."""

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 import jax
 import jax.numpy as jnp
@@ -166,30 +166,6 @@ def attention(
         context = jax.lax.map(lambda one: _attend(one[0], keys, values, one[1]), (chunks, masks.swapaxes(0, 1)))
         context = context.transpose(1, 2, 3, 0, 4, 5).reshape(padded.shape)[:, :, :, :tokens]
     return context.transpose(0, 3, 1, 2, 4).reshape(batch, tokens, heads, dim)
-
-
-def causal_attention(
-    queries: Float[Array, "batch tokens heads dim"],
-    keys: Float[Array, "batch tokens kv_heads dim"],
-    values: Float[Array, "batch tokens kv_heads dim"],
-    implementation: Literal["cudnn", "xla"],
-) -> Float[Array, "batch tokens heads dim"]:
-    """Returns `attention` over each token and those before it, by `jax.nn.dot_product_attention`.
-
-    Prompts padded on the right need no other mask: no real token sees the padding.
-
-    Args:
-      queries: one for each token.
-      keys: likewise.
-      values: likewise.
-      implementation: "cudnn" on a GPU; "xla" anywhere.
-    """
-    keys, values = keys.astype(queries.dtype), values.astype(queries.dtype)
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):  # that function's own arithmetic
-        found: jax.Array = jax.nn.dot_product_attention(
-            queries, keys, values, is_causal=True, implementation=implementation
-        )
-    return found
 
 
 def _attend(

@@ -16,7 +16,6 @@ from jquant.kv import (
     append_fault,
     attend_packed,
     attention_kernel,
-    prompt_kernel,
     step_packed,
     view_chunk,
     view_prompt,
@@ -24,8 +23,9 @@ from jquant.kv import (
 from jquant.models.block import Taps, make_rope, run_block, stream_block
 from jquant.models.config import LlamaConfig
 from jquant.models.ends import embed, head, project
-from jquant.models.layers import attention, causal_attention, causal_mask, rope_angles
+from jquant.models.layers import attention, causal_mask, rope_angles
 from jquant.models.mesh import on_mesh, replicate
+from jquant.models.prompts import causal_attention
 from jquant.models.stream import Stream, add_norm, layout_of_norms
 from jquant.models.tree import Block, Llama, Sharded, Stacked
 from jquant.types import Leaf
@@ -260,10 +260,10 @@ def prompt_block(
         view = jax.vmap(lambda one, key, value, length: view_prompt(codec, one, (key, value), length, rope))(
             cache, rotated, values, lengths
         )
-        kernel = prompt_kernel(codec, config.head_dim, queries.dtype)
-        if kernel is not None and config.sliding_window is None:
-            return causal_attention(rotate(queries), view.keys, view.values, kernel), cache
-        mask = view.mask & causal_mask(positions, view.positions[0], config.sliding_window)[None]
+        kernel, window = config.prompt_attention, config.sliding_window
+        if kernel is not None and codec.prompt != "streamed":
+            return causal_attention(rotate(queries), view.keys, view.values, kernel, window), cache
+        mask = view.mask & causal_mask(positions, view.positions[0], window)[None]
         return attention(rotate(queries), view.keys, view.values, mask), cache
 
     return run_block(layer, x, valid, attend, config)

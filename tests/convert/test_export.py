@@ -29,8 +29,9 @@ from jquant.formats import (
     quantize_spqr,
 )
 from jquant.kv import Codebook, Kivi, KvQuant
+from jquant.machines import Target
 from jquant.models import Llama, LlamaConfig, Stacked, get, linear_paths, put, set_kv_codec
-from jquant.targets import Target, prepare
+from jquant.targets import prepare
 from tests.convert.quantized_models import dense_model, quantized_model
 
 W4: Final = UniformFormat(4, 32, "symmetric")

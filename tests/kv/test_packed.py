@@ -20,11 +20,11 @@ from jquant.kv import (
     attend_packed,
     attention_kernel,
     pack_codec,
-    prompt_kernel,
 )
+from jquant.machines import Target
 from jquant.models import Cache, abstract_llama, blocks, decode, put, tiny_config
 from jquant.models.layers import attention
-from jquant.targets import Target, choose_attention, prepare
+from jquant.targets import choose_attention, prepare
 
 CONFIG = dataclasses.replace(tiny_config(), head_dim=64, num_hidden_layers=1)
 # of the norm: P is rounded in the one, the decoded cache in the other, and what is gathered in both
@@ -132,7 +132,7 @@ def test_a_prepared_model_steps_by_the_kernels() -> None:
     ready = prepare(model, Target.H100)
     packed = [block.self_attn.kv_codec for block in blocks(ready)]
     assert packed == [pack_codec(codec, Layout.HOPPER) for codec in CODECS.values()]
-    assert [prompt_kernel(codec, 64, jnp.bfloat16) for codec in packed] == ["cudnn", None]
+    assert ready.config.prompt_attention == "cudnn"
     vector = jax.ShapeDtypeStruct((2,), jnp.int32)
     cache = jax.eval_shape(
         lambda: tuple(jax.vmap(lambda _, one=one: one.init(128, 2, 64, jnp.bfloat16))(jnp.arange(2)) for one in packed)

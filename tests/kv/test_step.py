@@ -22,9 +22,10 @@ from jquant.kv import (
     pack_codec,
     step_packed,
 )
+from jquant.machines import Target
 from jquant.models import RopeConfig, abstract_llama, decode, empty_cache, put, tiny_config
 from jquant.models.layers import apply_rope, rope_angles
-from jquant.targets import Target, prepare
+from jquant.targets import prepare
 
 ROPE = RopeConfig(theta=1e4)
 CAPACITY = 130

@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 
 from jquant.formats import Layout, UndividedActivation, UniformFormat, UniformTensor, prepare_float, quantize_uniform
+from jquant.machines import Target
 from jquant.models import Linear, LlamaConfig, abstract_llama, decode, empty_cache, random_like
 from jquant.models.layers import linear
 from jquant.models.stream import Stream, add_linear, add_norm
 from jquant.plan import outline
 from jquant.recipe import load_recipe
-from jquant.targets import Target, prepare
+from jquant.targets import prepare
 
 CONFIG = LlamaConfig(256, 256, 512, 2, 8, 4, 64, max_position_embeddings=256)
 RNG = np.random.default_rng(0)

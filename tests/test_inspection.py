@@ -8,7 +8,9 @@ from jquant.activations import OutlierSplit, PerToken
 from jquant.blocks import ActivationRule
 from jquant.formats import tree_nbytes
 from jquant.inspection import inspect_model
-from jquant.models import LlamaConfig, abstract_llama, random_model, tiny_config
+from jquant.kv import Kivi
+from jquant.machines import Target
+from jquant.models import LlamaConfig, abstract_llama, put, random_model, tiny_config
 from jquant.passes import Context, QuantizeActivations, run_passes
 from jquant.plan import plan
 from jquant.recipe import load_recipe
@@ -33,6 +35,17 @@ def test_input_quantizers_are_shown_with_their_bits() -> None:
     assert str(facts_table(facts, "model").caption).endswith("after RoPE: as they are in 2 blocks")
     columns = {column.header: list(column.cells) for column in facts_table(facts, "model").columns}
     assert columns["input"] == [row.input or "-" for row in facts.linears]
+
+
+def test_what_attends_on_a_target_is_shown() -> None:
+    """Caches of one block are streamed to its prompts, for which no kernel serves."""
+    model = abstract_llama(SMOLLM2, "bfloat16")
+    model = put(model, "layers.3.self_attn.kv_codec", Kivi(2, 2, prompt="streamed"))
+    caption = str(facts_table(inspect_model(model, target=Target.H200_TOKAMAX), "model").caption)
+    assert "attention to the cache: attention over 16-bit caches in 29 blocks, " in caption
+    streamed = "XLA: each query sees its own version of keys and values (prompt=streamed) in 1 blocks"
+    assert caption.endswith(f"attention of prompts: tokamax in 29 blocks, {streamed}")
+    assert "attention" not in str(facts_table(inspect_model(model), "model").caption)
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ from jquant.models.config import LlamaConfig
 from jquant.models.ends import embed, head, project
 from jquant.models.layers import attention, causal_mask, rope_angles
 from jquant.models.mesh import on_mesh, replicate
-from jquant.models.prompts import causal_attention
+from jquant.models.prompts import attend_prompt
 from jquant.models.stream import Stream, add_norm, layout_of_norms
 from jquant.models.tree import Block, Llama, Sharded, Stacked
 from jquant.types import Leaf
@@ -260,11 +260,7 @@ def prompt_block(
         view = jax.vmap(lambda one, key, value, length: view_prompt(codec, one, (key, value), length, rope))(
             cache, rotated, values, lengths
         )
-        kernel, window = config.prompt_attention, config.sliding_window
-        if kernel is not None and codec.prompt != "streamed":
-            return causal_attention(rotate(queries), view.keys, view.values, kernel, window), cache
-        mask = view.mask & causal_mask(positions, view.positions[0], window)[None]
-        return attention(rotate(queries), view.keys, view.values, mask), cache
+        return attend_prompt(rotate(queries), view, codec, config), cache
 
     return run_block(layer, x, valid, attend, config)
 
@@ -310,8 +306,7 @@ def chunk_block(
     ) -> tuple[Float[Array, "batch chunk heads dim"], LayerCache]:
         after, view = jax.vmap(store)(cache, keys, values, lengths)
         rotated = jax.vmap(lambda heads: rope(heads, positions))(queries)
-        mask = view.mask & causal_mask(positions, view.positions[0], config.sliding_window)[None]
-        return attention(rotated, view.keys, view.values, mask), after
+        return attend_prompt(rotated, view, codec, config, start), after
 
     x, filled, _ = run_block(layer, x, valid, attend, config)
     return x, filled

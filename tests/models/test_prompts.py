@@ -29,10 +29,10 @@ def operands(tokens: int, dim: int, dtype: Any, seed: int = 0) -> tuple[jax.Arra
     return queries, keys, values
 
 
-def own(queries: jax.Array, keys: jax.Array, values: jax.Array, window: int | None) -> np.ndarray:
+def own(queries: jax.Array, keys: jax.Array, values: jax.Array, window: int | None, start: int = 0) -> np.ndarray:
     """Return the model's own attention, in float32 on the processor."""
-    positions = jnp.arange(queries.shape[1])
-    mask = jnp.broadcast_to(causal_mask(positions, positions, window), (queries.shape[0], *2 * positions.shape))
+    mask = causal_mask(start + jnp.arange(queries.shape[1]), jnp.arange(keys.shape[1]), window)
+    mask = jnp.broadcast_to(mask, (queries.shape[0], *mask.shape))
     arrays = [array.astype(jnp.float32) for array in (queries, keys, values)]
     return np.asarray(jax.jit(attention)(*jax.device_put((*arrays, mask), jax.devices("cpu")[0])))
 
@@ -44,13 +44,29 @@ def test_the_window_is_the_model_s_own(window: int | None) -> None:
     np.testing.assert_allclose(found, own(*given, window), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("window", [None, (0, 0), (4, 0), (99, 0)])
-def test_tokamax_attends_as_the_model_itself(window: tuple[int, int] | None) -> None:
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize("start", [0, 7, 12])
+def test_a_chunk_sees_what_lies_before_it(start: int, window: int | None) -> None:
+    queries, keys, values = operands(19, 16, jnp.float32)
+    given = queries[:, start : start + 7], keys, values
+    found = jax.jit(lambda *arrays: causal_attention(*arrays[:3], "xla", window, arrays[3]))(*given, jnp.int32(start))
+    np.testing.assert_allclose(found, own(*given, window, start), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("window", [None, 1, 5, 100])
+@pytest.mark.parametrize("start", [None, 7])
+def test_tokamax_attends_as_the_model_itself(
+    window: int | None, start: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By its XLA implementation, which is given what its kernel would be."""
     pytest.importorskip("tokamax")
-    given = operands(19, 16, jnp.float32)
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        found = jax.jit(lambda *arrays: attend_by_tokamax(*arrays, "xla", window))(*given)
-    np.testing.assert_allclose(found, own(*given, window and window[0] + 1), rtol=0, atol=1e-5)
+    by_xla = functools.partial(attend_by_tokamax, kernel="xla")
+    monkeypatch.setattr("jquant.models.prompts.attend_by_tokamax", by_xla)
+    queries, keys, values = operands(19, 16, jnp.float32)
+    given = queries if start is None else queries[:, start : start + 7], keys, values
+    position = None if start is None else jnp.int32(start)
+    found = jax.jit(lambda *arrays: causal_attention(*arrays, "tokamax", window, position))(*given)
+    np.testing.assert_allclose(found, own(*given, window, start or 0), rtol=0, atol=1e-5)
 
 
 def test_without_tokamax_it_is_said_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -79,6 +95,20 @@ def test_kernels_attend_as_the_model_itself(tokens: int, window: int | None, dim
     given = operands(tokens, dim, jnp.bfloat16)
     run = jax.jit(functools.partial(causal_attention, implementation=implementation, window=window))
     found, expected = np.asarray(run(*given), np.float32), own(*given, window)
+    assert np.linalg.norm(found - expected) < BF16_ROUNDINGS * np.linalg.norm(expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("implementation", ["cudnn", "tokamax"])
+@pytest.mark.parametrize("dim", [64, 128, 256])
+@pytest.mark.parametrize(("tokens", "start", "window"), [(512, 0, None), (512, 128, None), (500, 77, 100)])
+def test_kernels_attend_for_a_chunk(tokens: int, start: int, window: int | None, dim: int, implementation: Any) -> None:
+    if implementation == "tokamax":
+        pytest.importorskip("tokamax")
+    queries, keys, values = operands(tokens, dim, jnp.bfloat16)
+    given = queries[:, start : start + 128], keys, values
+    run = jax.jit(functools.partial(causal_attention, implementation=implementation, window=window))
+    found, expected = np.asarray(run(*given, start=jnp.int32(start)), np.float32), own(*given, window, start)
     assert np.linalg.norm(found - expected) < BF16_ROUNDINGS * np.linalg.norm(expected)
 
 

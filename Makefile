@@ -32,7 +32,7 @@ test: $(ready) ## the tests, without those marked slow
 test-slow: $(ready) ## the slow tests: a real model, torch beside us, whole comparisons
 	@$(python) -m pytest --numprocesses 2 --dist worksteal -m slow
 
-gpu_tests := tests/kernels tests/kv/test_step.py tests/formats/test_prepared.py tests/models/test_layers.py tests/models/test_prompts.py tests/test_targets.py
+gpu_tests := tests/kernels tests/kv/test_step.py tests/formats/test_prepared.py tests/models/test_layers.py tests/models/test_prompts.py tests/test_runtime.py tests/test_targets.py
 
 seconds := 600
 lines := gpu-tests.jsonl

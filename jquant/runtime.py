@@ -30,7 +30,9 @@ from jquant.sampling import GREEDY, Sampler
 from jquant.types import Key, Leaf
 
 _SMALLEST_BUCKET: Final = 32  # shorter prompts gain nothing from a shape of their own
-_GPU_STRIDE: Final = 8  # a GPU waits 0.15 ms at each look of its host whether to go on: docs/runtime.md
+GRAPHS: Final = "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION"  # what XLA records into CUDA graphs
+_LOOPS: Final = {"xla_gpu_enable_command_buffer": f"{GRAPHS},WHILE,CONDITIONAL"}  # and whole loops: docs/runtime.md
+_GPU_STRIDE: Final = 8  # a loop that is not recorded waits 0.15 ms at each look of its host whether to go on
 _BURST_SECONDS: Final = 0.05  # tokens of a stream that come together within it read as if they came one by one
 
 
@@ -112,7 +114,7 @@ def begin(
     return Writing(tokens=chosen, stopped=jnp.isin(chosen, stops), step=jnp.int32(1), cache=cache)
 
 
-@partial(jax.jit, static_argnames=("room", "stride", "sampler"), donate_argnames="writing")
+@partial(jax.jit, static_argnames=("room", "stride", "sampler"), donate_argnames="writing", compiler_options=_LOOPS)
 def advance(
     model: Llama,
     writing: Writing,
@@ -133,8 +135,8 @@ def advance(
       stops: ids that end a row.
       key: of the random choice.
       room: tokens that the result has room for: whole strides, as many as make up what is asked for.
-      stride: tokens between two looks whether to go on. A GPU asks its host, and waits; what is written beyond `until`
-        in the last stride is there, and goes on, like all else.
+      stride: tokens between two looks whether to go on, for which a GPU may have to ask its host; what is written
+        beyond `until` in the last stride is there, and goes on, like all else.
       sampler: how tokens are chosen.
 
     Returns:

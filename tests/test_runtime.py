@@ -1,6 +1,7 @@
 """Generation: equal to the forward pass at every position, independent of the batch, compiled once per shape."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,10 +10,12 @@ import pytest
 
 from jquant import runtime
 from jquant.errors import DataError, RecipeError
-from jquant.models import Llama, forward, random_model, stack_layers, tiny_config
+from jquant.machines import Target
+from jquant.models import Llama, LlamaConfig, forward, random_model, stack_layers, tiny_config
 from jquant.models.random import Family
 from jquant.runtime import advance, begin, decode, generate, prefill, stream
 from jquant.sampling import GREEDY, Sampler
+from jquant.targets import prepare
 
 PROMPTS = [[5, 9, 100, 3], [7], [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11], [64, 32]]
 
@@ -170,6 +173,37 @@ def test_a_loop_ends_when_all_rows_have_stopped() -> None:
     writing = begin(model, batch.tokens, batch.lengths, everything, key, capacity=batch.capacity)
     _, counts, writing = advance(model, writing, jnp.int32(9), everything, key, room=32)
     assert (int(writing.step), counts.tolist(), writing.stopped.tolist()) == (1, [0] * 4, [True] * 4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("stride", [1, 8])
+@pytest.mark.parametrize("sampler", [GREEDY, DRAWING])
+def test_a_recorded_loop_writes_what_one_that_asks_its_host_does(sampler: Sampler, stride: int) -> None:
+    """Called again and again, by kernels; rows stop early, and at last all have."""
+    config = LlamaConfig(128, 256, 256, 2, 4, 2, 64, max_position_embeddings=256)
+    model = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), random_model(config, jax.random.key(0)))
+    ready, key = prepare(model, Target.H100), jax.random.key(1)
+    asking = jax.jit(advance.__wrapped__, static_argnames=("room", "stride", "sampler"))
+    batch = runtime._pad(ready, PROMPTS, 64, None)
+
+    def written(loop: Any, stops: jax.Array) -> list[Any]:
+        writing = begin(ready, batch.tokens, batch.lengths, stops, key, capacity=batch.capacity, sampler=sampler)
+        calls = []
+        for until in (2, 3, 17, 40):
+            room = until + 8
+            tokens, counts, writing = loop(
+                ready, writing, jnp.int32(until), stops, key, room=room, stride=stride, sampler=sampler
+            )
+            calls.append((tokens.tolist(), counts.tolist(), writing.stopped.tolist(), int(writing.step)))
+        return calls
+
+    free = written(asking, jnp.zeros(0, jnp.int32))
+    assert written(advance, jnp.zeros(0, jnp.int32)) == free
+    stops = jnp.asarray([row[7] for row in free[2][0]])  # of the third call: all rows stop in it at the latest
+    stopped = written(asking, stops)
+    assert written(advance, stops) == stopped
+    assert all(stopped[-1][2])
+    assert stopped[-1][3] < free[-1][3]
 
 
 def test_a_stream_shares_the_program_of_one_row() -> None:

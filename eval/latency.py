@@ -26,6 +26,7 @@ from jquant.runtime import Writing, advance, begin, token_stride
 from jquant.types import Key
 
 _MULTIPLE: Final = 128  # tokens of a cache, so that kernels that take many at once find whole tiles
+_BEFORE: Final = 2  # runs that do not count: in the second XLA makes a CUDA graph of what it recorded, 15 ms of a loop
 
 
 @dataclass(frozen=True)
@@ -182,13 +183,13 @@ def check_workload(config: LlamaConfig, workload: Workload) -> None:
       >>> from jquant.models import tiny_config
       >>> check_workload(tiny_config(), Workload(prompt=16, tokens=8))  # 72 positions of 256
     """
-    written = workload.steps() * (workload.repeats + 1)
+    written = workload.steps() * (workload.repeats + _BEFORE)
     need, context = max(workload.prompt + 1, workload.decode_context() + written), config.max_position_embeddings
     if not workload.prompt and not workload.tokens:
         raise DataError("neither prompt nor tokens are above 0, so there is nothing to time")
     if need > context:
         raise DataError(
-            f"{workload.describe()}, {workload.repeats} runs and one before them, need {need} positions, but the "
+            f"{workload.describe()}, {workload.repeats} runs and {_BEFORE} before them, need {need} positions, but the "
             f"model's context is {context}: ask for less"
         )
 
@@ -275,28 +276,28 @@ def _time_prefill(model: Llama, workload: Workload, program: Program, key: Key) 
     lengths, stops = jnp.full(workload.batch, workload.prompt, jnp.int32), jnp.zeros(0, jnp.int32)
     times: list[float] = []
     writing: Any = None
-    for _ in range(workload.repeats + 1):
+    for _ in range(workload.repeats + _BEFORE):
         del writing  # so that two caches are never alive
         started = time.monotonic()
         writing = program.run(model, tokens, lengths, stops, key)
         jax.device_get(writing.tokens)
         times.append(time.monotonic() - started)
     nbytes = tree_nbytes(writing.cache.layers)
-    phase = Phase(tuple(times[1:]), program.compile_seconds, shape[0] * shape[1], program.peak_nbytes)
+    phase = Phase(tuple(times[_BEFORE:]), program.compile_seconds, shape[0] * shape[1], program.peak_nbytes)
     return phase, nbytes, _live_nbytes()
 
 
 def _time_decode(model: Llama, workload: Workload, program: Program, key: Key) -> tuple[Phase, int, int]:
     writing, stops, times = start_decode(model, workload, key=key), jnp.zeros(0, jnp.int32), []
     nbytes = tree_nbytes(writing.cache.layers)
-    for index in range(workload.repeats + 1):
+    for index in range(workload.repeats + _BEFORE):
         until = jnp.int32((index + 1) * workload.steps())
         started = time.monotonic()
         written, _, writing = program.run(model, writing, until, stops, key)
         jax.device_get(written)
         times.append(time.monotonic() - started)
     tokens = workload.batch * workload.steps()
-    return Phase(tuple(times[1:]), program.compile_seconds, tokens, program.peak_nbytes), nbytes, _live_nbytes()
+    return Phase(tuple(times[_BEFORE:]), program.compile_seconds, tokens, program.peak_nbytes), nbytes, _live_nbytes()
 
 
 def _abstract_writing(model: Llama, workload: Workload) -> Writing:
@@ -313,7 +314,7 @@ def _abstract_writing(model: Llama, workload: Workload) -> Writing:
 
 def _empty_writing(model: Llama, workload: Workload) -> Writing:
     rows, none = workload.batch, jnp.zeros(workload.batch, jnp.int32)
-    capacity = _whole(workload.decode_context() + workload.steps() * (workload.repeats + 1))
+    capacity = _whole(workload.decode_context() + workload.steps() * (workload.repeats + _BEFORE))
     cache = empty_cache(model, rows, capacity)
     return Writing(tokens=none, stopped=jnp.zeros(rows, jnp.bool_), step=jnp.int32(0), cache=cache)
 

@@ -47,7 +47,7 @@ def run(
       prompt: tokens of a row's prompt; 0 to time no prompt.
       context: tokens in the cache when decode begins; as many as the prompt has if not given.
       tokens: tokens that decode writes in one run; 0 to time no decode.
-      repeats: runs that count, after one that does not; figures are medians.
+      repeats: runs that count, after two that do not; figures are medians.
       dtype: of random weights.
       target: whose kernels multiply; auto is the GPU's own for models in bfloat16 on an H100 or H200. With +tokamax,
         prompts attend by tokamax (jquant[tokamax]), not by cuDNN.

@@ -67,7 +67,7 @@ def test_shapes_have_the_sizes_of_the_models() -> None:
         ({"batch": 0}, "give 1 row"),
         ({"prompt": 0}, "a context of 1 token at least"),
         ({"prompt": 0, "tokens": 0}, "nothing to time"),
-        ({"prompt": 8, "tokens": 60}, "need 368 positions, but the model's context is 256"),
+        ({"prompt": 8, "tokens": 60}, "need 428 positions, but the model's context is 256"),
     ],
 )
 def test_what_cannot_be_timed_is_refused(sizes: dict[str, int], message: str) -> None:

@@ -25,12 +25,13 @@ from jquant.machines import Target
 from jquant.models import SHAPES, Cache, Llama, abstract_llama, empty_cache, random_like, stack_layers
 from jquant.plan import outline
 from jquant.recipe import load_recipe
+from jquant.runtime import GRAPHS
 from jquant.targets import describe_products, prepare
 
 STEPS: Final = 16
 TILE: Final = 128  # tokens that a cache's capacity is a multiple of
 GRAPH: Final[Mapping[str, Any]] = {  # XLA's default kinds, and loops
-    "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,DYNAMIC_SLICE_FUSION,WHILE,CONDITIONAL",
+    "xla_gpu_enable_command_buffer": f"{GRAPHS},WHILE,CONDITIONAL",
     "xla_gpu_graph_min_graph_size": 1,
 }
 

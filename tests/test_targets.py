@@ -44,6 +44,7 @@ from jquant.models import (
     get,
     linears,
     map_linears,
+    random_model,
     set_kv_codec,
     stack_layers,
     tiny_config,
@@ -422,6 +423,9 @@ def test_layers_are_stacked_where_xla_multiplies_and_apart_for_kernels(monkeypat
     assert_same(make_ready(MODEL, "auto"), stack_layers(MODEL))
     monkeypatch.setattr("jquant.folders.choose_target", lambda name, dtype: Target.H100)
     assert_same(make_ready(MODEL, "auto"), prepare(round_scales(MODEL, Target.H100), Target.H100))
+    windowed = random_model(dataclasses.replace(tiny_config(), sliding_window=8), jax.random.key(0))
+    windowed = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), windowed)
+    assert_same(make_ready(windowed, "auto"), stack_layers(prepare(windowed, Target.H100)))  # prompts alone by a kernel
 
 
 def test_a_gpu_that_is_not_there_is_refused() -> None:

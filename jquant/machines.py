@@ -43,7 +43,7 @@ class Target(enum.Enum):
         >>> Target.H100.layout, Target.REFERENCE.layout
         (<Layout.HOPPER: 'hopper'>, <Layout.PORTABLE: 'portable'>)
         """
-        return _OTHER_LAYOUTS.get(self, Layout.HOPPER)
+        return _LAYOUTS[self]
 
     @property
     def prompts(self) -> PromptAttention | None:
@@ -52,18 +52,24 @@ class Target(enum.Enum):
         >>> Target.H100.prompts, Target.H200_TOKAMAX.prompts, Target.REFERENCE.prompts
         ('cudnn', 'tokamax', None)
         """
-        return _PROMPTS.get(self, "cudnn")
+        return _PROMPTS[self]
 
 
-_OTHER_LAYOUTS: Final[Mapping[Target, Layout]] = {
+_LAYOUTS: Final[Mapping[Target, Layout]] = {
     Target.REFERENCE: Layout.PORTABLE,
+    Target.H100: Layout.HOPPER,
+    Target.H200: Layout.HOPPER,
+    Target.H100_TOKAMAX: Layout.HOPPER,
+    Target.H200_TOKAMAX: Layout.HOPPER,
     Target.SIMULATED: Layout.SIMULATED,
 }
 _PROMPTS: Final[Mapping[Target, PromptAttention | None]] = {
     Target.REFERENCE: None,
-    Target.SIMULATED: "xla",
+    Target.H100: "cudnn",
+    Target.H200: "cudnn",
     Target.H100_TOKAMAX: "tokamax",
     Target.H200_TOKAMAX: "tokamax",
+    Target.SIMULATED: "xla",
 }
 
 

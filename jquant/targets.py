@@ -88,7 +88,7 @@ _PREPARED: Final = (*_UNIFORM[1:], PreparedBinaryTensor, PreparedSpqrTensor)
 _OF_NUMBERS: Final = {"W4A16": prepare_float, "W8A16": prepare_wide}
 _INTEGERS: Final = ("W4A8", "W8A8")
 _WRAPPERS: Final = (PermutedTensor, RotatedTensor, ShardedTensor)  # their rules multiply by the inner tensor
-_PROMPTS: Final[Mapping[PromptAttention, str]] = {
+_PROMPT_KERNELS: Final[Mapping[PromptAttention, str]] = {
     "cudnn": "cuDNN",
     "tokamax": "tokamax",
     "xla": "jax.nn.dot_product_attention",
@@ -188,7 +188,7 @@ def choose_prompts(model: Llama, codec: KvCodec, target: Target) -> Product:
     if target.prompts is None:
         return Product(None)
     fault = prompt_fault(codec, model.config, model.embed_tokens.dtype)
-    return Product(None, fault) if fault else Product(_PROMPTS[target.prompts])
+    return Product(None, fault) if fault else Product(_PROMPT_KERNELS[target.prompts])
 
 
 def prepare(model: Llama, target: Target) -> Llama:
@@ -240,7 +240,7 @@ def prepare(model: Llama, target: Target) -> Llama:
 
 
 def describe_products(model: Llama) -> str:
-    """Returns what multiplies a model as it is, in words: how many linears by kernels, as `prepare` wrote them.
+    """Returns what serves a model as it is, in words: how many linears are kernels', and who attends to prompts.
 
     >>> from jquant.models import abstract_llama, tiny_config
     >>> describe_products(abstract_llama(tiny_config()))
@@ -257,9 +257,10 @@ def describe_products(model: Llama) -> str:
     inner = [_innermost(kernel) for kernel in kernels]
     layouts = [kernel.layout for kernel in inner if isinstance(kernel, QuantizedTensor)]
     prepared = [layout for layout in layouts if layout is not Layout.PORTABLE]
-    prompts = ", prompts by tokamax" if model.config.prompt_attention == "tokamax" else ""
+    attention = model.config.prompt_attention
+    prompts = f", prompts by {'XLA' if attention is None else _PROMPT_KERNELS[attention]}"
     if not prepared:
-        return f"XLA{prompts}"
+        return "XLA" if attention is None else f"XLA{prompts}"
     served = len(prepared) + sum(isinstance(kernel, JoinedPart) for kernel in kernels)
     count = len(BLOCK_LINEARS) * model.config.num_hidden_layers
     head = " and the head" if model.lm_head is not None and isinstance(model.lm_head.kernel, _PREPARED) else ""

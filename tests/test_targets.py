@@ -208,7 +208,7 @@ def assert_same(left: Any, right: Any) -> None:
 def test_a_prepared_model_is_portable_again_bit_for_bit(stacked: bool) -> None:
     model = stack_layers(MODEL) if stacked else MODEL
     prepared = prepare(model, Target.H100)
-    assert describe_products(prepared) == "hopper kernels, 12 of 14 linears"
+    assert describe_products(prepared) == "hopper kernels, 12 of 14 linears, prompts by XLA"
     assert prepare(prepared, Target.H200) is prepared
     assert_same(prepare(prepare(prepared, Target.SIMULATED), Target.REFERENCE), model)
     assert prepare(model, Target.REFERENCE) is model
@@ -248,7 +248,7 @@ def test_the_kernels_give_the_logits_of_the_portable_model() -> None:
     alone = map_linears(
         prepared, lambda path, layer: layer if path.endswith(("o_proj", "down_proj")) else get(MODEL, path)
     )
-    assert describe_products(alone) == "simulated kernels, 4 of 14 linears"
+    assert describe_products(alone) == "simulated kernels, 4 of 14 linears, prompts by XLA"
     logits, expected = (jax.jit(forward)(stack_layers(one), TOKENS) for one in (alone, MODEL))
     assert logits.dtype == jnp.float32
     error = float(jnp.linalg.norm(logits - expected) / jnp.linalg.norm(expected))
@@ -275,7 +275,7 @@ def test_linears_of_one_input_are_one_product() -> None:
     assert attention.q_proj.kernel.shape == (128, 256)
     assert mlp.gate_proj.kernel.shape == (128, 384)
     assert attention.v_proj.kernel == JoinedPart((128, 64))
-    assert describe_products(prepared) == "hopper kernels, 7 of 7 linears"
+    assert describe_products(prepared) == "hopper kernels, 7 of 7 linears, prompts by XLA"
     assert choose_product(attention.k_proj, Target.H100).describe().startswith("joined")
     assert prepare(prepared, Target.H200) is prepared
     assert_same(prepare(prepare(prepared, Target.SIMULATED), Target.REFERENCE), model)
@@ -308,7 +308,7 @@ def test_a_head_of_8_bits_has_its_kernel_and_scales_are_kept_once() -> None:
     prepared = prepare(model, Target.SIMULATED)
     assert isinstance(prepared.lm_head, Linear)
     assert isinstance(prepared.lm_head.kernel, PreparedWideTensor)
-    assert describe_products(prepared) == "simulated kernels, 7 of 7 linears and the head"
+    assert describe_products(prepared) == "simulated kernels, 7 of 7 linears and the head, prompts by XLA"
     assert_same(prepare(prepared, Target.REFERENCE), model)
     x = jax.random.normal(jax.random.key(0), (3, 128), jnp.bfloat16)
     found, expected = (matmul(x, layer.kernel).astype(jnp.float32) for layer in (prepared.lm_head, head))
@@ -410,7 +410,7 @@ def test_prompts_attend_by_what_the_target_names() -> None:
     ready = prepare(model, Target.H100_TOKAMAX)
     assert (ready.config.prompt_attention, ready.layers is model.layers) == ("tokamax", True)
     assert describe_products(ready) == "XLA, prompts by tokamax"
-    assert prepare(ready, Target.H100).config.prompt_attention == "cudnn"
+    assert describe_products(prepare(ready, Target.H100)) == "XLA, prompts by cuDNN"
     assert prepare(ready, Target.REFERENCE).config == config
     assert choose_prompts(model, ExactKv(), Target.H200).describe() == "cuDNN"
     assert choose_prompts(model, ExactKv(), Target.REFERENCE).describe() == "XLA"
